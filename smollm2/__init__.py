@@ -1,0 +1,31 @@
+"""SmolLM2 Training: text goes in, a model that the world can load comes out.
+
+The public names are loaded when they are first used, so that `import smollm2` costs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smollm2.config_file import load_config
+    from smollm2.evaluation import evaluate
+    from smollm2.generation import generate
+    from smollm2.loading import load_model
+    from smollm2.training import train
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "generate", "load_config", "load_model", "train"]
+
+_HOME_OF = {
+    "evaluate": "smollm2.evaluation",
+    "generate": "smollm2.generation",
+    "load_config": "smollm2.config_file",
+    "load_model": "smollm2.loading",
+    "train": "smollm2.training",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'smollm2' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

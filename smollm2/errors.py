@@ -1,0 +1,47 @@
+"""Everything that can go wrong for a reason that a user can mend.
+
+    Smollm2Error
+    ├── ConfigError      2   a key, a value, a flag, a missing extra
+    ├── DataError        3   the text, the tokenizer, the token cache
+    ├── CheckpointError  4   a checkpoint or an export that is absent, damaged or foreign
+    ├── TrainingError    5   a run that cannot go on: numbers, a failed check, ranks that disagree
+    └── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
+
+A message is one sentence or a list of them: where, what is wrong with its value, what to do.
+"""
+
+
+class Smollm2Error(Exception):
+    """A failure that a user can cause and mend; `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class ConfigError(Smollm2Error):
+    """A config file, a flag or the use of a command is wrong."""
+
+    exit_code = 2
+
+
+class DataError(Smollm2Error):
+    """The input text, the tokenizer or the token cache cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(Smollm2Error):
+    """A checkpoint or an exported folder is absent, damaged, foreign or in the way."""
+
+    exit_code = 4
+
+
+class TrainingError(Smollm2Error):
+    """The run cannot go on."""
+
+    exit_code = 5
+
+
+class ResourceError(Smollm2Error):
+    """The machine lacks something: disk, memory, a folder that can be written and is free."""
+
+    exit_code = 6
