@@ -110,6 +110,7 @@ class DataConfig(Section):
         "Tokens from one window to the next; default: sequence_length. Below it, shared tokens are context, not targets.",
         resume="refused",
         ge=1,
+        le=2**24,
     )
     document_separator: str | None = key(
         None,
@@ -142,7 +143,9 @@ class TrainingConfig(Section):
     )
     learning_rate: float = key(1e-4, "Highest learning rate.", resume="noted", gt=0, le=10)
     min_learning_rate: float = key(0.0, "Learning rate towards which the schedule falls.", resume="noted", ge=0, le=10)
-    warmup_steps: int = key(100, "Updates over which the rate rises linearly to learning_rate.", resume="noted", ge=0)
+    warmup_steps: int = key(
+        100, "Updates over which the rate rises linearly to learning_rate.", resume="noted", ge=0, le=10**9
+    )
     schedule: Literal["cosine", "linear", "wsd"] = key(
         "cosine",
         "After the warmup: cosine, linear, or wsd (stable, then linear over the last decay_steps).",
@@ -153,6 +156,7 @@ class TrainingConfig(Section):
         "Updates in the final decay of wsd; default: a fifth of train_steps.",
         resume="noted",
         ge=0,
+        le=10**9,
     )
     weight_decay: float = key(0.01, "Decoupled weight decay.", resume="noted", ge=0, le=10)
     decay: Literal["matrices", "all"] = key(
@@ -160,7 +164,9 @@ class TrainingConfig(Section):
     )
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's two averaging factors.", resume="noted")
     eps: float = key(1e-8, "AdamW's epsilon.", resume="noted", gt=0, le=1)
-    max_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm; 0: never.", resume="noted", ge=0)
+    max_grad_norm: float = key(
+        1.0, "Gradients are scaled down to this global norm; 0: never.", resume="noted", ge=0, le=1e9
+    )
     z_loss: float = key(0.0, "Weight of the squared log-normalizer of the logits; 0: off.", resume="noted", ge=0, le=1)
     on_nonfinite: Literal["skip", "stop"] = key(
         "skip",
@@ -171,7 +177,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = key(
         "auto", "Number format of the products; auto: bf16 where the hardware computes it.", resume="noted"
     )
-    attention: Literal["auto", "sdpa", "eager"] = key(
+    attention: Literal["auto", "sdpa", "blocks", "eager"] = key(
         "auto", "Attention backend; auto picks, checks and names one.", resume="noted"
     )
     gradient_checkpointing: bool = key(
@@ -180,16 +186,19 @@ class TrainingConfig(Section):
     compile: bool = key(False, "Compile each block with torch.compile.", resume="noted")
     seed: int = key(1337, "Seed of weights, data order and samples.", resume="refused", ge=0, lt=2**63)
 
-    log_interval: int = key(10, "Updates between two reports.", resume="free", ge=1)
-    eval_interval: int = key(100, "Updates between two validations; 0: at the end only.", resume="free", ge=0)
+    log_interval: int = key(10, "Updates between two reports.", resume="free", ge=1, le=10**9)
+    eval_interval: int = key(100, "Updates between two validations; 0: at the end only.", resume="free", ge=0, le=10**9)
     eval_windows: int = key(
         256,
         "Windows, spread over the validation split, that one validation reads; the end reads all.",
         resume="free",
         ge=1,
+        le=10**9,
     )
-    save_interval: int = key(500, "Updates between two checkpoints; 0: at the end only.", resume="free", ge=0)
-    sample_interval: int = key(200, "Updates between two rounds of samples; 0: at the end only.", resume="free", ge=0)
+    save_interval: int = key(500, "Updates between two checkpoints; 0: at the end only.", resume="free", ge=0, le=10**9)
+    sample_interval: int = key(
+        200, "Updates between two rounds of samples; 0: at the end only.", resume="free", ge=0, le=10**9
+    )
     sample_prompts: tuple[str, ...] = key(
         ("Once upon a time", "The"),
         "Prompts of the samples; one sample without a prompt follows them.",
@@ -200,10 +209,14 @@ class TrainingConfig(Section):
 
     save_dir: str = key("checkpoints", "The run folder.", resume="free", min_length=1)
     keep_last: int | None = key(
-        None, "Keep only this many newest checkpoints, with the best; default: keep all.", resume="free", ge=2
+        None, "Keep only this many newest checkpoints, with the best; default: keep all.", resume="free", ge=2, le=10**9
     )
     keep_every: int | None = key(
-        None, "With keep_last: also keep every checkpoint whose step is a multiple of this.", resume="free", ge=1
+        None,
+        "With keep_last: also keep every checkpoint whose step is a multiple of this.",
+        resume="free",
+        ge=1,
+        le=10**9,
     )
 
 
@@ -231,7 +244,7 @@ SECTIONS: dict[str, type[Section]] = {
     "wandb": WandbConfig,
 }
 
-ALIASES = {
+ALIASES: dict[str, tuple[str, dict[bool, str | bool]]] = {
     "model.flash_attention": ("training.attention", {True: "auto", False: "eager"}),
     "model.gradient_checkpointing": ("training.gradient_checkpointing", {True: True, False: False}),
 }

@@ -5,7 +5,8 @@
     ├── DataError        3   the text, the tokenizer, the token cache
     ├── CheckpointError  4   a checkpoint or an export that is absent, damaged or foreign
     ├── TrainingError    5   a run that cannot go on: numbers, a failed check, ranks that disagree
-    └── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
+    ├── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
+    └── Interrupted      130, 143 or 138: SIGINT, SIGTERM or SIGUSR1 asked the run to end
 
 A message is one sentence or a list of them: where, what is wrong with its value, what to do.
 """
@@ -45,3 +46,11 @@ class ResourceError(Smollm2Error):
     """The machine lacks something: disk, memory, a folder that can be written and is free."""
 
     exit_code = 6
+
+
+class Interrupted(Smollm2Error):
+    """A signal asked for the end; work in progress was put away."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

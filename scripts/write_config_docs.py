@@ -1,0 +1,66 @@
+"""Writes docs/config.md and docs/config.schema.json from the classes in smollm2/config.py. A test keeps both current."""
+
+import json
+from pathlib import Path
+
+from smollm2.config import ALIASES, SECTIONS, Config
+from smollm2.config_file import FIELDS, describe_default, describe_key, describe_kind
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+INTRODUCTION = """# Every key of a config
+
+Written by `scripts/write_config_docs.py`; change `smollm2/config.py` instead.
+
+A config file is YAML with the sections `model`, `training`, `data` and `wandb`. Every section and every key may be left
+out. Values come from the defaults below, then the file (`--config FILE`, else `./config.yaml`) or the preset
+(`--preset nano`), then the flags: every key is also a flag, `--training.learning_rate 3e-4`, with a list written
+`"[0.9, 0.95]"`. The key decides how a value is read: `1e-4` is a number, `no` is text where text belongs. Anchors,
+aliases and tags are not read. All mistakes of a file are shown at once, each with its line. The config that a run
+used, each value with its origin, lies in its run folder as `config.yaml`.
+
+*On resume* says what may change between a checkpoint and the run that goes on from it: `free` does not touch the
+numbers, `noted` is allowed and said, `refused` would be another run. `training.batch_size` and
+`training.gradient_accumulation_steps` are refused where their product changes.
+"""
+
+
+def render_markdown() -> str:
+    """docs/config.md."""
+    parts = [INTRODUCTION]
+    for name, section in SECTIONS.items():
+        rows = [
+            f"| `{key}` | {describe_kind(f'{name}.{key}')} | {show_default(f'{name}.{key}')} | {section.resume_rule(key)} "
+            f"| {describe_key(f'{name}.{key}')} |"
+            for key in section.model_fields
+        ]
+        head = ["| key | takes | default | on resume | |", "|---|---|---|---|---|"]
+        parts.append("\n".join([f"## {name}\n\n{section.__doc__}\n", *head, *rows]) + "\n")
+    aliases = [f"- `{alias}`: {describe_key(alias)}" for alias in ALIASES]
+    parts.append("## Read under another name\n\n" + "\n".join(aliases) + "\n")
+    return "\n".join(parts)
+
+
+def show_default(key: str) -> str:
+    """The default as code, or the keys that decide it in words."""
+    default = describe_default(key)
+    return default if default.startswith("from ") else f"`{default}`"
+
+
+def render_schema() -> str:
+    """docs/config.schema.json, by which editors complete and check a config file."""
+    schema = Config.model_json_schema()
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    for alias in ALIASES:
+        section, name = alias.split(".")
+        properties = schema["$defs"][SECTIONS[section].__name__]["properties"]
+        properties[name] = {"type": "boolean", "description": describe_key(alias)}
+    for key in FIELDS:
+        section, name = key.split(".")
+        schema["$defs"][SECTIONS[section].__name__]["properties"][name].pop("resume")
+    return json.dumps(schema, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    (DOCS / "config.md").write_text(render_markdown(), encoding="utf-8", newline="\n")
+    (DOCS / "config.schema.json").write_text(render_schema(), encoding="utf-8", newline="\n")

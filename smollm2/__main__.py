@@ -1,0 +1,7 @@
+"""`python -m smollm2` is the command `smollm2`."""
+
+import sys
+
+from smollm2.cli import main
+
+sys.exit(main())

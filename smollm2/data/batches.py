@@ -1,0 +1,86 @@
+"""Batch n as a pure function of (seed, n), in O(1) memory and time: resuming needs a number and nothing else.
+
+The windows are read in epochs, each in its own order: a keyed bijection of 0..size-1, computed per index and stored
+nowhere. Six rounds of a Feistel network permute the next even power of two; an index that falls outside is
+permuted again until it falls inside (cycle walking), at most 4 times on average. World size only slices a batch.
+"""
+
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from smollm2.data.windows import Windows
+
+ORDER_VERSION = 1
+"""Goes up when (seed, n) comes to mean other windows: a checkpoint of another version is not resumed bit-exactly."""
+
+ROUNDS = 6
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+
+class Batches:
+    """All batches of a run: batch n holds windows n x global_batch_size and on of the epochs laid end to end."""
+
+    def __init__(self, windows: Windows, seed: int, global_batch_size: int) -> None:
+        self.windows, self.seed, self.global_batch_size = windows, seed, global_batch_size
+
+    def window_ids(self, n: int) -> Ints:
+        """The windows of batch n, in order, shape (global_batch_size,)."""
+        size = len(self.windows)
+        epoch, index = np.divmod(n * self.global_batch_size + np.arange(self.global_batch_size), size)
+        seed = np.full(epoch.shape, self.seed, np.uint64)
+        return permute(index, size, _mix(_mix(seed) + epoch.astype(np.uint64)))
+
+    def read(self, n: int, start: int, stop: int) -> tuple[Ints, Ints]:
+        """input_ids and labels of rows start to stop - 1 of batch n, each (stop - start, length)."""
+        rows = [self.windows.read(int(i)) for i in self.window_ids(n)[start:stop]]
+        input_ids, labels = zip(*rows, strict=True)
+        return np.stack(input_ids), np.stack(labels)
+
+    def epoch_of(self, n: int) -> float:
+        """How many times the corpus has been read when batch n begins."""
+        return n * self.global_batch_size / len(self.windows)
+
+
+def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[tuple[Ints, Ints]]:
+    """Rows start to stop - 1 of batches n, n + 1, ...; the next is made while the caller uses this one.
+
+    Close the iterator (or let go of it) to end its thread.
+    """
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(batches.read, n, start, stop)
+        while True:
+            batch, n = coming.result(), n + 1
+            coming = thread.submit(batches.read, n, start, stop)
+            yield batch
+
+
+def permute(index: Ints, size: int, key: Words | np.uint64) -> Ints:
+    """Where each of `index`, within 0..size-1, stands in the order of `key` (one for all, or one for each index)."""
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
+    places = _permute_once(index.astype(np.uint64), half, mask, keys)
+    while (outside := places >= size).any():
+        places[outside] = _permute_once(places[outside], half, mask, keys[outside])
+    return places.astype(np.int64)
+
+
+def _permute_once(x: Words, half: np.uint64, mask: np.uint64, key: Words) -> Words:
+    left, right = x >> half, x & mask
+    for round_number in range(ROUNDS):
+        noise = _mix(_mix(key + np.uint64(round_number)) ^ right)
+        left, right = right, left ^ (noise & mask)
+    return (left << half) | right
+
+
+def _mix(x: Words) -> Words:
+    """splitmix64's finalizer (Steele, Lea, Flood 2014): every bit of x moves every bit of the result."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

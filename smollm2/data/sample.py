@@ -1,0 +1,90 @@
+"""The sample corpus: real English that every Python carries, so that a first run needs no download.
+
+It is the language reference (`pydoc_data.topics`) and the docstrings of the standard library: about 2 MB, one document
+per topic or module. The source files are parsed, never imported: importing `antigravity` opens a browser. Examples
+(`>>>`) are left out, and a sentence that many functions share is kept once.
+"""
+
+import ast
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from smollm2.errors import DataError
+from smollm2.files import write_atomically
+
+SEPARATOR = "\f"
+FEWEST_CHARACTERS = 200
+LEFT_OUT = {"dist-packages", "idle_test", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
+"""Folders that hold other people's packages, or tests instead of prose."""
+
+
+def write_sample_corpus(path: Path) -> str:
+    """Write the corpus to `path`, whole or not at all; returns one line that says where it came from.
+
+    The text is the same for one Python version. Raises DataError where this Python came without its sources.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = dict(read_topics(library)) | dict(read_modules(library))
+    if not documents:
+        raise DataError(
+            f"{library} - this Python came without the sources of its standard library, of which the sample corpus "
+            "is made - name a text of your own with --input_file"
+        )
+    # By title, not by kind: topics and modules lie among one another from the first line to the last.
+    text = SEPARATOR.join(documents[title] + "\n" for title in sorted(documents))
+    write_atomically(path, text.encode("utf-8"))
+    return (
+        f"the language reference and the docstrings of Python {platform.python_version()}'s standard library: "
+        f"{len(documents):,} documents, {len(text) / 1e6:.1f} million characters"
+    )
+
+
+def read_topics(library: Path) -> Iterator[tuple[str, str]]:
+    """The language reference: (title, text) of each topic."""
+    tree = parse_source(library / "pydoc_data" / "topics.py")
+    for statement in tree.body if tree else []:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            for topic, text in ast.literal_eval(statement.value).items():
+                yield f"{topic} (topic)", clean_prose(text)
+
+
+def read_modules(library: Path) -> Iterator[tuple[str, str]]:
+    """The standard library: (title, docstrings in reading order) of each module that has enough of them."""
+    already_read: set[str] = set()
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).with_suffix("").parts
+        if LEFT_OUT.isdisjoint(parts) and (tree := parse_source(path)):
+            docstrings = [text for text in read_docstrings(tree) if text not in already_read]
+            already_read.update(docstrings)
+            text = clean_prose("\n\n".join(dict.fromkeys(docstrings)))
+            if len(text) >= FEWEST_CHARACTERS:
+                yield ".".join(parts), text
+
+
+def parse_source(path: Path) -> ast.Module | None:
+    """The syntax tree of a file; None where it cannot be read, as one that is not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in other people's sources
+        try:
+            return ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            return None
+
+
+def read_docstrings(node: ast.AST) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions, from top to bottom."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if text := ast.get_docstring(node):
+            yield text
+        for child in node.body:
+            yield from read_docstrings(child)
+
+
+def clean_prose(text: str) -> str:
+    """The paragraphs of `text` that are not examples, with no separator among them."""
+    paragraphs = re.split(r"\n\s*\n", text.replace(SEPARATOR, ""))
+    return "\n\n".join(paragraph.rstrip() for paragraph in paragraphs if ">>>" not in paragraph).strip()

@@ -1,0 +1,306 @@
+"""Tokens on disk: cache/<fingerprint>/ holds train.bin, validation.bin and header.json, or is not there at all.
+
+The fingerprint covers the text, the tokenizer, the rule of cutting and the split, so a cache is never stale. It is
+built in a temporary folder, synced and renamed. Opening it costs a header and two sizes, never a pass over the tokens:
+ids are checked when written and again as each window is read. Ids are little-endian uint16 up to 65,536 entries.
+
+Validation: from 20 documents on, whole documents in a fixed random order until the fraction is reached; with fewer,
+the tail of the stream. Neither depends on the run's seed, so runs of several seeds share a cache and compare.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from array import array
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+
+from smollm2.data.batches import permute
+from smollm2.data.text import PIECE_RULE, Text, do_nothing
+from smollm2.data.windows import Tokens, Windows
+from smollm2.errors import DataError, ResourceError
+
+STORE_VERSION = 1
+SPLIT_KEY = 0
+DOCUMENTS_FOR_SPLIT = 20
+UNKNOWN_SAID, UNKNOWN_REFUSED = 0.001, 0.05
+BLOCK = 2**20
+
+
+class Encoder(Protocol):
+    """What the store needs of a tokenizer."""
+
+    vocab_size: int
+    end_of_text: int
+    fingerprint: str
+
+    def encode_counted(self, text: str) -> tuple[list[int], int]:
+        """The ids of `text`, and how many of its bytes they do not express."""
+        ...
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was read and what became of it. `tokens` counts one end of text for each document."""
+
+    characters: int
+    bytes: int
+    documents: int
+    tokens: int
+    unknown_bytes: int
+    unknown_documents: int
+    train_tokens: int
+    validation_tokens: int
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the bytes that the tokenizer cannot express."""
+        return self.unknown_bytes / self.bytes
+
+    @property
+    def characters_per_token(self) -> float:
+        """Characters that one token stands for, on average."""
+        return self.characters / self.tokens
+
+    def describe(self, train: Windows) -> str:
+        """The line that proves that nothing of the corpus is lost."""
+        return (
+            f"{self.characters:,} characters in {self.documents:,} document{'s' * (self.documents != 1)}: "
+            f"{self.tokens:,} tokens ({self.characters_per_token:.2f} characters each, {self.unknown_share:.2%} of the "
+            f"bytes unknown); {self.train_tokens:,} to train on, {self.validation_tokens:,} to validate; "
+            f"{len(train):,} windows of {train.length:,} use {train.tokens_used:,} of {len(train.tokens):,} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The tokens of a corpus, memory-mapped; `validation` is empty where nothing is held out."""
+
+    folder: Path
+    fingerprint: str
+    vocab_size: int
+    train: Tokens
+    validation: Tokens
+    statistics: Statistics
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should hear."""
+        s = self.statistics
+        return (_describe_unknown(s),) if s.unknown_share > UNKNOWN_SAID else ()
+
+
+def prepare_tokens(
+    text: Text,
+    tokenizer: Encoder,
+    cache_dir: Path,
+    validation_fraction: float,
+    *,
+    report: Callable[[float], None] = lambda fraction: None,
+    stop: Callable[[], None] = do_nothing,
+) -> TokenStore:
+    """The tokens of `text`, from the cache, or made and cached. `stop` is called often and may raise.
+
+    Adds at most 300 MB to the memory of the process, for a text of any size. Raises DataError where the tokenizer
+    cannot express the text, ResourceError where the cache cannot be written.
+    """
+    rule = [STORE_VERSION, PIECE_RULE, text.sha256, tokenizer.fingerprint, text.separator, validation_fraction]
+    fingerprint = hashlib.sha256(json.dumps(rule).encode()).hexdigest()
+    folder = cache_dir / fingerprint
+    try:
+        if (store := open_tokens(folder)) is None:
+            _build(text, tokenizer, folder, validation_fraction, report, stop)
+            store = open_tokens(folder)
+    except OSError as error:
+        advice = "free space, or set data.cache_dir to a folder that can be written"
+        raise ResourceError(f"{cache_dir} - the tokens cannot be written there: {error.strerror} - {advice}") from None
+    assert store is not None
+    return store
+
+
+def open_tokens(folder: Path) -> TokenStore | None:
+    """The tokens in `folder`; None where it is absent or its header and sizes do not agree."""
+    try:
+        header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+        statistics = Statistics(**header["statistics"])
+        counts = {"train.bin": statistics.train_tokens, "validation.bin": statistics.validation_tokens}
+        dtype = _choose_dtype(header["vocab_size"])
+        whole = all((folder / name).stat().st_size == count * dtype.itemsize for name, count in counts.items())
+        if not whole or header["fingerprint"] != folder.name:
+            return None
+        train, validation = (
+            np.memmap(folder / name, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+            for name, count in counts.items()
+        )
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return TokenStore(folder, folder.name, header["vocab_size"], train, validation, statistics)
+
+
+def _build(
+    text: Text,
+    tokenizer: Encoder,
+    folder: Path,
+    fraction: float,
+    report: Callable[[float], None],
+    stop: Callable[[], None],
+) -> None:
+    """Make `folder`, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    work = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+    work.mkdir()
+    try:
+        dtype = _choose_dtype(tokenizer.vocab_size)
+        with (work / "train.bin").open("wb") as file:
+            lengths, counts = _write_tokens(text, tokenizer, file, dtype, report, stop)
+        held_out = _split(work, lengths, fraction, dtype.itemsize, stop)
+        statistics = Statistics(**counts, train_tokens=sum(lengths) - held_out, validation_tokens=held_out)
+        header = {"vocab_size": tokenizer.vocab_size, "fingerprint": folder.name, "statistics": asdict(statistics)}
+        (work / "header.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        for file_path in work.iterdir():
+            _sync(file_path)
+        if folder.exists() and open_tokens(folder) is None:  # damaged
+            shutil.rmtree(folder)
+        if not folder.exists():  # else another run was faster
+            work.rename(folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_tokens(
+    text: Text,
+    tokenizer: Encoder,
+    file: IO[bytes],
+    dtype: np.dtype[np.uint16] | np.dtype[np.uint32],
+    report: Callable[[float], None],
+    stop: Callable[[], None],
+) -> "tuple[array[int], dict[str, int]]":
+    """Write all ids in the order of the text; the tokens of each document, and the counts."""
+    lengths: array[int] = array("Q")
+    length = characters = unknown = unknown_here = unknown_documents = 0
+    for piece in text.pieces(stop):
+        ids, lost = tokenizer.encode_counted(piece.text)
+        if piece.last:
+            ids = [*ids, tokenizer.end_of_text]
+        if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+            raise DataError(f"{text.name} - the tokenizer made an id outside its vocabulary - use another tokenizer")
+        file.write(np.array(ids, dtype).tobytes())
+        length, unknown_here, characters = length + len(ids), unknown_here + lost, characters + len(piece.text)
+        if piece.last:
+            lengths.append(length)
+            unknown, unknown_documents = unknown + unknown_here, unknown_documents + (unknown_here > 0)
+            length = unknown_here = 0
+        report(characters / text.characters)
+    counts = {
+        "characters": characters,
+        "bytes": text.size,
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "unknown_bytes": unknown,
+        "unknown_documents": unknown_documents,
+    }
+    if not lengths:
+        raise DataError(f"{text.name} - it holds separators and nothing else - name a text file with --input_file")
+    if unknown / text.size > UNKNOWN_REFUSED:
+        what = _describe_unknown(Statistics(**counts, train_tokens=0, validation_tokens=0))
+        raise DataError(f"{text.name} - {what} - use another tokenizer, such as `auto` or `bytes`")
+    return lengths, counts
+
+
+def _split(work: Path, lengths: "array[int]", fraction: float, itemsize: int, stop: Callable[[], None]) -> int:
+    """Move the validation tokens from train.bin to validation.bin; how many they are."""
+    train, validation, total = work / "train.bin", work / "validation.bin", sum(lengths)
+    validation.touch()
+    if fraction == 0:
+        return 0
+    if len(lengths) < DOCUMENTS_FOR_SPLIT:
+        held_out = max(2, round(total * fraction))
+        if total - held_out < 2:
+            return 0
+        with train.open("rb+") as file, validation.open("wb") as tail:
+            file.seek((total - held_out) * itemsize)
+            shutil.copyfileobj(file, tail, BLOCK)
+            file.truncate((total - held_out) * itemsize)
+        return held_out
+    chosen = _choose_documents(lengths, total * fraction)
+    everything = train.rename(work / "all.bin")
+    with everything.open("rb") as source, train.open("wb") as kept, validation.open("wb") as held:
+        for i, length in enumerate(lengths):
+            _copy(source, held if chosen[i] else kept, length * itemsize, stop)
+    everything.unlink()
+    return sum(length for i, length in enumerate(lengths) if chosen[i])
+
+
+def _choose_documents(lengths: "array[int]", target: float) -> bytearray:
+    """1 for each validation document. One that would take them over 1.5 times the target is passed over.
+
+    At least one is chosen and never all: the shortest of 20 is at most a twentieth of the text.
+    """
+    chosen, taken, count = bytearray(len(lengths)), 0, len(lengths)
+    for first in range(0, count, BLOCK):
+        order = permute(np.arange(first, min(count, first + BLOCK)), count, np.uint64(SPLIT_KEY))
+        for i in order.tolist():
+            if taken >= target:
+                return chosen
+            if taken + lengths[i] <= 1.5 * target:
+                chosen[i], taken = 1, taken + lengths[i]
+    if not taken:
+        chosen[min(range(count), key=lengths.__getitem__)] = 1
+    return chosen
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int, stop: Callable[[], None]) -> None:
+    stop()
+    while size:
+        block = source.read(min(size, BLOCK))
+        target.write(block)
+        size -= len(block)
+
+
+def _choose_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def _describe_unknown(s: Statistics) -> str:
+    return (
+        f"the tokenizer cannot express {s.unknown_share:.2%} of the bytes "
+        f"({s.unknown_bytes:,} in {s.unknown_documents:,} of {s.documents:,} documents)"
+    )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs of this machine left behind while they made `folder`."""
+    for leftover in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*"):
+        if leftover.suffix[1:].isdecimal() and not _is_alive(int(leftover.suffix[1:])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # there os.kill(pid, 0) would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _sync(path: Path) -> None:
+    """Make a file or a folder survive a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

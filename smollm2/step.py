@@ -1,0 +1,133 @@
+"""One optimizer update: micro-batches, one division by the global count, clip, finite?, step.
+
+The unit is the global batch. How it is cut into micro-batches and over ranks changes rounding, nothing else: every
+micro-batch's loss sum is divided by the number of targets in the whole batch, known before the first forward pass.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smollm2.errors import ConfigError, TrainingError
+from smollm2.optim import set_learning_rate
+from smollm2.runtime import Runtime
+
+MAX_SKIPS_IN_A_ROW = 10
+MAX_SKIPS_IN_1000 = 10
+MAX_OVERFLOWS_IN_A_ROW = 20
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update reports: `loss` is the global mean without z-loss, `grad_norm` the norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    skipped: bool
+
+
+def micro_batch_size(global_batch: int, world_size: int, batch_size: int) -> int:
+    """Sequences in one forward pass of one rank: the largest divisor of the rank's share up to `batch_size`.
+
+    Raises ConfigError, naming the nearest batch that divides, where the ranks cannot share the global batch equally.
+    """
+    if global_batch % world_size:
+        lower = global_batch // world_size * world_size
+        nearest = [n for n in (lower, lower + world_size) if n]
+        raise ConfigError(
+            f"training.batch_size x training.gradient_accumulation_steps is {global_batch} sequences, which {world_size} "
+            f"devices cannot share equally; nearest that they can: {' or '.join(map(str, nearest))}"
+        )
+    share = global_batch // world_size
+    return max(n for n in range(1, min(share, batch_size) + 1) if share % n == 0)
+
+
+def update(
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    runtime: Runtime,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    z_loss: float = 0.0,
+) -> StepResult:
+    """One update from this rank's micro-batches of (input_ids, labels), each (B, T).
+
+    Weights and moments move only where the loss and the gradient's norm are finite, on every rank or on none.
+    """
+    started = time.perf_counter()
+    set_learning_rate(optimizers, learning_rate)
+    loss, tokens = accumulate_gradients(model, micro_batches, runtime, z_loss=z_loss)
+    for optimizer in optimizers.values():
+        runtime.scaler.unscale_(optimizer)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()  # the one wait for the device
+    finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+    if finite:
+        if max_grad_norm and norm_value > max_grad_norm:
+            torch._foreach_mul_(gradients, max_grad_norm / (norm_value + 1e-6))
+        for optimizer in optimizers.values():
+            optimizer.step()
+    adjust_scale(runtime.scaler)
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_value, norm_value, learning_rate, tokens, time.perf_counter() - started, not finite)
+
+
+def accumulate_gradients(
+    model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]], runtime: Runtime, *, z_loss: float = 0.0
+) -> tuple[Tensor, int]:
+    """Add to every parameter's `grad` the gradient of the global mean loss; returns that loss and the target count."""
+    local = torch.stack([(labels != -100).sum() for _, labels in micro_batches]).sum()
+    count = runtime.sum(local)
+    scale = runtime.world_size / count.float()  # DDP averages gradients over ranks
+    total = torch.zeros((), dtype=torch.float32, device=runtime.device)
+    for index, (input_ids, labels) in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else runtime.accelerator.no_sync(model):
+            with runtime.autocast():
+                loss, _ = model(input_ids, labels, z_loss=z_loss)
+            runtime.scaler.scale(loss * scale).backward()
+        total += loss.detach()
+    return runtime.sum(total) / count, int(count)
+
+
+def adjust_scale(scaler: torch.amp.GradScaler) -> None:
+    """Let fp16's loss scale halve after an overflow and double after 2,000 good steps. Raises TrainingError below 1:
+    torch's scaler goes on to exactly 0, and the next healthy step then writes NaN into the weights."""
+    if not scaler.is_enabled():
+        return
+    scaler.update()
+    if scaler.get_scale() < 1:
+        raise TrainingError(
+            "fp16 overflows even at a loss scale of 1: the gradients do not fit; use training.precision bf16 or float32, "
+            "or a lower training.learning_rate"
+        )
+
+
+def too_many_skips(skipped: Sequence[int], step: int, *, fp16: bool) -> str | None:
+    """Why a run that skipped the updates `skipped` must stop after `step`, or None.
+
+    Ten in a row or 1 % of the last 1,000; with fp16, whose overflows belong to finding the scale, 20 in a row.
+    """
+    run = 0
+    while run < len(skipped) and skipped[-1 - run] == step - run:
+        run += 1
+    limit = MAX_OVERFLOWS_IN_A_ROW if fp16 else MAX_SKIPS_IN_A_ROW
+    if run >= limit:
+        return f"{run} updates in a row had a loss or gradient that is not finite"
+    recent = sum(s > step - 1000 for s in skipped)
+    if not fp16 and recent > MAX_SKIPS_IN_1000:
+        return f"{recent} of the last 1000 updates had a loss or gradient that is not finite"
+    return None

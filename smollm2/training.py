@@ -1,0 +1,570 @@
+"""A run, from the first line to the last: open what it needs, make the updates, leave a model behind.
+
+What the loop remembers between two updates is `Progress`, saved whole; the rate is a function of the step, a batch of
+the seed and its number, a sample of the seed and the step. So a run that was killed and resumed goes on bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smollm2 import checkpoint
+from smollm2.attention import check_backend, choose_backend
+from smollm2.config import Config
+from smollm2.config_file import changed_on_resume, effective_config_yaml
+from smollm2.data.batches import ORDER_VERSION, Batches, prefetched
+from smollm2.data.sample import write_sample_corpus
+from smollm2.data.store import TokenStore, prepare_tokens
+from smollm2.data.text import open_text
+from smollm2.data.windows import Ints, Windows
+from smollm2.errors import CheckpointError, ConfigError, Interrupted, Smollm2Error, TrainingError
+from smollm2.evaluation import evaluate_on_ranks, spread
+from smollm2.files import lock_folder, probe_folder, write_atomically
+from smollm2.generation import generate
+from smollm2.loading import check_shapes
+from smollm2.model import Block, SmolLM2
+from smollm2.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states
+from smollm2.runtime import (
+    Runtime,
+    compile_blocks,
+    environment,
+    machine_facts,
+    random_state,
+    restore_random_state,
+    start_runtime,
+)
+from smollm2.step import StepResult, micro_batch_size, too_many_skips, update
+from smollm2.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
+from smollm2.tracking.base import Fanout, Sample
+from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
+from smollm2.tracking.jsonl import JsonlTracker
+from smollm2.tracking.wandb import make_run_id, prepare_environment, start_wandb
+
+State = dict[str, Any]
+"""A checkpoint's content, as checkpoint.py describes it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All that the loop remembers. `loss` is that of the last update, `skipped` the updates that were not finite."""
+
+    step: int = 0
+    tokens: int = 0
+    loss: float = math.nan
+    best_validation_loss: float = math.inf
+    skipped: tuple[int, ...] = ()
+
+    def after(self, result: StepResult) -> "Progress":
+        """One update further; a skipped one counts."""
+        step = self.step + 1
+        skipped = (*self.skipped, step) if result.skipped else self.skipped
+        return Progress(step, self.tokens + result.tokens, result.loss, self.best_validation_loss, skipped)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The live objects of a run, which its functions share."""
+
+    config: Config
+    runtime: Runtime
+    tokenizer: Tokenizer
+    store: TokenStore
+    batches: Batches
+    validation: Windows | None
+    model: SmolLM2
+    prepared: nn.Module  # the model as it is called in training: itself, or wrapped for several ranks
+    optimizers: Mapping[str, Optimizer]
+    tracker: Fanout
+    rows: JsonlTracker | None
+    wandb_run_id: str
+    resumed_step: int
+
+
+@dataclass
+class Meter:
+    """Tokens and seconds of the updates since the last report; evaluation, samples and saves are outside."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        """One update more."""
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+
+    def take(self) -> float:
+        """Tokens per second since the last call."""
+        rate = self.tokens / self.seconds
+        self.tokens, self.seconds = 0, 0.0
+        return rate
+
+
+def train(
+    config: Config,
+    *,
+    resume: str = "",
+    checkpoint_path: str | Path | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> Progress:
+    """Train as `config` says, and return where the run ended.
+
+    `resume="auto"` goes on from the newest valid checkpoint in save_dir, if there is one; `checkpoint_path` from that
+    one. `origins` says where each value came from, for the run folder's config.yaml. Raises a Smollm2Error for what a
+    user can mend, among them Interrupted after a signal, when the run is saved.
+    """
+    runtime = start_runtime(config.training)
+    folder = Path(config.training.save_dir)
+    is_new = not folder.exists()
+    log = RunLog(folder, runtime.rank, find_secrets(environment()))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runtime.stop.listening())
+        quiet = None if runtime.rank == 0 else stack.enter_context(Path(os.devnull).open("w"))
+        console = ConsoleTracker(config.training.train_steps, 0, quiet, log)
+        try:
+            if runtime.rank == 0:
+                probe_folder(folder)
+                stack.enter_context(lock_folder(folder))
+            start = find_start(folder, resume, checkpoint_path, console)
+            run = open_run(config, runtime, start, origins or {}, console, stack)
+            progress = restore(run, *start) if start else Progress()
+        except Smollm2Error:
+            stack.close()
+            if is_new and runtime.rank == 0:  # nothing was trained: leave nothing behind
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if progress.step == config.training.train_steps:
+            more = f"--resume auto --train_steps {2 * progress.step}"
+            console.say(f"{folder}: all {progress.step} updates are done; for more: {more}")
+            return progress
+        started = time.perf_counter()
+        console.show_page("SmolLM2 Training", start_page(run, progress))
+        try:
+            progress = run_steps(run, progress)
+        except Exception as error:
+            log.write_error(error)
+            if isinstance(error, TrainingError):
+                raise TrainingError(f"{error} ({log.path})") from None
+            raise
+        console.show_page("Done", end_page(run, progress, time.perf_counter() - started))
+    return progress
+
+
+def run_steps(run: Run, progress: Progress) -> Progress:
+    """From `progress` to the last step. Raises Interrupted after a signal, TrainingError where the numbers fail."""
+    t, runtime, tracker = run.config.training, run.runtime, run.tracker
+    share = run.config.global_batch_size // runtime.world_size
+    size = micro_batch_size(run.config.global_batch_size, runtime.world_size, t.batch_size)
+    first_row = runtime.rank * share
+    meter = Meter()
+    with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
+        while progress.step < t.train_steps:
+            result = update(
+                run.prepared,
+                run.optimizers,
+                split(next(batches), size, runtime),
+                runtime,
+                learning_rate=learning_rate_at(progress.step, t),
+                max_grad_norm=t.max_grad_norm,
+                z_loss=t.z_loss,
+            )
+            progress = progress.after(result)
+            step, last = progress.step, progress.step == t.train_steps
+            meter.add(result)
+            if result.skipped:
+                handle_skip(run, progress, result)
+            if step == 1 or due(step, t.log_interval, last):
+                tracker.log(report(run, progress, result, meter), step)
+            validation_loss = None
+            if run.validation and due(step, t.eval_interval, last):
+                validation_loss = validate(run, step, size, whole=last)
+                progress = dataclasses.replace(
+                    progress, best_validation_loss=min(progress.best_validation_loss, validation_loss)
+                )
+            if t.sample_tokens and due(step, t.sample_interval, last):
+                tracker.log_text(draw_samples(run, step), step)
+            stop = runtime.stop_requested()
+            if stop or due(step, t.save_interval, last):
+                save(run, progress, validation_loss)
+            if stop and not last:
+                raise Interrupted(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved", stop)
+    return progress
+
+
+def due(step: int, interval: int, last: bool) -> bool:
+    """Whether a duty of this interval (0: never) falls on this step; every duty falls on the last."""
+    return last or (interval > 0 and step % interval == 0)
+
+
+def split(batch: tuple[Ints, Ints], size: int, runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
+    """This rank's input_ids and labels as micro-batches of `size` sequences, on the device."""
+    input_ids, labels = (torch.split(runtime.to_device(array), size) for array in batch)
+    return list(zip(input_ids, labels, strict=True))
+
+
+def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
+    """The row of one update; everything but tokens_per_second is the same whenever and wherever it is computed again."""
+    return {
+        "tokens": progress.tokens,
+        "epoch": run.batches.epoch_of(progress.step),
+        "loss": result.loss,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "skipped": len(progress.skipped),
+        "tokens_per_second": meter.take(),
+    }
+
+
+def handle_skip(run: Run, progress: Progress, result: StepResult) -> None:
+    """Say which update was skipped, on which windows. Raises TrainingError, with a checkpoint, where it must not go on."""
+    step, fp16 = progress.step, run.runtime.scaler.is_enabled()
+    windows = run.batches.window_ids(step - 1).tolist()
+    numbers = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+    run.tracker.log_event(
+        "skip", f"step {step}: not finite ({numbers}); weights left as they were", step, windows=windows
+    )
+    reason = too_many_skips(progress.skipped, step, fp16=fp16)
+    if reason is None and run.config.training.on_nonfinite == "stop" and not fp16:
+        reason = f"step {step} was not finite ({numbers}) and training.on_nonfinite is stop"
+    if reason:
+        save(run, progress, None)
+        raise TrainingError(
+            f"{reason}; the run is saved at step {step}. Lower training.learning_rate, or use training.precision float32"
+        )
+
+
+def validate(run: Run, step: int, size: int, *, whole: bool) -> float:
+    """Log validation loss and bits per byte over a fixed spread of windows, at the end over all of them."""
+    assert run.validation is not None
+    count = len(run.validation)
+    indices = spread(count, count if whole else run.config.training.eval_windows)
+    bytes_per_token = run.tokenizer.bytes_per_token
+    found = evaluate_on_ranks(
+        run.prepared, run.validation, indices, bytes_per_token, batch_size=size, runtime=run.runtime
+    )
+    run.tracker.log({"validation_loss": found.loss, "validation_bpb": found.bits_per_byte}, step)
+    return found.loss
+
+
+def draw_samples(run: Run, step: int) -> list[Sample]:
+    """What the model writes after each prompt, and after none; drawn from the seed and the step alone."""
+    t = run.config.training
+    prompts = [*t.sample_prompts, ""]
+    with run.runtime.autocast():
+        texts = generate(
+            run.model, run.tokenizer, prompts, max_new_tokens=t.sample_tokens, seed=(t.seed + step) % 2**63
+        )
+    return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def find_start(
+    folder: Path, resume: str, checkpoint_path: str | Path | None, console: ConsoleTracker
+) -> tuple[Path, State] | None:
+    """The checkpoint to go on from. Raises CheckpointError where it is absent, or where a run would bury another."""
+    if checkpoint_path is not None:
+        path = Path(checkpoint_path)
+        if not path.is_file():
+            raise CheckpointError(checkpoint.describe_missing(path))
+        return path, checkpoint.load_checkpoint(path)
+    if resume == "auto":
+        return checkpoint.find_resumable(folder, console.say)
+    existing = checkpoint.list_checkpoints(folder)
+    if existing:
+        raise CheckpointError(
+            f"{folder} - it holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name} - go on with it by "
+            f"--resume auto, or start afresh in another folder by --save_dir {free_folder(folder)}"
+        )
+    return None
+
+
+def free_folder(folder: Path) -> Path:
+    """A name beside `folder` that nothing has."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10**6))
+    return next(path for path in numbered if not path.exists())
+
+
+def open_run(
+    config: Config,
+    runtime: Runtime,
+    start: tuple[Path, State] | None,
+    origins: Mapping[str, str],
+    console: ConsoleTracker,
+    stack: contextlib.ExitStack,
+) -> Run:
+    """Text, tokenizer, tokens, model, optimizers and trackers. Raises the error of whatever cannot be had."""
+    t, folder = config.training, Path(config.training.save_dir)
+    micro_batch_size(config.global_batch_size, runtime.world_size, t.batch_size)
+    tokenizer, store = open_corpus(config, runtime, start, origins, console)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        console.say(f"model.vocab_size: {config.model.vocab_size:,} -> {tokenizer.vocab_size:,}, the tokenizer's")
+        config = config.with_vocab_size(tokenizer.vocab_size)
+    if start:
+        check_changes(config, start, store, console)
+    windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size)
+    validation = None
+    if len(store.validation) > 1:
+        validation = Windows(store.validation, t.sequence_length, t.sequence_length, tokenizer.vocab_size)
+    console.say(store.statistics.describe(windows))
+    model = build_model(config, runtime)
+    prepared = runtime.accelerator.prepare_model(model)
+    trackers: list[Any] = [console]
+    rows = None
+    if runtime.rank == 0:
+        rows = JsonlTracker(folder, start[1]["step"] if start else 0, console.say)
+        trackers.append(rows)
+        write_atomically(folder / "config.yaml", effective_config_yaml(config, dict(origins)).encode())
+        tokenizer.save(folder / "tokenizer")
+    run_id = start[1]["wandb_run_id"] if start else ""
+    if runtime.rank == 0 and config.wandb.enabled:
+        run_id = run_id or make_run_id()
+        found = prepare_environment(environment())
+        wandb = start_wandb(config.wandb, config.model_dump(mode="json"), folder, run_id, found, console.say)
+        trackers += [wandb] if wandb else []
+    tracker = Fanout(trackers)
+    stack.callback(tracker.close)
+    return Run(
+        config=config,
+        runtime=runtime,
+        tokenizer=tokenizer,
+        store=store,
+        batches=Batches(windows, t.seed, config.global_batch_size),
+        validation=validation,
+        model=model,
+        prepared=prepared,
+        optimizers=build_optimizers(model, t),
+        tracker=tracker,
+        rows=rows,
+        wandb_run_id=run_id,
+        resumed_step=start[1]["step"] if start else 0,
+    )
+
+
+def open_corpus(
+    config: Config,
+    runtime: Runtime,
+    start: tuple[Path, State] | None,
+    origins: Mapping[str, str],
+    console: ConsoleTracker,
+) -> tuple[Tokenizer, TokenStore]:
+    """The tokenizer and the tokens; rank 0 makes what is absent, the others then read it."""
+    data, cache = config.data, Path(config.data.cache_dir)
+    stop = runtime.stop.raise_if_set
+    with runtime.accelerator.main_process_first():
+        asked_for = data.input != "input.txt" or origins.get("data.input", "default").startswith("--")
+        if not asked_for and not Path(data.input).exists():
+            console.say(
+                f"{data.input}: not there, so the sample corpus is made: {write_sample_corpus(Path(data.input))}"
+            )
+        text = open_text(data.input, cache, data.document_separator, stop=stop)
+        for note in text.notes:
+            console.say(note)
+        if start:
+            saved = start[1]["tokenizer"]
+            tokenizer = tokenizer_from_text(saved["text"], saved["end_of_text"])
+        elif data.tokenizer != "auto":
+            tokenizer = load_tokenizer(data.tokenizer, say=console.say)
+        else:
+            key = hashlib.sha256(f"1 {text.sha256} {text.separator} {config.model.vocab_size}".encode()).hexdigest()
+            trained = cache / f"tokenizer-{key[:32]}.json"
+            if not trained.exists():
+                console.say(f"training a tokenizer of up to {config.model.vocab_size:,} entries on {text.name}")
+                made = train_tokenizer(text.sample(stop=stop), config.model.vocab_size)
+                probe_folder(cache)
+                write_atomically(trained, made.text.encode())
+            tokenizer = tokenizer_from_text(trained.read_text(encoding="utf-8"))
+        store = prepare_tokens(
+            text,
+            tokenizer,
+            cache,
+            data.validation_fraction,
+            report=lambda f: console.show_progress("tokenizing", f),
+            stop=stop,
+        )
+    for note in store.notes:
+        console.say(note)
+    return tokenizer, store
+
+
+def check_changes(config: Config, start: tuple[Path, State], store: TokenStore, console: ConsoleTracker) -> None:
+    """Say what a resume changes. Raises CheckpointError for what makes it another run, ConfigError for a run that is
+    shorter than what was done."""
+    path, state = start
+    t = config.training
+    if state["step"] > t.train_steps:
+        raise ConfigError(
+            f"training.train_steps: {t.train_steps} is less than the {state['step']} that {path} has done; raise it"
+        )
+    changes = changed_on_resume(Config.model_validate_json(state["config"]), config)
+    refused = [f"{c.key} {c.old} -> {c.new}" for c in changes if c.rule == "refused"]
+    if state["data"]["tokens_fingerprint"] != store.fingerprint and not refused:
+        refused = ["the text behind data.input is another one"]
+    if refused:
+        raise CheckpointError(
+            f"{path} - it belongs to another run: {', '.join(refused)} - undo that, or start afresh with "
+            f"--save_dir {free_folder(Path(t.save_dir))}"
+        )
+    for change in changes:
+        if change.rule == "noted":
+            console.say(
+                f"{change.key}: {change.old} -> {change.new}; from here the run is not bit-exact with the uninterrupted one"
+            )
+    old, new = state["scheduler"]["learning_rate"], learning_rate_at(max(0, state["step"] - 1), t)
+    if not math.isclose(old, new):
+        console.say(f"learning rate at step {state['step']}: {old:.3e} -> {new:.3e}")
+
+
+def build_model(config: Config, runtime: Runtime) -> SmolLM2:
+    """The model on its device, at the weights of the seed, with attention, checkpointing and compilation as asked."""
+    t, m = config.training, config.model
+    torch.manual_seed(t.seed)
+    model = SmolLM2(m).to(runtime.device)
+    backend = choose_backend(t.attention, runtime.device.type, runtime.precision.dtype)
+    problem = check_backend(
+        backend, runtime.device, runtime.precision.dtype, (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
+    )
+    if problem:
+        raise TrainingError(f"{problem}; use training.attention: eager")
+    for layer in model.model.layers:
+        layer.self_attn.backend = backend
+    model.model.checkpointing = t.gradient_checkpointing
+    if t.compile:
+        compile_blocks(model.model.layers)
+    return model
+
+
+def restore(run: Run, path: Path, state: State) -> Progress:
+    """Put a checkpoint back, everything or nothing, the random state last."""
+    check_shapes(run.model.state_dict(), state["model"], path)
+    try:
+        load_optimizer_states(run.optimizers, state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} - its optimizer state does not fit: {error} - start afresh with another --save_dir"
+        ) from None
+    run.model.load_state_dict(state["model"])
+    if state["scaler"]:
+        run.runtime.scaler.load_state_dict(state["scaler"])
+    facts = machine_facts(run.runtime)
+    moved = [f"{name} {old} -> {facts.get(name)}" for name, old in state["env"].items() if facts.get(name) != old]
+    exact = f"not bit-exact, because of {', '.join(moved)}" if moved else "bit-exact"
+    run.tracker.log_event("resume", f"resuming from {path} after step {state['step']}: {exact}", state["step"])
+    restore_random_state(state["rng"])
+    return Progress(
+        step=state["step"],
+        tokens=state["tokens"],
+        loss=state["loss"],
+        best_validation_loss=state["stability"]["best_validation_loss"],
+        skipped=tuple(state["stability"]["skipped"]),
+    )
+
+
+def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
+    """What is trained, on what, with which data."""
+    t, m, runtime = run.config.training, run.config.model, run.runtime
+    parameters = sum(p.numel() for p in run.model.parameters())
+    tokens = run.config.global_batch_size * t.sequence_length
+    block = cast(Block, run.model.model.layers[0])
+    heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
+    ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
+    return [
+        ("model", f"{parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}"),
+        ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
+        ("precision", f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}"),
+        ("text", f"{run.config.data.input}: {len(run.batches.windows):,} windows of {t.sequence_length} tokens"),
+        ("batch", f"{run.config.global_batch_size} sequences = {tokens:,} tokens an update"),
+        (
+            "updates",
+            f"{progress.step:,} of {t.train_steps:,} done; {run.batches.epoch_of(t.train_steps):.1f} epochs in all",
+        ),
+        (
+            "optimizer",
+            f"{t.optimizer}, rate {t.learning_rate:g}, {t.warmup_steps} updates of warmup, then {t.schedule}",
+        ),
+        ("run folder", t.save_dir),
+    ]
+
+
+def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, str]]:
+    """What the run left behind."""
+    folder = Path(run.config.training.save_dir)
+    rows = [
+        ("time", str(datetime.timedelta(seconds=round(seconds)))),
+        ("loss", f"{progress.loss:.4f}"),
+        ("model", str(folder / f"step_{progress.step:04d}.pt")),
+        ("samples", str(folder / "samples.jsonl")),
+        ("metrics", str(folder / "metrics.jsonl")),
+    ]
+    if run.validation:
+        rows.insert(2, ("best validation loss", f"{progress.best_validation_loss:.4f}"))
+    return rows
+
+
+def save(run: Run, progress: Progress, validation_loss: float | None) -> None:
+    """Write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say."""
+    if run.runtime.rank or run.rows is None:
+        return
+    t, folder = run.config.training, Path(run.config.training.save_dir)
+    run.rows.sync()
+    path = checkpoint.save_checkpoint(folder, state_of(run, progress), step=progress.step)
+    if validation_loss is not None:
+        checkpoint.note_best(folder, path, progress.step, validation_loss)
+    if t.keep_last is not None:
+        checkpoint.prune_checkpoints(folder, t.keep_last, t.keep_every, protected={run.resumed_step})
+    run.tracker.log_event("checkpoint", f"saved {path}", progress.step, path=str(path))
+
+
+def state_of(run: Run, progress: Progress) -> State:
+    """All that a run needs to go on, and the tokenizer, so that a checkpoint is complete alone; plain types only."""
+    t, batches = run.config.training, run.batches
+    return {
+        "format": checkpoint.FORMAT,
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "loss": progress.loss,
+        "model": run.model.state_dict(),
+        "optimizer": optimizer_states(run.optimizers),
+        "scheduler": {
+            "schedule": t.schedule,
+            "step": progress.step,
+            "learning_rate": learning_rate_at(max(0, progress.step - 1), t),
+            "warmup_steps": t.warmup_steps,
+            "train_steps": t.train_steps,
+            "decay_steps": t.decay_steps,
+        },
+        "scaler": run.runtime.scaler.state_dict(),
+        "data": {
+            "seed": t.seed,
+            "epoch": int(batches.epoch_of(progress.step)),
+            "next_batch": progress.step,
+            "order_version": ORDER_VERSION,
+            "tokens_fingerprint": run.store.fingerprint,
+            "tokens": len(run.store.train),
+            "windows": len(batches.windows),
+        },
+        "rng": random_state(),
+        "stability": {"skipped": list(progress.skipped), "best_validation_loss": progress.best_validation_loss},
+        "best": {},
+        "config": run.config.model_dump_json(),
+        "tokenizer": {
+            "text": run.tokenizer.text,
+            "fingerprint": run.tokenizer.fingerprint,
+            "vocab_size": run.tokenizer.vocab_size,
+            "end_of_text": run.tokenizer.end_of_text,
+        },
+        "env": machine_facts(run.runtime),
+        "wandb_run_id": run.wandb_run_id,
+        "created_unix": time.time(),
+    }

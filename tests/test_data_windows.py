@@ -1,0 +1,68 @@
+"""Every token but the first is a target exactly once, whatever the length and stride."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smollm2.data.windows import NO_TARGET, Windows
+from smollm2.errors import DataError
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
+    length = draw(st.integers(1, 40))
+    return draw(st.integers(2, 300)), length, draw(st.integers(1, length))
+
+
+@settings(max_examples=300, deadline=None)
+@given(shapes())
+def test_every_token_but_the_first_is_a_target_exactly_once(shape: tuple[int, int, int]) -> None:
+    count, length, stride = shape
+    tokens = np.arange(count, dtype=np.uint16)
+    windows = Windows(tokens, length, stride, count)
+    targets: list[int] = []
+    for i in range(len(windows)):
+        input_ids, labels = windows.read(i)
+        assert input_ids.shape == labels.shape == (length,)
+        used = labels != NO_TARGET
+        assert used.any()
+        assert np.array_equal(labels[used], input_ids[used] + 1)  # the stream counts: the next token is one more
+        targets += labels[used].tolist()
+    assert targets == list(range(1, count))
+    assert windows.tokens_used == count
+
+
+def test_the_tokens_before_a_windows_targets_are_its_context() -> None:
+    input_ids, labels = Windows(np.arange(10, dtype=np.uint16), 4, 2, 10).read(1)
+    assert input_ids.tolist() == [2, 3, 4, 5]
+    assert labels.tolist() == [NO_TARGET, NO_TARGET, 5, 6]
+
+
+def test_the_last_window_is_padded_and_not_dropped() -> None:
+    windows = Windows(np.arange(7, dtype=np.uint16), 4, 4, 7)
+    assert len(windows) == 2
+    input_ids, labels = windows.read(1)
+    assert input_ids.tolist() == [4, 5, 0, 0]
+    assert labels.tolist() == [5, 6, NO_TARGET, NO_TARGET]
+
+
+def test_a_text_shorter_than_a_window_is_one_padded_window() -> None:
+    windows = Windows(np.array([3, 1], np.uint16), 8, 8, 4)
+    assert len(windows) == 1
+    assert windows.read(0)[1].tolist() == [1] + [NO_TARGET] * 7
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_tokens_are_refused(count: int) -> None:
+    with pytest.raises(DataError, match=f"{count} tokens are too few"):
+        Windows(np.zeros(count, np.uint16), 4, 4, 10)
+
+
+def test_an_id_outside_the_vocabulary_is_found_as_it_is_read() -> None:
+    tokens = np.arange(12, dtype=np.uint16)
+    tokens[9] = 500
+    windows = Windows(tokens, 4, 4, 12)
+    windows.read(0)
+    with pytest.raises(DataError, match="token 9 is id 500, outside the vocabulary of 12"):
+        windows.read(2)

@@ -1,0 +1,78 @@
+"""Small models and their transformers twins, which several test files compare."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from smollm2.config import ModelConfig
+from smollm2.model import SmolLM2
+
+
+def small_config(**changes: object) -> ModelConfig:
+    """Three layers, grouped heads; any key changed."""
+    values: dict[str, object] = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "norm": "rmsnorm",
+        "initializer_range": 0.1,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def small_model(seed: int = 0, **changes: object) -> SmolLM2:
+    """A model whose norms are not at their first values, so that a lost weight or bias shows."""
+    model = SmolLM2(small_config(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    model.initialize(generator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def transformers_twin(model: SmolLM2) -> torch.nn.Module:
+    """transformers' LlamaForCausalLM or StableLmForCausalLM with the same weights, loaded strictly by name."""
+    import transformers
+
+    config = model.config
+    shared = {name: getattr(config, name) for name in type(config).model_fields}
+    rope = {"rope_theta": shared.pop("rope_theta"), "rope_type": "default"}
+    norm, eps = shared.pop("norm"), shared.pop("norm_eps")
+    if norm == "rmsnorm":
+        twin = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**shared, rms_norm_eps=eps, rope_parameters=rope, attn_implementation="sdpa")
+        )
+    else:
+        rope["partial_rotary_factor"] = 1.0
+        twin = transformers.StableLmForCausalLM(
+            transformers.StableLmConfig(
+                **shared, layer_norm_eps=eps, rope_parameters=rope, use_qkv_bias=False, attn_implementation="sdpa"
+            )
+        )
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return twin.eval()
+
+
+def write_hugging_face_folder(model: SmolLM2, folder: Path, **changes: object) -> Path:
+    """config.json (transformers 4's names) and model.safetensors of a model, some config values changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "llama",
+        **model.config.model_dump(exclude={"norm", "norm_eps"}),
+        "rms_norm_eps": model.config.norm_eps,
+        **changes,
+    }
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
