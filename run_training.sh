@@ -6,7 +6,7 @@ unset CDPATH
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 # sha256 of the shipped config.yaml: only that one is ever replaced by a preset. A test keeps this line current.
-SHIPPED_CONFIG=0000000000000000000000000000000000000000000000000000000000000000
+SHIPPED_CONFIG=f054bf1b920ebfc7f8e91133774b0c773c38db5962c6214b7292c40a8216610a
 
 # Standard input may be the user's text: it is for the trainer alone.
 scripts/environment.sh </dev/null
@@ -22,21 +22,22 @@ for argument in "$@"; do
 done
 [ -n "$chooses_start" ] || set -- --resume auto "$@"
 
-# Prints what the shipped config would cost here where that is over an hour, else nothing.
+# Prints what the shipped config would cost here where that is over an hour, else nothing. Flags do not count: the same
+# folder must get the same model whatever they say.
 ESTIMATE='
 import hashlib, sys
 from pathlib import Path
 config = Path("config.yaml")
 if config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == sys.argv[1]:
-    from smollm2.plan import estimate_here
-    hours = estimate_here(config) / 3600
-    if hours > 1:
-        print(f"about {hours:,.0f} hours")
+    from smollm2.plan import estimate_here, show_seconds
+    seconds = estimate_here(config)
+    if seconds > 3600:
+        print(show_seconds(seconds))
 '
 if [ -z "$chooses_config" ]; then
     cost=$("$python" -c "$ESTIMATE" "$SHIPPED_CONFIG" </dev/null)
     if [ -n "$cost" ]; then
-        echo "config.yaml as shipped would take $cost here, so this run takes the preset nano: some minutes."
+        echo "config.yaml as shipped would take about $cost here, so this run takes the preset nano: some minutes."
         echo "For the full one: ./run_training.sh --config config.yaml"
         set -- --preset nano "$@"
     fi

@@ -41,18 +41,25 @@ is_current() {
     [ "$present" = "$now wandb,dev" ] || [ "$present" = "$now $extras" ]
 }
 
-# A name on the PATH may be a launcher without a Python behind it, so each is tried.
+# .venv's own Python where that works, else one that can make a .venv. A name on the PATH may be a launcher without a
+# Python behind it, so each is tried.
 find_python() {
     local name code found=""
+    set_environment_python
+    python=$environment_python
+    ! "$python" -m pip --version >/dev/null 2>&1 || return 0
     for name in python3.13 python3.12 python3.11 python3 python; do
         code=0
-        "$name" -c 'import sys; sys.exit(1 if sys.version_info < (3, 11) else 0)' >/dev/null 2>&1 || code=$?
-        [ "$code" = 0 ] || continue
-        found=$name
-        if "$name" -c 'import ensurepip, venv' >/dev/null 2>&1; then
-            python=$name
-            return
-        fi
+        "$name" -c '
+import sys
+if sys.version_info < (3, 11): sys.exit(1)
+try: import ensurepip, venv
+except ImportError: sys.exit(9)
+' >/dev/null 2>&1 || code=$?
+        case $code in
+            0) python=$name && return ;;
+            9) found=${found:-$name} ;;
+        esac
     done
     [ -n "$found" ] || fail 2 "no Python 3.11 or newer was found on the PATH - install one, then run this again"
     fail 2 "$found cannot make an environment: its ensurepip is missing - on Debian or Ubuntu install the package" \
@@ -106,13 +113,13 @@ check_disk() {
 }
 
 make_environment() {
+    [ "$python" != "$environment_python" ] || return 0
+    # An interrupted call, or another tool, leaves a Python without pip.
+    ! "$environment_python" -m ensurepip >/dev/null 2>&1 || return 0
+    # What is left of an environment whose Python is gone would get in the way.
+    find .venv -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
+    "$python" -m venv .venv
     set_environment_python
-    if ! "$environment_python" -m pip --version >/dev/null 2>&1; then
-        # What is left of an environment whose Python is gone would get in the way.
-        find .venv -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
-        "$python" -m venv .venv
-        set_environment_python
-    fi
 }
 
 install_package() {

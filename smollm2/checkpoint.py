@@ -72,6 +72,7 @@ in `model` that are one tensor, which is stored once, under the second name."""
 SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype)
 MAX_DEPTH = 16
 MAX_RECORDS = 100_000
+TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
 NAME = re.compile(r"step_([0-9]{1,18})\.pt")
 
 
@@ -249,12 +250,12 @@ def content_hash(state: Mapping[str, Any]) -> str:
 def _read(path: Path) -> State:
     """The checked state in a file, its tensors still on the disk. Raises CheckpointError with the reason alone."""
     try:
-        _check_archive(path)
+        tensor_bytes = _check_archive(path)
         with _no_added_globals():
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         problem = (
             _find_wrong_format(state)
-            or _find_wrong_value(state, path.stat().st_size)
+            or _find_wrong_value(state, tensor_bytes)
             or _find_wrong_entry(state)
             or _find_wrong_weight(state["model"])
         )
@@ -295,8 +296,11 @@ def _detach_from_disk(state: State) -> State:
     return state
 
 
-def _check_archive(path: Path) -> None:
-    """Whether this is such a zip as torch writes, and every checksum holds, before anything in it is interpreted."""
+def _check_archive(path: Path) -> int:
+    """Bytes of tensors in such a zip as torch writes. Raises CheckpointError where it is another, or a checksum fails.
+
+    All of it before anything in the file is interpreted.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError("it is not a regular file")
@@ -314,6 +318,7 @@ def _check_archive(path: Path) -> None:
         damaged = archive.testzip()
     if damaged:
         raise CheckpointError(f"it is damaged: {damaged!r} does not match its checksum")
+    return sum(record.file_size for record in records if TENSOR_RECORD.fullmatch(record.filename))
 
 
 def _is_plain_record(record: zipfile.ZipInfo) -> bool:
@@ -348,17 +353,19 @@ def _find_wrong_format(state: object) -> str | None:
     return None
 
 
-def _find_wrong_value(state: State, size: int) -> str | None:
-    """A value of a kind that no checkpoint has, or tensors larger than the file; None where there is none."""
-    total = 0
+def _find_wrong_value(state: State, tensor_bytes: int) -> str | None:
+    """A value of a kind that no checkpoint has, or tensors of another size than the file's; None where there is none."""
+    storages: dict[int, int] = {}
     for name, value in _walk(state):
         if type(value) is Tensor and value.layout is torch.strided and value.device.type == "cpu":
             # A file of 1.5 kB can hold a tensor of 10^12 entries that are all the same byte.
-            total += value.nbytes
-            if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes or total > size:
+            storages[value.data_ptr()] = value.nbytes
+            if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
                 return f"{name[:80]!r} is a tensor that is not as large as it says"
         elif type(value) not in SCALARS:
             return f"{name[:80]!r} is a {type(value).__name__}, which no checkpoint holds"
+    if sum(storages.values()) != tensor_bytes:
+        return f"its tensors should take {tensor_bytes:,} bytes and take {sum(storages.values()):,}"
     return None
 
 

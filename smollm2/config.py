@@ -14,6 +14,9 @@ Resume = Literal["free", "noted", "refused"]
 """On a resume a changed key is `free` (the numbers do not depend on it), `noted` (allowed, one line says old and new,
 no longer bit-exact) or `refused` (the run would be another run)."""
 
+A_PATH = {"min_length": 1, "pattern": r"^[^\x00]*$"}
+"""Bounds of a text that names a file: no operating system takes a NUL character."""
+
 
 def key(default: Any, sentence: str, *, resume: Resume, **bounds: Any) -> Any:
     """One key: default (or a function of the keys above it), bounds, its sentence, and its rule on a resume."""
@@ -87,17 +90,15 @@ class DataConfig(Section):
         "input.txt",
         "Text file, UTF-8; `-` is standard input. The sample corpus is made where the default is absent.",
         resume="noted",
-        min_length=1,
+        **A_PATH,
     )
     tokenizer: str = key(
         "auto",
         "`auto` (a byte-level BPE trained on the text), `bytes`, a folder with tokenizer.json, or a hub name.",
         resume="refused",
-        min_length=1,
+        **A_PATH,
     )
-    cache_dir: str = key(
-        "cache", "Folder of the token cache; default: cache beside save_dir.", resume="free", min_length=1
-    )
+    cache_dir: str = key("cache", "Folder of the token cache; default: cache beside save_dir.", resume="free", **A_PATH)
     validation_fraction: float = key(
         0.05,
         "Share of the text kept for validation: whole documents, or the tail of one long text.",
@@ -207,7 +208,7 @@ class TrainingConfig(Section):
     )
     sample_tokens: int = key(64, "Tokens in one sample; 0: no samples.", resume="free", ge=0, le=10**6)
 
-    save_dir: str = key("checkpoints", "The run folder.", resume="free", min_length=1)
+    save_dir: str = key("checkpoints", "The run folder.", resume="free", **A_PATH)
     keep_last: int | None = key(
         None, "Keep only this many newest checkpoints, with the best; default: keep all.", resume="free", ge=2, le=10**9
     )

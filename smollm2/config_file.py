@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from smollm2.config import ALIASES, SECTIONS, Config, Resume, contradictions
 from smollm2.errors import ConfigError
 
-LARGEST_FILE = 2**18
+LARGEST_FILE = 2**16
 DEEPEST_NESTING = 8
 FIELDS = {f"{name}.{key}": field for name, section in SECTIONS.items() for key, field in section.model_fields.items()}
 KEYS = [*FIELDS, *ALIASES]
@@ -35,6 +35,7 @@ BOUNDS = {
     "multiple_of": "a multiple of {}",
     "min_length": "not empty",
     "max_length": "at most {} long",
+    "pattern": "without a NUL character",
 }
 
 DERIVED = {
@@ -228,16 +229,16 @@ def describe_kind(key: str) -> str:
         *some, last = get_args(kind)
         noun = f"{', '.join(some)} or {last}"
     bounds = [
-        words.format(_show_number(getattr(bound, name)))
+        words.format(_show_bound(getattr(bound, name)))
         for bound in field.metadata
         for name, words in BOUNDS.items()
-        if hasattr(bound, name)
+        if getattr(bound, name, None) is not None
     ]
     return ", ".join([noun, *bounds]) + (", or null" if optional else "")
 
 
-def _show_number(number: int | float) -> str:
-    return f"{number:g}" if isinstance(number, float) else f"{number:,}"
+def _show_bound(bound: object) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def describe_default(key: str) -> str:
@@ -353,7 +354,8 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         raise problem(f"not YAML ({why}); look at its colons, indentation and quotes", line) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise problem(f"it holds the character {error.character!r}; take it out", line) from None
+        character = text[error.position : error.position + 1]
+        raise problem(f"it holds the character {character!r}; take it out", line) from None
     except (ValueError, OverflowError):  # an escape such as "\U99999999"
         raise problem("not YAML: an escape names no character; write the character", 1) from None
 
@@ -379,7 +381,9 @@ def _read_file(name: str, text: str, problems: list[str]) -> Level:
             advice = f"did you mean {near[0]}?" if near else f"a config has {', '.join(SECTIONS)}"
             problems.append(f"{where}: unknown section; {advice}")
         else:
-            problems.append(f"{where}: it stands under no section; {suggest_key(section)}")
+            parent, _, key = section.rpartition(".")
+            advice = f"write `{key}:` indented under `{parent}:`" if section in KEYS else suggest_key(section)
+            problems.append(f"{where}: it stands under no section; {advice}")
     return level
 
 

@@ -20,8 +20,8 @@ OTHER_GPU_FLOPS = 30e12
 CORE_FLOPS = {"cpu-float32": 55e9, "cpu-bf16": 100e9}
 """FLOP/s a core: benchmarks/train_speed.py on two cores of an AMD EPYC with avx512_bf16, 2026-11-24."""
 
-SECONDS_PER_BLOCK = 2e-3
-"""Time a block takes in one forward and backward pass however small it is: calls, not arithmetic."""
+SECONDS_PER_BLOCK = {"cpu": 10e-3, "gpu": 2e-3}
+"""What a block costs in one forward and backward pass besides its products; a GPU hides it behind them."""
 
 LIBRARIES = 350_000_000
 """Bytes that Python and torch hold before there is a model."""
@@ -67,13 +67,7 @@ def make_plan(config: Config, device: str, cores: int, *, tokens_per_second: flo
     """The plan for one device: `cpu-float32`, `cpu-bf16`, `mps` or a GPU's name. `tokens_per_second` is a measured rate."""
     t = config.training
     tokens = config.global_batch_size * t.sequence_length
-    if tokens_per_second:
-        seconds = tokens / tokens_per_second
-    else:
-        work = tokens * flops_per_token(config.model, t.sequence_length) * (4 / 3 if t.gradient_checkpointing else 1)
-        passes = t.gradient_accumulation_steps
-        seconds = work / reached_flops(config, device, cores)
-        seconds += passes * config.model.num_hidden_layers * SECONDS_PER_BLOCK
+    seconds = tokens / tokens_per_second if tokens_per_second else estimate_step(config, device, cores)
     memory = estimate_memory(config, device)
     return Plan(
         parameters=count_parameters(config.model),
@@ -133,6 +127,8 @@ def estimate_memory(config: Config, device: str) -> Memory:
     block = size * (4 * m.hidden_size + attention * m.head_dim + 3 * m.intermediate_size)
     if m.norm == "layernorm":  # computed on a float32 copy
         block += 8 * m.hidden_size
+    if t.attention == "eager":  # the scores, and their probabilities
+        block += m.num_attention_heads * t.sequence_length * (4 + size)
     kept = block * m.num_hidden_layers
     if t.gradient_checkpointing:
         kept = block + size * m.hidden_size * m.num_hidden_layers
@@ -146,6 +142,18 @@ def estimate_memory(config: Config, device: str) -> Memory:
         activations=rows * (kept + passing + 3 * size * m.hidden_size),
         loss=chunk * m.vocab_size * (8 + size) + 4 * m.vocab_size * m.hidden_size,
     )
+
+
+def estimate_step(config: Config, device: str, cores: int) -> float:
+    """Seconds of one update, from the table."""
+    m, t = config.model, config.training
+    tokens = config.global_batch_size * t.sequence_length
+    work = tokens * flops_per_token(m, t.sequence_length) * (4 / 3 if t.gradient_checkpointing else 1)
+    products = work / reached_flops(config, device, cores)
+    blocks = t.gradient_accumulation_steps * m.num_hidden_layers
+    if device.startswith("cpu"):
+        return products + blocks * SECONDS_PER_BLOCK["cpu"]
+    return max(products, blocks * SECONDS_PER_BLOCK["gpu"])
 
 
 def needs_float32(config: Config, device: str) -> bool:
@@ -205,8 +213,8 @@ def show_bytes(number: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """`3 minutes`, `2.5 hours`, `12 days`."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+    """`3 minutes`, `2.5 hours`, `12 days`, `620 years`."""
+    for unit, size in (("years", 31557600), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
     return f"{seconds:.0f} seconds"

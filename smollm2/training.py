@@ -31,7 +31,7 @@ from smollm2.data.sample import write_sample_corpus
 from smollm2.data.store import TokenStore, prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.windows import Ints, Windows
-from smollm2.errors import CheckpointError, ConfigError, Interrupted, Smollm2Error, TrainingError
+from smollm2.errors import CheckpointError, ConfigError, Interrupted, ResourceError, Smollm2Error, TrainingError
 from smollm2.evaluation import evaluate_on_ranks, spread
 from smollm2.files import lock_folder, probe_folder, write_atomically
 from smollm2.generation import generate
@@ -53,6 +53,8 @@ from smollm2.tracking.base import Fanout, Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
 from smollm2.tracking.jsonl import JsonlTracker
 from smollm2.tracking.wandb import make_run_id, prepare_environment, start_wandb
+
+MAX_FAILED_SAVES = 3
 
 State = dict[str, Any]
 """A checkpoint's content, as checkpoint.py describes it."""
@@ -169,7 +171,7 @@ def run_steps(run: Run, progress: Progress) -> Progress:
     share = run.config.global_batch_size // runtime.world_size
     size = micro_batch_size(run.config.global_batch_size, runtime.world_size, t.batch_size)
     first_row = runtime.rank * share
-    meter = Meter()
+    meter, failed_saves = Meter(), 0
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.step < t.train_steps:
             result = update(
@@ -198,7 +200,9 @@ def run_steps(run: Run, progress: Progress) -> Progress:
                 tracker.log_text(draw_samples(run, step), step)
             stop = runtime.stop_requested()
             if stop or due(step, t.save_interval, last):
-                save(run, progress, validation_loss)
+                must_succeed = last or bool(stop) or failed_saves + 1 == MAX_FAILED_SAVES
+                is_saved = save(run, progress, validation_loss, must_succeed=must_succeed)
+                failed_saves = 0 if is_saved else failed_saves + 1
             if stop and not last:
                 raise Interrupted(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved", stop)
     return progress
@@ -437,8 +441,8 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
     )
     if problem:
         raise TrainingError(f"{problem}; use training.attention: eager")
-    for layer in model.model.layers:
-        layer.self_attn.backend = backend
+    for block in model.model.layers:
+        cast(Block, block).self_attn.backend = backend
     model.model.checkpointing = t.gradient_checkpointing
     if t.compile:
         compile_blocks(model.model.layers)
@@ -512,18 +516,28 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
     return rows
 
 
-def save(run: Run, progress: Progress, validation_loss: float | None) -> None:
-    """Write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say."""
-    if run.runtime.rank or run.rows is None:
-        return
+def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool = True) -> bool:
+    """Write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say; whether that worked.
+
+    A disk that is full is said, and the run goes on to its next save. Raises ResourceError where it must succeed.
+    """
+    if run.rows is None:
+        return True
     t, folder = run.config.training, Path(run.config.training.save_dir)
-    run.rows.sync()
-    path = checkpoint.save_checkpoint(folder, state_of(run, progress), step=progress.step)
-    if validation_loss is not None:
-        checkpoint.note_best(folder, path, progress.step, validation_loss)
-    if t.keep_last is not None:
-        checkpoint.prune_checkpoints(folder, t.keep_last, t.keep_every, protected={run.resumed_step})
+    try:
+        run.rows.sync()
+        path = checkpoint.save_checkpoint(folder, state_of(run, progress), step=progress.step)
+        if validation_loss is not None:
+            checkpoint.note_best(folder, path, progress.step, validation_loss)
+        if t.keep_last is not None:
+            checkpoint.prune_checkpoints(folder, t.keep_last, t.keep_every, protected={run.resumed_step})
+    except ResourceError as error:
+        run.tracker.log_event("save_failed", str(error), progress.step)
+        if must_succeed:
+            raise
+        return False
     run.tracker.log_event("checkpoint", f"saved {path}", progress.step, path=str(path))
+    return True
 
 
 def state_of(run: Run, progress: Progress) -> State:

@@ -23,8 +23,8 @@ class WatchedIo(IoOps):
             return attribute
 
         def operation(*arguments: Any) -> Any:
-            self.before(self.count, name, arguments)
-            self.count += 1
+            number, self.count = self.count, self.count + 1
+            self.before(number, name, arguments)
             return attribute(*arguments)
 
         return operation

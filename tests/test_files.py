@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from io_faults import (
-    OPERATIONS,
     WatchedIo,
     dying_at,
     exit_code_in_a_fork,
@@ -60,7 +59,7 @@ def test_the_check_sees_the_synced_file_before_it_has_its_name(tmp_path: Path) -
 def test_what_the_check_raises_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ResourceError, match="^bad$"):
+    with pytest.raises(ResourceError, match=r"^bad$"):
         write_atomically(path, b"new", check=lambda _: (_ for _ in ()).throw(ResourceError("bad")))
     assert [found.name for found in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
 
@@ -78,7 +77,7 @@ def test_a_file_is_its_users_alone(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("position", range(len(OPERATIONS) - 2))
+@pytest.mark.parametrize("position", range(8))
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_failing_operation_leaves_the_old_file_or_the_new_one_and_nothing_else(
     tmp_path: Path, position: int, code: int

@@ -75,7 +75,7 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
         ({"training__train_steps": 6}, ConfigError, "training.train_steps: 6 is less than the 12"),
         ({"model__hidden_size": 64}, CheckpointError, "model.hidden_size 32 -> 64"),
         ({"training__seed": 2}, CheckpointError, "training.seed 1337 -> 2"),
-        ({"training__batch_size": 5}, CheckpointError, "8 -> 10"),
+        ({"training__batch_size": 5}, CheckpointError, "training.batch_size 4 -> 5"),
         ({"data__validation_fraction": 0.2}, CheckpointError, "data.validation_fraction 0.1 -> 0.2"),
     ],
 )

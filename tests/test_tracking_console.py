@@ -150,6 +150,11 @@ def test_a_terminal_has_the_latest_numbers_below_a_bar(terminal_output: str) -> 
     assert re.search(r"step 20/1000  time_left \d:\d\d:\d\d", terminal_output)
 
 
+def test_a_terminal_still_has_all_the_numbers_below_a_message(terminal_output: str) -> None:
+    sample, event = terminal_output.index("[Once]"), terminal_output.index("saved")
+    assert "tokens_per_second 12346" in terminal_output[sample:event]
+
+
 def test_a_terminal_scrolls_short_reports_above_the_bar(terminal_output: str) -> None:
     for line in ("step 20/1000  loss 3.2100\r\n", "step 30/1000  validation_loss 3.5000  validation_bpb 1.2500\r\n"):
         assert line in terminal_output

@@ -91,7 +91,7 @@ class JsonlTracker:
         """All that waits for this file. A disk that fills in the middle of a row is given the rest of it later."""
         while self.unwritten[name]:
             written = self.files[name].write(self.unwritten[name])
-            self.unwritten[name] = b''
+            self.unwritten[name] = self.unwritten[name][written:]
         self.is_full = False
 
     def _say_full(self, name: str, error: OSError) -> None:
