@@ -314,7 +314,7 @@ def _check_archive(path: Path) -> int:
         if any(name.endswith("constants.pkl") for name in names):
             raise CheckpointError("it is a TorchScript program, not a checkpoint")
         if not all(map(_is_plain_record, records)) or sum(r.file_size for r in records) > status.st_size:
-            raise CheckpointError("its archive is packed, encrypted, or has paths that leave it")
+            raise CheckpointError("its archive is packed, or has paths that leave it")
         damaged = archive.testzip()
     if damaged:
         raise CheckpointError(f"it is damaged: {damaged!r} does not match its checksum")
@@ -324,10 +324,7 @@ def _check_archive(path: Path) -> int:
 def _is_plain_record(record: zipfile.ZipInfo) -> bool:
     parts = record.filename.split("/")
     return (
-        record.compress_type == zipfile.ZIP_STORED
-        and not record.flag_bits & 0x1  # encrypted
-        and "\\" not in record.filename
-        and not {"", ".", ".."} & set(parts)
+        record.compress_type == zipfile.ZIP_STORED and "\\" not in record.filename and not {"", ".", ".."} & set(parts)
     )
 
 
@@ -360,7 +357,7 @@ def _find_wrong_value(state: State, tensor_bytes: int) -> str | None:
         if type(value) is Tensor and value.layout is torch.strided and value.device.type == "cpu":
             # A file of 1.5 kB can hold a tensor of 10^12 entries that are all the same byte.
             storages[value.data_ptr()] = value.nbytes
-            if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
+            if value.untyped_storage().nbytes() != value.nbytes:
                 return f"{name[:80]!r} is a tensor that is not as large as it says"
         elif type(value) not in SCALARS:
             return f"{name[:80]!r} is a {type(value).__name__}, which no checkpoint holds"

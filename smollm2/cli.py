@@ -8,12 +8,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from smollm2.config import Config
-from smollm2.config_file import add_config_flags, load_config_with_origins, read_config_flags
+from smollm2.config_file import add_config_flags, load_config_with_origins, read_config_flags, suggest_key
 from smollm2.errors import ConfigError, Interrupted, Smollm2Error
 
 
@@ -116,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            raise ConfigError(describe_unknown(unknown[0], parser))
+            raise ConfigError(describe_unknown(unknown[0]))
         if args.command is None:
             parser.print_help()
             return 2
@@ -130,12 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def describe_unknown(word: str, parser: Parser) -> str:
-    """A sentence for a flag that does not exist, with the one that was meant."""
+def describe_unknown(word: str) -> str:
+    """A sentence for a flag that does not exist, with the key that was meant."""
     flag = word.split("=")[0]
-    known = [f"--{section}.{name}" for section, kind in SECTION_FIELDS.items() for name in kind]
-    near = get_close_matches(flag, known, 1, 0.6)
-    return f"{flag} is unknown; " + (f"did you mean {near[0]}?" if near else "see smollm2 train --help")
-
-
-SECTION_FIELDS = {name: tuple(field.annotation.model_fields) for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
+    return f"{flag}: unknown; {suggest_key(flag.lstrip('-'))}"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smollm2 import checkpoint
+from smollm2 import checkpoint, plan
 from smollm2.attention import check_backend, choose_backend
 from smollm2.config import Config
 from smollm2.config_file import changed_on_resume, effective_config_yaml
@@ -315,8 +315,11 @@ def open_run(
     if tokenizer.vocab_size != config.model.vocab_size:
         console.say(f"model.vocab_size: {config.model.vocab_size:,} -> {tokenizer.vocab_size:,}, the tokenizer's")
         config = config.with_vocab_size(tokenizer.vocab_size)
+        origins = {**origins, "model.vocab_size": "the tokenizer"}
     if start:
         check_changes(config, start, store, console)
+    if runtime.rank == 0:
+        check_disk(config, folder)
     windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size)
     validation = None
     if len(store.validation) > 1:
@@ -402,6 +405,21 @@ def open_corpus(
     return tokenizer, store
 
 
+def check_disk(config: Config, folder: Path) -> None:
+    """Raises ResourceError where the checkpoints of the whole run will not fit, with the keep_last that does."""
+    estimate = plan.make_plan(config, "cpu-float32", 1)
+    held = sum(path.stat().st_size for path in checkpoint.list_checkpoints(folder))
+    free = shutil.disk_usage(folder).free
+    if estimate.disk_bytes <= free + held:
+        return
+    fits = int((free + held) / estimate.checkpoint_bytes) - 1  # one more lies there while the new one is checked
+    advice = f"set training.keep_last: {fits - 1}" if fits > 2 else "free some space"
+    raise ResourceError(
+        f"{folder} - the run's {estimate.checkpoints} checkpoints need {plan.show_bytes(estimate.disk_bytes)} and "
+        f"{plan.show_bytes(free)} are free - {advice}, or save less often, or choose another --save_dir"
+    )
+
+
 def check_changes(config: Config, start: tuple[Path, State], store: TokenStore, console: ConsoleTracker) -> None:
     """Say what a resume changes. Raises CheckpointError for what makes it another run, ConfigError for a run that is
     shorter than what was done."""
@@ -476,26 +494,37 @@ def restore(run: Run, path: Path, state: State) -> Progress:
 
 
 def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
-    """What is trained, on what, with which data."""
+    """What is trained, on what, with which data, and what it will take."""
     t, m, runtime = run.config.training, run.config.model, run.runtime
-    parameters = sum(p.numel() for p in run.model.parameters())
-    tokens = run.config.global_batch_size * t.sequence_length
+    device, cores = plan.find_device()
+    estimate = plan.make_plan(run.config, device, cores)
+    seconds = estimate.seconds_per_step * (t.train_steps - progress.step)
     block = cast(Block, run.model.model.layers[0])
     heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
+    epochs = run.batches.epoch_of(t.train_steps)
+    batch, length = run.config.global_batch_size, t.sequence_length
     return [
-        ("model", f"{parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}"),
+        (
+            "model",
+            f"{estimate.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}",
+        ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
         ("precision", f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}"),
-        ("text", f"{run.config.data.input}: {len(run.batches.windows):,} windows of {t.sequence_length} tokens"),
-        ("batch", f"{run.config.global_batch_size} sequences = {tokens:,} tokens an update"),
-        (
-            "updates",
-            f"{progress.step:,} of {t.train_steps:,} done; {run.batches.epoch_of(t.train_steps):.1f} epochs in all",
-        ),
+        ("text", f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens"),
+        ("batch", f"{batch} sequences = {batch * length:,} tokens an update"),
+        ("updates", f"{progress.step:,} of {t.train_steps:,} done; {epochs:.1f} epochs in all"),
         (
             "optimizer",
             f"{t.optimizer}, rate {t.learning_rate:g}, {t.warmup_steps} updates of warmup, then {t.schedule}",
+        ),
+        (
+            "memory",
+            f"about {plan.show_bytes(estimate.memory.total)}; checkpoints {plan.show_bytes(estimate.disk_bytes)}",
+        ),
+        (
+            "time",
+            f"about {plan.show_seconds(seconds)} by the planner's table; the pace of the first updates corrects it",
         ),
         ("run folder", t.save_dir),
     ]

@@ -40,7 +40,9 @@ def tiny_config(folder: Path, save_dir: str = "checkpoints", **flags: object) ->
 def outcome(folder: Path, step: int) -> tuple[str, list[dict[str, object]]]:
     """What must be bit-identical: a hash of weights, moments and position after `step`, and the metrics rows."""
     state = load_checkpoint(folder / f"step_{step:04d}.pt")
-    kept = {name: state[name] for name in ("model", "optimizer", "scheduler", "step", "tokens", "loss", "rng", "stability")}
+    kept = {
+        name: state[name] for name in ("model", "optimizer", "scheduler", "step", "tokens", "loss", "rng", "stability")
+    }
     return content_hash(kept), metrics(folder)
 
 

@@ -165,7 +165,7 @@ def test_equal_weights_that_are_not_tied_stay_two(tmp_path: Path) -> None:
 
 def test_a_view_is_saved_without_what_it_is_a_view_of(tmp_path: Path) -> None:
     state = small_state()
-    state["model"]["model.norm.weight"] = torch.ones(1_000_000)[::250_000].requires_grad_()
+    state["model"]["model.norm.weight"] = torch.ones(1_000_000)[:4].requires_grad_()
     path = save_checkpoint(tmp_path, state, step=1)
     assert path.stat().st_size < 100_000
     assert torch.equal(load_checkpoint(path)["model"]["model.norm.weight"], torch.ones(4))
@@ -468,6 +468,13 @@ def set_weight(value: object) -> Callable[[dict[str, Any]], None]:
     return lambda content: content["model"].update({"model.norm.weight": value})
 
 
+def nest_ten_to_the_twelve_times(content: dict[str, Any]) -> None:
+    nested: list[Any] = [1]
+    for _ in range(12):
+        nested = [nested] * 10
+    content["best"]["there"] = nested
+
+
 def nest_in_itself(content: dict[str, Any]) -> None:
     content["best"]["again"] = content["best"]
 
@@ -491,6 +498,7 @@ def nest_in_itself(content: dict[str, Any]) -> None:
         (lambda content: content["best"].update(there={1, 2}), "'best.there' is a set, which no checkpoint holds"),
         (lambda content: content["best"].update({"\x1b[2J": {1}}), r"'best.\\x1b\[2J' is a set"),
         (lambda content: content["best"].update({1.5: 1}), "has a key that is a float"),
+        (nest_ten_to_the_twelve_times, "is nested in a way that no checkpoint is"),
         (nest_in_itself, "is nested in a way that no checkpoint is"),
     ],
 )
@@ -720,6 +728,24 @@ def test_links_are_neither_resumed_from_nor_removed(tmp_path: Path) -> None:
     (folder / "step_0001.pt").symlink_to(elsewhere)
     assert list_checkpoints(folder) == paths
     assert prune_checkpoints(folder, 2) == [] and (folder / "step_0001.pt").is_symlink() and elsewhere.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({"keep_every": 2}, [1, 3]),
+        ({"protected": (1, 3)}, [2, 4]),
+        ({"keep_every": 4, "protected": {1}}, [2, 3]),
+    ],
+)
+def test_what_is_older_than_the_newest_two_goes_but_for_what_is_kept_on_purpose(
+    tmp_path: Path, options: dict[str, Any], gone: list[int]
+) -> None:
+    """Promise A10."""
+    paths = save_steps(tmp_path, *range(1, 7))
+    assert prune_checkpoints(tmp_path, 2, **options) == [paths[step - 1] for step in gone]
+    assert list_checkpoints(tmp_path) == [path for step, path in enumerate(paths, start=1) if step not in gone]
 
 
 def test_keeping_fewer_than_two_is_refused(tmp_path: Path) -> None:

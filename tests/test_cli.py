@@ -58,7 +58,7 @@ def test_asking_loads_neither_torch_nor_numpy_and_takes_under_0_6_s_of_cpu(
 
 
 MISTAKES = {
-    "an unknown flag": (["--training.learnin_rate", "1"], 2, "did you mean --training.learning_rate?"),
+    "an unknown flag": (["--training.learnin_rate", "1"], 2, "did you mean training.learning_rate?"),
     "an unknown key in the file": (
         ["--config", "wrong.yaml"],
         2,
@@ -157,7 +157,8 @@ def test_the_output_off_a_terminal_is_one_plain_line_per_report(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: Path) -> None:
-    long = TINY.replace("train_steps: 12", "train_steps: 400").replace("save_interval: 4", "save_interval: 0")
+    long = TINY.replace("train_steps: 12", "train_steps: 150").replace("save_interval: 4", "save_interval: 0")
+    long = long.replace("eval_interval: 5", "eval_interval: 0").replace("sample_interval: 6", "sample_interval: 0")
     write_tiny(tmp_path, config=long)
     process = subprocess.Popen(
         [sys.executable, "-m", "smollm2", "train"],
@@ -167,7 +168,7 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: 
         text=True,
     )
     rows = tmp_path / "checkpoints" / "metrics.jsonl"
-    while not (rows.exists() and rows.stat().st_size > 1000):
+    while not (rows.exists() and rows.stat().st_size > 300):
         time.sleep(0.01)
     number = getattr(signal, name)
     os.kill(process.pid, number)
@@ -177,7 +178,7 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: 
     assert "Go on with: smollm2 train --resume auto" in error
     assert run("train", "--resume", "auto", folder=tmp_path).returncode == 0
     assert run("train", "--save_dir", "whole", folder=tmp_path).returncode == 0
-    assert outcome(tmp_path / "checkpoints", 400) == outcome(tmp_path / "whole", 400)
+    assert outcome(tmp_path / "checkpoints", 150) == outcome(tmp_path / "whole", 150)
 
 
 @pytest.mark.parametrize(

@@ -166,5 +166,3 @@ def test_the_users_commands_resume_bit_for_bit_on_shakespeare(
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert outcome(run("killed", "--resume", "auto"), 60) == (expected_hash, rows)
-
-

@@ -34,7 +34,11 @@ def test_precision_is_a_table_over_device_and_features(
 
 @pytest.mark.parametrize(
     ("requested", "device", "said"),
-    [("fp16", "cpu", "needs a CUDA GPU"), ("tf32", "cpu", "capability 8"), ("bf16", "cuda", "not computed by this GPU")],
+    [
+        ("fp16", "cpu", "needs a CUDA GPU"),
+        ("tf32", "cpu", "capability 8"),
+        ("bf16", "cuda", "not computed by this GPU"),
+    ],
 )
 def test_a_precision_without_hardware_is_refused(requested: str, device: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

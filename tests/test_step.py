@@ -84,7 +84,9 @@ def test_clipping_scales_to_the_limit_and_never_up(runtime: Runtime, limit: floa
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", ["loss", "one gradient"])
-def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(runtime: Runtime, value: float, place: str) -> None:
+def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(
+    runtime: Runtime, value: float, place: str
+) -> None:
     model = small_model()
     optimizers = build_optimizers(model, TrainingConfig(optimizer="muon"))
     update(model, optimizers, split(8), runtime, learning_rate=0.1, max_grad_norm=1.0)

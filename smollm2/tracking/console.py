@@ -113,6 +113,8 @@ class ConsoleTracker:
         """A start or end page: a title, then aligned names and values."""
         width = max((len(name) for name, _ in rows), default=0)
         lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+        if self.run_log:
+            self.run_log.write("\n".join(lines))
         self._write("\n".join(escape_controls(line, keep_newlines=False) for line in lines))
 
     def show_progress(self, label: str, fraction: float) -> None:
