@@ -56,9 +56,7 @@ def build_ours(precision: str, compiled: bool) -> Callable[[], float]:
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
 
     def step() -> float:
-        result = update(
-            model, optimizers, batch, runtime, learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM
-        )
+        result = update(model, optimizers, batch, runtime, learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
         return result.loss
 
     return step
@@ -166,10 +164,10 @@ def compare(precision: str, compiled: bool, pairs: int, steps: int, threads: int
 def machine() -> dict[str, object]:
     """What the figures hold for."""
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers")}
-    model = next((s.split(":")[1].strip() for s in open("/proc/cpuinfo") if s.startswith("model name")), "") if (
-        Path("/proc/cpuinfo").exists()
-    ) else platform.processor()
-    return {"cpu": model, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **versions}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **versions}
 
 
 def main() -> None:

@@ -139,7 +139,8 @@ def train(
         try:
             if runtime.rank == 0:
                 probe_folder(folder)
-                stack.enter_context(lock_folder(folder))
+                if not stack.enter_context(lock_folder(folder)):
+                    console.say(f"{folder}: this file system has no locks; take care that no other run writes here")
             start = find_start(folder, resume, checkpoint_path, console)
             run = open_run(config, runtime, start, origins or {}, console, stack)
             progress = restore(run, *start) if start else Progress()
@@ -279,10 +280,7 @@ def find_start(
 ) -> tuple[Path, State] | None:
     """The checkpoint to go on from. Raises CheckpointError where it is absent, or where a run would bury another."""
     if checkpoint_path is not None:
-        path = Path(checkpoint_path)
-        if not path.is_file():
-            raise CheckpointError(checkpoint.describe_missing(path))
-        return path, checkpoint.load_checkpoint(path)
+        return Path(checkpoint_path), checkpoint.load_checkpoint(Path(checkpoint_path))
     if resume == "auto":
         return checkpoint.find_resumable(folder, console.say)
     existing = checkpoint.list_checkpoints(folder)

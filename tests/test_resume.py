@@ -141,7 +141,7 @@ def test_the_users_commands_resume_bit_for_bit_on_shakespeare(
     flags += ["--training.save_interval", "10", "--training.eval_windows", "8"]
 
     def command(save_dir: str, *more: str) -> list[str]:
-        words = "--config config.yaml --input_file input.txt --train_steps 60 --disable_wandb".split()
+        words = ["--config", "config.yaml", "--input_file", "input.txt", "--train_steps", "60", "--disable_wandb"]
         return [sys.executable, str(ROOT / "train.py"), *words, "--save_dir", save_dir, *flags, *more]
 
     def run(save_dir: str, *more: str) -> Path:
