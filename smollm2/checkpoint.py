@@ -222,6 +222,18 @@ def note_best(folder: Path, path: Path, step: int, validation_loss: float, io_op
         write_atomically(folder / "best.json", _to_json(found), io_ops=io_ops)
 
 
+def set_aside_later(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Path]:
+    """Rename the checkpoints after `step` to `step_XXXX.pt.superseded`; returns the new names.
+
+    A run that goes on from an older checkpoint takes another course: after a kill, `--resume auto` must not find the
+    newer files of the course that was left.
+    """
+    later = [path for path in list_checkpoints(folder, io_ops) if _step_of(path) > step]
+    for path in later:
+        io_ops.replace(path, path.with_name(f"{path.name}.superseded"))
+    return [path.with_name(f"{path.name}.superseded") for path in later]
+
+
 def describe_missing(path: Path) -> str:
     """A sentence for a checkpoint that does not exist, which lists those that do."""
     folder = path if path.is_dir() else path.parent

@@ -153,6 +153,8 @@ def train(
             more = f"--resume auto --train_steps {2 * progress.step}"
             console.say(f"{folder}: all {progress.step} updates are done; for more: {more}")
             return progress
+        if runtime.rank == 0 and (aside := checkpoint.set_aside_later(folder, progress.step)):
+            console.say(f"set aside, since the run goes on from before them: {', '.join(path.name for path in aside)}")
         started = time.perf_counter()
         console.show_page("SmolLM2 Training", start_page(run, progress))
         try:

@@ -223,3 +223,60 @@ def assignments(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
 )
 def test_imports_are_found_in_each_form(statement: str) -> None:
     assert [name.split(".")[:2] for name in imports(ast.parse(statement))] == [["smollm2", "model"]]
+
+
+READING = {
+    "forward(input_ids)": (
+        250,
+        {
+            "model": None,
+            "functional": {
+                "_plain",
+                "rms_norm",
+                "plain_rms_norm",
+                "layer_norm",
+                "rotary_tables",
+                "rotate",
+                "plain_rotate",
+                "swiglu",
+            },
+            "attention": {"attend", "eager_attention"},
+        },
+    ),
+    "the training loop and the step": (
+        300,
+        {
+            "step": None,
+            "training": {
+                "Progress",
+                "Run",
+                "Meter",
+                "run_steps",
+                "due",
+                "split",
+                "report",
+                "handle_skip",
+                "validate",
+                "draw_samples",
+                "save",
+            },
+        },
+    ),
+}
+"""What a reader must read to follow something, and the lines that it may take; None: the whole file."""
+
+
+@pytest.mark.parametrize("what", READING)
+def test_what_matters_most_is_read_in_one_sitting(what: str) -> None:
+    limit, files = READING[what]
+    lines = 0
+    for module, names in files.items():
+        tree = MODULES[module]
+        spans = [
+            node.end_lineno - node.lineno + 1
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (names is None or node.name in names)
+        ]
+        assert names is None or len(spans) == len(names), module
+        lines += sum(spans)
+    assert lines <= limit

@@ -55,6 +55,16 @@ def test_an_explicit_checkpoint_into_another_folder_begins_its_rows_after_its_st
     assert outcome(tmp_path / "other", 12) == (expected_hash, [row for row in rows if row["step"] > 7])
 
 
+def test_newer_checkpoints_of_the_course_that_is_left_are_set_aside(uninterrupted: Path, tmp_path: Path) -> None:
+    """Else `--resume auto` would find them after a kill."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run = tmp_path / "run" / "checkpoints"
+    changed = tiny_config(tmp_path / "run", training__learning_rate=1e-3, training__save_interval=0)
+    train(changed, checkpoint_path=run / "step_0007.pt")
+    assert [path.name for path in sorted(run.glob("step_*.pt"))][-2:] == ["step_0007.pt", "step_0012.pt"]
+    assert (run / "step_0008.pt.superseded").exists()
+
+
 def test_a_finished_run_has_nothing_to_do(uninterrupted: Path, tmp_path: Path) -> None:
     before = metrics(uninterrupted / "checkpoints")
     run = resumed(uninterrupted, tmp_path / "run", [12])
