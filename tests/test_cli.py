@@ -208,3 +208,30 @@ def test_the_sample_corpus_is_made_where_nothing_names_a_text(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "the sample corpus is made" in done.stdout
     assert metrics(tmp_path / "checkpoints")[0]["step"] == 1
+
+
+def test_with_wandb_disabled_it_is_not_imported_and_no_connection_is_opened(tmp_path: Path) -> None:
+    """Promise E7."""
+    write_tiny(tmp_path, config=TINY + "wandb: {enabled: true}\n")
+    program = (
+        "import sys\nopened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(args) if event == 'socket.connect' else None)\n"
+        "from smollm2.cli import main\ncode = main(sys.argv[1:])\nprint([code, opened, 'wandb' in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, "train", "--disable_wandb", "--train_steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[0, [], False]"
+
+
+def test_with_wandb_and_no_key_the_run_is_mirrored_offline_and_says_how_to_upload_it(tmp_path: Path) -> None:
+    write_tiny(tmp_path, config=TINY + "wandb: {enabled: true}\n")
+    without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
+        "HOME": str(tmp_path)
+    }
+    done = run("train", "--train_steps", "2", folder=tmp_path, env=without)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "W&B" in line]
+    assert len(said) == 2
+    assert "offline, no key for" in said[0]
+    folder = said[1].partition("upload it with: wandb sync ")[2]
+    assert list((tmp_path / folder).glob("*.wandb"))
