@@ -23,3 +23,10 @@ def shakespeare() -> Path:
 @pytest.fixture
 def smollm2_tokenizer_folder() -> Path:
     return shared("smollm2-tokenizer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests may take long on a busy machine before they count as hung."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1500))
