@@ -22,13 +22,35 @@ def build_state(parameters: int) -> dict[str, Any]:
     """Weights and two moments in float32, as a run of so many parameters saves."""
     import torch
 
+    from smollm2.checkpoint import FORMAT
+    from smollm2.runtime import random_state
+
     width = 1024
     matrices = max(1, parameters // width**2)
     model = {f"layer.{n}.weight": torch.randn(width, width) for n in range(matrices)}
     moments = {
         n: {"exp_avg": torch.randn(width, width), "exp_avg_sq": torch.rand(width, width)} for n in range(matrices)
     }
-    return {"model": model, "optimizer": {"adamw": {"state": {"state": moments}}}, "step": 1, "loss": 1.0}
+    data: dict[str, Any] = {"seed": 1, "epoch": 0, "next_batch": 1, "order_version": 1}
+    return {
+        "format": FORMAT,
+        "step": 1,
+        "tokens": 1,
+        "loss": 1.0,
+        "model": model,
+        "optimizer": {"adamw": {"parameters": [*model], "state": {"state": moments}}},
+        "scheduler": {"step": 1, "learning_rate": 1e-3},
+        "scaler": {},
+        "data": {**data, "tokens_fingerprint": "", "tokens": 1, "windows": 1},
+        "rng": random_state(),
+        "stability": {"skipped": []},
+        "best": {},
+        "config": "{}",
+        "tokenizer": {"text": "", "fingerprint": "", "vocab_size": 257, "end_of_text": 256},
+        "env": {},
+        "wandb_run_id": "",
+        "created_unix": 0,
+    }
 
 
 def main() -> None:
@@ -49,7 +71,7 @@ def main() -> None:
             folder = Path(name)
 
             def ours(number: int, folder: Path = folder, state: dict[str, Any] = state) -> None:
-                save_checkpoint(folder, state, step=number)
+                save_checkpoint(folder, {**state, "step": number}, step=number)
 
             def plain(number: int, folder: Path = folder, state: dict[str, Any] = state) -> None:
                 torch.save(state, folder / "plain.pt")
