@@ -98,7 +98,7 @@ def main() -> None:
             rows.append([f"{millions}M", name, f"{median:.2f}", f"{median:.2f}", f"{size / median / 1e6:,.0f}", ratio])
         results.append({"parameters": millions * 10**6, "seconds": seconds})
     columns = ["parameters", "form", "stall, s", "duration, s", "MB/s", "of torch.save, synced"]
-    publish(__file__, "python benchmarks/checkpoint.py", columns, rows, machine=found, results=results)
+    publish(__file__, columns, rows, machine=found, results=results)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main() -> None:
                 results.append({"shape": name, "mode": mode, **one})
                 break
     columns = ["shape", "mode", "micro-batch", "tokens/s", "MFU", "peak GB"]
-    publish(__file__, "python benchmarks/gpu.py", columns, rows, machine=found, results=results)
+    publish(__file__, columns, rows, machine=found, results=results)
 
 
 if __name__ == "__main__":

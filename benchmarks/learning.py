@@ -120,9 +120,7 @@ def main() -> None:
         "ratio",
         f"loss at {args.steps}",
     ]
-    publish(
-        __file__, "python benchmarks/learning.py", columns, rows, machine=found, cores=os.cpu_count(), results=results
-    )
+    publish(__file__, columns, rows, machine=found, cores=os.cpu_count(), results=results)
 
 
 if __name__ == "__main__":

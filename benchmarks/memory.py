@@ -39,7 +39,7 @@ def run_form(name: str, precision: str, repeats: int) -> dict[str, float]:
         return F.cross_entropy((hidden @ weight.to(dtype).T).float(), labels, reduction="sum")
 
     def linear() -> torch.Tensor:
-        options = F.LinearCrossEntropyOptions(batch_chunk_size=512)
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
         return F.linear_cross_entropy(hidden, weight.to(dtype), labels, reduction="sum", options=options)
 
     def ours() -> torch.Tensor:
@@ -84,7 +84,7 @@ def main() -> None:
         results.append({"precision": precision, **figures})
     columns = ["precision", "form", "MB over the inputs", "of plain", "seconds", "mean loss"]
     shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "tokens": TOKENS}
-    publish(__file__, "python benchmarks/memory.py", columns, rows, machine=found, shape=shape, results=results)
+    publish(__file__, columns, rows, machine=found, shape=shape, results=results)
 
 
 if __name__ == "__main__":

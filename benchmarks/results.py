@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import re
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ def machine(*packages: str) -> dict[str, object]:
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     features = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     found: dict[str, object] = {"cpu": " ".join([cpu, *features]), "cores": os.cpu_count()}
+    found["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     found["load"] = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
@@ -34,6 +37,7 @@ def publish(
 ) -> None:
     """Print the table, write `<script>.json`, and put the table between its marks in README.md."""
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows))
+    command = " ".join(["python", f"benchmarks/{Path(script).name}", *map(shlex.quote, sys.argv[1:])])
     found = more["machine"]
     assert isinstance(found, dict)
     place = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)

@@ -308,7 +308,7 @@ def main() -> None:
         "theirs",
         "memory ratio",
     ]
-    publish(__file__, "python benchmarks/train_speed.py", columns, rows, machine=found, shape=SHAPE, results=results)
+    publish(__file__, columns, rows, machine=found, shape=SHAPE, results=results)
 
 
 if __name__ == "__main__":
