@@ -1,23 +1,26 @@
-"""Training speed and peak memory: this package against a plain loop over transformers' LlamaForCausalLM.
+"""Training speed and peak memory: this package against transformers' LlamaForCausalLM in a plain loop, in its Trainer
+with the defaults that a newcomer gets (float32 on a CPU), and litgpt.
 
-Both take the same shape, data, precision, threads, optimizer and clipping, each in a process of its own. The processes
-take turns, so that a busy machine slows both; a ratio is the median over the pairs. Run:
+All take the same shape, data, threads, batch and, but for the Trainer, precision, optimizer and clipping, each in a
+process of its own. The processes take turns, so that a busy machine slows all; a ratio is the median over the rounds.
 
-    python benchmarks/train_speed.py            # prints a table, writes benchmarks/train_speed.json
+    python benchmarks/train_speed.py            # prints a table, writes train_speed.json and README.md
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
+
+from results import machine, publish
 
 SHAPE = {
     "vocab_size": 4096,
@@ -87,7 +90,89 @@ def build_transformers(precision: str, compiled: bool) -> Callable[[], float]:
     return step
 
 
-BUILDERS = {"ours": build_ours, "transformers": build_transformers}
+def build_litgpt(precision: str, compiled: bool) -> Callable[[], float]:
+    """One update of litgpt's model with its own loss, in autocast as its bf16-mixed is; the head tied as in the others."""
+    import torch
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    torch.manual_seed(1337)
+    config = Config(
+        block_size=LENGTH,
+        vocab_size=SHAPE["vocab_size"],
+        padded_vocab_size=SHAPE["vocab_size"],
+        n_layer=SHAPE["num_hidden_layers"],
+        n_head=SHAPE["num_attention_heads"],
+        n_query_groups=SHAPE["num_key_value_heads"],
+        n_embd=SHAPE["hidden_size"],
+        intermediate_size=SHAPE["intermediate_size"],
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
+    model = GPT(config)
+    model.lm_head.weight = model.transformer.wte.weight
+    model.apply(model._init_weights)
+    if compiled:
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    input_ids, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = chunked_cross_entropy(model(input_ids), labels, chunk_size=0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def serve_trainer(threads: int) -> None:
+    """Child process: transformers' Trainer with its defaults, which waits before an update until it is told to go on."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(1337)
+    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    before = peak_megabytes()
+
+    class Turns(TrainerCallback):
+        left, started = 0, 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not self.left:
+                line = sys.stdin.readline()
+                if not line:
+                    os._exit(0)
+                self.left, self.started = int(line), time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.left -= 1
+            if not self.left:
+                seconds = time.perf_counter() - self.started
+                answer = {"seconds": seconds, "loss": float("nan"), "peak_mb": peak_megabytes(), "before_mb": before}
+                print(json.dumps(answer), file=ANSWERS, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            model=LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5)),
+            args=TrainingArguments(folder, max_steps=10**6, report_to="none", save_strategy="no", disable_tqdm=True),
+            train_dataset=[{"input_ids": ids[n % BATCH], "labels": ids[n % BATCH]} for n in range(8000)],
+            callbacks=[Turns()],
+        ).train()
+
+
+ANSWERS = sys.stdout
+BUILDERS = {"ours": build_ours, "transformers": build_transformers, "litgpt": build_litgpt}
+PEERS = ["transformers", "litgpt", "trainer"]
 
 
 def serve(name: str, precision: str, compiled: bool, threads: int) -> None:
@@ -133,69 +218,97 @@ class Contestant:
         self.process.wait()
 
 
-def compare(precision: str, compiled: bool, pairs: int, steps: int, threads: int) -> dict[str, object]:
-    """Interleaved pairs of ours and the peer; medians."""
-    contestants = {name: Contestant(name, precision, compiled, threads) for name in BUILDERS}
+def compare(
+    precision: str, compiled: bool, peers: list[str], rounds: int, steps: int, threads: int
+) -> list[dict[str, Any]]:
+    """Rounds in which ours and each peer take a turn; one row of medians for each peer."""
+    names = ["ours", *peers]
+    contestants = {name: Contestant(name, precision, compiled, threads) for name in names}
     for contestant in contestants.values():
         contestant.run(3)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in BUILDERS}
-    for pair in range(pairs):
-        for name in list(BUILDERS) if pair % 2 == 0 else reversed(list(BUILDERS)):
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
             runs[name].append(contestants[name].run(steps))
     for contestant in contestants.values():
         contestant.close()
     rates = {name: [steps * BATCH * LENGTH / run["seconds"] for run in found] for name, found in runs.items()}
-    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["transformers"], strict=True)]
     memory = {name: found[-1]["peak_mb"] for name, found in runs.items()}
-    training = {name: found[-1]["peak_mb"] - found[-1]["before_mb"] for name, found in runs.items()}
-    return {
-        "precision": precision,
-        "compiled": compiled,
-        "tokens_per_second": {name: round(statistics.median(values)) for name, values in rates.items()},
-        "speed_ratio": round(statistics.median(ratios), 3),
-        "speed_ratios": [round(ratio, 3) for ratio in ratios],
-        "peak_mb": {name: round(value) for name, value in memory.items()},
-        "training_mb": {name: round(value) for name, value in training.items()},
-        "memory_ratio": round(memory["ours"] / memory["transformers"], 3),
-        "final_loss": {name: round(found[-1]["loss"], 3) for name, found in runs.items()},
-    }
-
-
-def machine() -> dict[str, object]:
-    """What the figures hold for."""
-    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers")}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **versions}
+    rows = []
+    for peer in peers:
+        ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates[peer], strict=True)]
+        rows.append(
+            {
+                "precision": precision,
+                "compiled": compiled,
+                "peer": peer,
+                "tokens_per_second": [round(statistics.median(rates[name])) for name in ("ours", peer)],
+                "speed_ratio": round(statistics.median(ratios), 3),
+                "speed_ratios": [round(ratio, 3) for ratio in ratios],
+                "peak_mb": [round(memory[name]) for name in ("ours", peer)],
+                "memory_ratio": round(memory["ours"] / memory[peer], 3),
+            }
+        )
+    return rows
 
 
 def main() -> None:
     """Run the comparison, or one child of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="updates in one turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--precision", choices=["float32", "bf16"], help="default: both")
-    parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--child", choices=BUILDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=["float32", "bf16"], nargs="+", default=["float32", "bf16"])
+    parser.add_argument("--peers", choices=PEERS, nargs="+", default=PEERS, help="those not installed are left out")
+    parser.add_argument("--modes", choices=["eager", "compiled"], nargs="+", default=["eager", "compiled"])
+    parser.add_argument("--child", choices=["ours", *PEERS], help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        serve(args.child, args.precision, args.compiled, args.threads)
+    if args.child == "trainer":
+        sys.stdout = sys.stderr
+        serve_trainer(args.threads)
         return
-    precisions = [args.precision] if args.precision else ["float32", "bf16"]
-    results = [compare(p, args.compiled, args.pairs, args.steps, args.threads) for p in precisions]
-    print("| precision | ours, tokens/s | transformers | speed ratio | ours, peak MB | transformers | memory ratio |")
-    print("|---|---|---|---|---|---|---|")
+    if args.child:
+        serve(args.child, args.precision[0], args.compiled, args.threads)
+        return
+    installed = [
+        peer for peer in args.peers if importlib.util.find_spec("litgpt" if peer == "litgpt" else "transformers")
+    ]
+    found = machine("transformers", *(["litgpt"] if "litgpt" in installed else []))
+    results: list[dict[str, Any]] = []
+    for precision in args.precision:
+        for mode in args.modes:
+            # The Trainer's defaults are float32 and eager: it is compared with what ours takes by itself here.
+            peers = [peer for peer in installed if peer != "trainer" or mode == "eager"]
+            if peers:
+                results += compare(precision, mode == "compiled", peers, args.rounds, args.steps, args.threads)
+    rows = []
     for row in results:
-        speed, memory = row["tokens_per_second"], row["peak_mb"]
-        assert isinstance(speed, dict) and isinstance(memory, dict)
-        cells = [row["precision"], speed["ours"], speed["transformers"], row["speed_ratio"]]
-        cells += [memory["ours"], memory["transformers"], row["memory_ratio"]]
-        print("| " + " | ".join(map(str, cells)) + " |")
-    out = Path(__file__).with_suffix(".json")
-    out.write_text(json.dumps({"machine": machine(), "shape": SHAPE, "results": results}, indent=1) + "\n")
-    print(f"written: {out.name}")
+        mode = "compiled" if row["compiled"] else "eager"
+        against = "Trainer, its defaults (float32)" if row["peer"] == "trainer" else row["peer"]
+        rows.append(
+            [
+                row["precision"],
+                mode,
+                against,
+                *row["tokens_per_second"],
+                row["speed_ratio"],
+                *row["peak_mb"],
+                row["memory_ratio"],
+            ]
+        )
+    columns = [
+        "ours in",
+        "mode",
+        "against",
+        "ours, tokens/s",
+        "theirs",
+        "speed ratio",
+        "ours, peak MB",
+        "theirs",
+        "memory ratio",
+    ]
+    publish(__file__, columns, rows, machine=found, shape=SHAPE, results=results)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,14 @@ def build_parser() -> Parser:
     )
     add_run_flags(train)
     train.set_defaults(run=run_training)
+    plan = commands.add_parser(
+        "plan",
+        help="what a run will take: parameters, memory, disk, time",
+        description="Say what a run will take, by arithmetic. Takes the flags of train.",
+        allow_abbrev=False,
+    )
+    add_run_flags(plan)
+    plan.set_defaults(run=show_plan)
     return parser
 
 
@@ -82,6 +90,17 @@ def run_training(args: argparse.Namespace) -> None:
         train(config, resume=args.resume or "", checkpoint_path=args.checkpoint_path, origins=origins)
     except Interrupted as error:
         raise Interrupted(f"{error}. Go on with: {resume_command(sys.argv)}", error.exit_code - 128) from None
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """`smollm2 plan`."""
+    from smollm2.plan import describe_plan, find_device
+
+    config, _ = load_config_with_origins(args.config, preset=args.preset, flags=read_flags(args))
+    rows = describe_plan(config, *find_device())
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
 
 
 def refuse_a_lost_launch() -> None:

@@ -1,20 +1,28 @@
 """What a run will take, by arithmetic, before it starts: parameters, FLOPs, memory, disk and time.
 
 Nothing is measured and nothing heavy imported. The seconds come from a small table of what training reaches on a kind
-of device; the first measured steps replace it (`tokens_per_second`).
+of device, until a run has left in the cache folder what it reached here (`measured.json`).
 """
 
+import contextlib
+import datetime
+import json
 import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smollm2.config import Config, ModelConfig
 from smollm2.config_file import load_config
+from smollm2.files import write_atomically
 
-REACHED_FLOPS = {"H200": 280e12, "H100": 250e12, "A100": 100e12, "mps": 2e12}
+REACHED_FLOPS = {"H200": 280e12, "H100": 250e12, "A100": 100e12, "L40S": 80e12, "RTX 4090": 60e12, "L4": 25e12}
+REACHED_FLOPS |= {"T4": 15e12, "mps": 2e12}
 """FLOP/s in training on one device whose name holds the word; estimates."""
+
+CARDS = {"H200": 141, "H100": 80, "A100": 80, "L40S": 48, "RTX 4090": 24, "L4": 24, "T4": 16}
+"""GB of memory of the GPUs that people rent or own."""
 
 OTHER_GPU_FLOPS = 30e12
 CORE_FLOPS = {"cpu-float32": 55e9, "cpu-bf16": 100e9}
@@ -25,6 +33,26 @@ SECONDS_PER_BLOCK = {"cpu": 10e-3, "gpu": 2e-3}
 
 LIBRARIES = 350_000_000
 """Bytes that Python and torch hold before there is a model."""
+
+MEASURED = "measured.json"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a device reaches: FLOP/s in the products, and the seconds that a block costs besides them."""
+
+    flops: float
+    seconds_per_block: float
+    measured: str = ""  # the day, empty where this is the table's
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How many tokens the text has, and into how many ids it is cut."""
+
+    train_tokens: int
+    vocab_size: int
+    is_counted: bool  # by an earlier run, or estimated from the size of the file
 
 
 @dataclass(frozen=True)
@@ -63,11 +91,14 @@ class Plan:
         return self.checkpoint_bytes * self.checkpoints
 
 
-def make_plan(config: Config, device: str, cores: int, *, tokens_per_second: float | None = None) -> Plan:
-    """The plan for one device: `cpu-float32`, `cpu-bf16`, `mps` or a GPU's name. `tokens_per_second` is a measured rate."""
+def make_plan(
+    config: Config, device: str, cores: int, *, pace: Pace | None = None, tokens_per_second: float | None = None
+) -> Plan:
+    """The plan for one device: `cpu-float32`, `cpu-bf16`, `mps` or a GPU's name. Seconds come from `tokens_per_second`,
+    a rate of this very config, else from `pace`, else from the table."""
     t = config.training
     tokens = config.global_batch_size * t.sequence_length
-    seconds = tokens / tokens_per_second if tokens_per_second else estimate_step(config, device, cores)
+    seconds = tokens / tokens_per_second if tokens_per_second else estimate_step(config, device, cores, pace)
     memory = estimate_memory(config, device)
     return Plan(
         parameters=count_parameters(config.model),
@@ -81,16 +112,71 @@ def make_plan(config: Config, device: str, cores: int, *, tokens_per_second: flo
     )
 
 
-def describe_plan(plan: Plan) -> list[tuple[str, str]]:
-    """The plan as rows of a page."""
-    per_step = f"{plan.seconds_per_step:.2f} s" if plan.seconds_per_step < 10 else f"{plan.seconds_per_step:,.0f} s"
+def describe_plan(config: Config, device: str, cores: int) -> list[tuple[str, str]]:
+    """What the config takes on this machine, as the rows of a page."""
+    corpus = find_corpus(config)
+    if corpus and corpus.is_counted:
+        config = config.with_vocab_size(corpus.vocab_size)
+    pace = find_pace(config, device, cores)
+    plan = make_plan(config, device, cores, pace=pace)
+    embeddings = plan.parameters - count_non_embedding(config.model)
+    tied = "also the head" if config.model.tie_word_embeddings else "the head besides"
+    origin = (
+        f"as a run reached here on {pace.measured}" if pace.measured else "an estimate: no run has left its rate yet"
+    )
     return [
-        ("parameters", f"{plan.parameters:,}"),
+        (
+            "parameters",
+            f"{plan.parameters:,}: {embeddings:,} in embeddings ({tied}), {plan.parameters - embeddings:,} else",
+        ),
         ("arithmetic", f"{plan.flops_per_token / 1e9:.3g} GFLOP a token, {plan.tokens_per_step:,} tokens a step"),
-        ("memory", f"about {show_bytes(plan.memory.total)}"),
+        (
+            "memory",
+            f"about {show_bytes(plan.memory.total)} on one {device} with {config.training.batch_size} sequences at once",
+        ),
+        *((f"  {part}", show_bytes(size)) for part, size in asdict(plan.memory).items()),
+        ("checkpointing", describe_checkpointing(config, device, cores, pace)),
         ("disk", f"{show_bytes(plan.disk_bytes)}: {plan.checkpoints:,} x {show_bytes(plan.checkpoint_bytes)}"),
-        ("time", f"about {show_seconds(plan.seconds)}, {per_step} a step"),
+        ("tokens", describe_tokens(config, plan, corpus)),
+        ("time here", f"about {show_time(plan)} on {device}, {cores} cores; {origin}"),
+        *((f"  one {card}", describe_card(config, card, cores, size)) for card, size in CARDS.items()),
     ]
+
+
+def describe_tokens(config: Config, plan: Plan, corpus: Corpus | None) -> str:
+    """Tokens of the run, for each parameter, and how often that reads the text."""
+    tokens = plan.tokens_per_step * config.training.train_steps
+    rows = f"{tokens:,} in the run, {tokens / plan.parameters:.3g} for each parameter"
+    if corpus is None:
+        return f"{rows}; epochs unknown: {config.data.input} is not there"
+    fresh = tokens * config.data.stride / config.training.sequence_length
+    origin = "as an earlier run counted" if corpus.is_counted else "an estimate from its size"
+    return f"{rows}; {fresh / max(1, corpus.train_tokens):.3g} epochs of {corpus.train_tokens:,} ({origin})"
+
+
+def describe_checkpointing(config: Config, device: str, cores: int, pace: Pace) -> str:
+    """What gradient checkpointing gains and costs."""
+    on, off = (make_plan(with_checkpointing(config, chosen), device, cores, pace=pace) for chosen in (True, False))
+    state = "on" if config.training.gradient_checkpointing else "off"
+    share = on.seconds_per_step / off.seconds_per_step - 1
+    return (
+        f"{state}; on: {show_bytes(on.memory.total)}, {show_step(on)}, off: {show_bytes(off.memory.total)}, {show_step(off)}: "
+        f"it saves {show_bytes(off.memory.total - on.memory.total)} and costs {share:.0%} of the time"
+    )
+
+
+def with_checkpointing(config: Config, chosen: bool) -> Config:
+    """The same config with gradient checkpointing on or off."""
+    training = config.training.model_copy(update={"gradient_checkpointing": chosen})
+    return config.model_copy(update={"training": training})
+
+
+def describe_card(config: Config, card: str, cores: int, gigabytes: int) -> str:
+    """What the run would take on a common GPU."""
+    plan = make_plan(config, card, cores)
+    if plan.memory.total > gigabytes * 1e9:
+        return f"does not fit: {show_bytes(plan.memory.total)} of {gigabytes} GB; lower training.batch_size"
+    return f"about {show_time(plan)}, {show_bytes(plan.memory.total)} of {gigabytes} GB; an estimate"
 
 
 def count_parameters(model: ModelConfig) -> int:
@@ -144,16 +230,110 @@ def estimate_memory(config: Config, device: str) -> Memory:
     )
 
 
-def estimate_step(config: Config, device: str, cores: int) -> float:
-    """Seconds of one update, from the table."""
+def estimate_step(config: Config, device: str, cores: int, pace: Pace | None = None) -> float:
+    """Seconds of one update at this pace, by default the table's."""
+    products, besides = split_step(config, pace or table_pace(config, device, cores))
+    return products + besides if device.startswith("cpu") else max(products, besides)
+
+
+def split_step(config: Config, pace: Pace) -> tuple[float, float]:
+    """Seconds of one update in the products, and besides them."""
     m, t = config.model, config.training
     tokens = config.global_batch_size * t.sequence_length
     work = tokens * flops_per_token(m, t.sequence_length) * (4 / 3 if t.gradient_checkpointing else 1)
-    products = work / reached_flops(config, device, cores)
-    blocks = t.gradient_accumulation_steps * m.num_hidden_layers
-    if device.startswith("cpu"):
-        return products + blocks * SECONDS_PER_BLOCK["cpu"]
-    return max(products, blocks * SECONDS_PER_BLOCK["gpu"])
+    return work / pace.flops, t.gradient_accumulation_steps * m.num_hidden_layers * pace.seconds_per_block
+
+
+def table_pace(config: Config, device: str, cores: int) -> Pace:
+    """The pace of a kind of device on which nothing was measured."""
+    kind = "cpu" if device.startswith("cpu") else "gpu"
+    return Pace(reached_flops(config, device, cores), SECONDS_PER_BLOCK[kind])
+
+
+def measured_pace(config: Config, device: str, cores: int, seconds: float) -> Pace:
+    """The pace at which `config` takes so many seconds a step: the table's, faster or slower by one factor.
+
+    A run too small to be bound by its products says nothing of them.
+    """
+    table = table_pace(config, device, cores)
+    products, besides = split_step(config, table)
+    factor = seconds / estimate_step(config, device, cores)
+    flops = table.flops / factor if products > besides else table.flops
+    return Pace(flops, table.seconds_per_block * factor, datetime.datetime.now().astimezone().date().isoformat())
+
+
+def find_pace(config: Config, device: str, cores: int) -> Pace:
+    """The pace that a run left in the cache folder, else the table's."""
+    paces = read_paces(Path(config.data.cache_dir) / MEASURED)
+    return paces.get(pace_key(config, device, cores)) or table_pace(config, device, cores)
+
+
+def keep_pace(config: Config, device: str, cores: int, seconds: float) -> None:
+    """Leave in the cache folder that an update of `config` took so many seconds. Raises OSError."""
+    path, key = Path(config.data.cache_dir) / MEASURED, pace_key(config, device, cores)
+    table, pace = table_pace(config, device, cores), measured_pace(config, device, cores, seconds)
+    paces = read_paces(path)
+    if pace.flops == table.flops and key in paces:  # a small run; what a larger one found of the products stands
+        return
+    paces[key] = pace
+    text = json.dumps({key: asdict(pace) for key, pace in paces.items()}, indent=1)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def read_paces(path: Path) -> dict[str, Pace]:
+    """The paces in a file; what is not one is left out, for a cache may be of any age."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    paces = {}
+    for key, value in found.items() if isinstance(found, dict) else ():
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            pace = Pace(float(value["flops"]), float(value["seconds_per_block"]), str(value["measured"]))
+            if 0 < pace.flops < math.inf and 0 < pace.seconds_per_block < math.inf:
+                paces[key] = pace
+    return paces
+
+
+def pace_key(config: Config, device: str, cores: int) -> str:
+    """What a pace holds for."""
+    precision = config.training.precision
+    if precision == "auto":
+        precision = "float32" if needs_float32(config, device) else "bf16"
+    return f"{device}, {precision}{', compiled' * config.training.compile}, {cores} cores"
+
+
+def find_corpus(config: Config) -> Corpus | None:
+    """What is known of the text: as an earlier run counted it, else by its size. None where it is not there."""
+    data = config.data
+    try:
+        size = Path(data.input).stat().st_size
+    except (OSError, ValueError):
+        return None
+    counted = [found for found in read_counts(Path(data.cache_dir)) if found[0] == size]
+    fitting = [corpus for _, corpus in counted if corpus.vocab_size <= config.model.vocab_size]
+    if fitting:
+        return max(fitting, key=lambda corpus: corpus.vocab_size)
+    tokens = size / bytes_per_token(config)
+    return Corpus(round(tokens * (1 - data.validation_fraction)), config.model.vocab_size, False)
+
+
+def read_counts(cache: Path) -> list[tuple[int, Corpus]]:
+    """(bytes, corpus) of every text in the token cache."""
+    found = []
+    for path in sorted(cache.glob("*/header.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            header = json.loads(path.read_text(encoding="utf-8"))
+            counts = header["statistics"]
+            found.append((int(counts["bytes"]), Corpus(int(counts["train_tokens"]), int(header["vocab_size"]), True)))
+    return found
+
+
+def bytes_per_token(config: Config) -> float:
+    """Bytes of English that one token stands for: a third more with every doubling of the vocabulary."""
+    if config.data.tokenizer == "bytes":
+        return 1.0
+    return max(1.0, math.log2(config.model.vocab_size) / 3 - 0.7)
 
 
 def needs_float32(config: Config, device: str) -> bool:
@@ -202,6 +382,23 @@ def find_device() -> tuple[str, int]:
     features = info.read_text(errors="replace") if info.exists() else ""
     has_bf16 = "avx512_bf16" in features or "amx_tile" in features
     return "cpu-bf16" if has_bf16 else "cpu-float32", cores
+
+
+def show_time(plan: Plan) -> str:
+    """`2.5 hours, 0.34 s a step`."""
+    return f"{show_seconds(plan.seconds)}, {show_step(plan)}"
+
+
+def show_step(plan: Plan) -> str:
+    """`0.34 s a step`."""
+    seconds = plan.seconds_per_step
+    return (
+        f"{seconds:.2g} s a step"
+        if seconds < 0.1
+        else f"{seconds:.2f} s a step"
+        if seconds < 10
+        else f"{seconds:,.0f} s a step"
+    )
 
 
 def show_bytes(number: float) -> str:

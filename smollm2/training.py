@@ -12,9 +12,11 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,9 +104,11 @@ class Meter:
 
     tokens: int = 0
     seconds: float = 0.0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=100))
 
     def add(self, result: StepResult) -> None:
         """One update more."""
+        self.recent.append(result.seconds)
         self.tokens += result.tokens
         self.seconds += result.seconds
 
@@ -206,9 +210,23 @@ def run_steps(run: Run, progress: Progress) -> Progress:
                 must_succeed = last or bool(stop) or failed_saves + 1 == MAX_FAILED_SAVES
                 is_saved = save(run, progress, validation_loss, must_succeed=must_succeed)
                 failed_saves = 0 if is_saved else failed_saves + 1
+            if stop or last:
+                leave_pace(run, meter)
             if stop and not last:
                 raise Interrupted(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved", stop)
     return progress
+
+
+def leave_pace(run: Run, meter: Meter) -> None:
+    """Leave in the cache folder how long an update took, for `smollm2 plan`; a guess about speed never ends a run."""
+    device, cores = plan.find_device()
+    on_cpu = run.runtime.device.type == "cpu"
+    is_whole = run.runtime.world_size == 1 and torch.get_num_threads() == cores
+    is_known = on_cpu == device.startswith("cpu") and (is_whole or not on_cpu)
+    if run.runtime.rank == 0 and is_known and len(meter.recent) >= 3:
+        seconds = statistics.median(list(meter.recent)[1:]) * run.runtime.world_size
+        with contextlib.suppress(OSError, ResourceError):
+            plan.keep_pace(run.config, device, cores, seconds)
 
 
 def due(step: int, interval: int, last: bool) -> bool:
@@ -497,7 +515,8 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
     """What is trained, on what, with which data, and what it will take."""
     t, m, runtime = run.config.training, run.config.model, run.runtime
     device, cores = plan.find_device()
-    estimate = plan.make_plan(run.config, device, cores)
+    pace = plan.find_pace(run.config, device, cores)
+    estimate = plan.make_plan(run.config, device, cores, pace=pace)
     seconds = estimate.seconds_per_step * (t.train_steps - progress.step)
     block = cast(Block, run.model.model.layers[0])
     heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
@@ -524,7 +543,8 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"about {plan.show_seconds(seconds)} by the planner's table; the pace of the first updates corrects it",
+            f"about {plan.show_seconds(seconds)} by {f'the pace measured here on {pace.measured}' if pace.measured else 'the table of smollm2 plan'}; "
+            "the pace of the first updates corrects it",
         ),
         ("run folder", t.save_dir),
     ]

@@ -29,6 +29,7 @@ def run(*arguments: str, folder: Path, **options: object) -> subprocess.Complete
 ASKING = {
     "help": (["--help"], 0),
     "help of train": (["train", "--help"], 0),
+    "plan": (["plan", "--preset", "smollm2-135m"], 0),
     "a config error": (["train", "--training.learning_rate", "fast"], 2),
     "no config": (["train", "--config", "absent.yaml"], 2),
 }

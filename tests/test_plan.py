@@ -1,8 +1,11 @@
 """Arithmetic against figures that were counted elsewhere: transformers on the meta device, and measured runs."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from runs import tiny_config, write_tiny
 
 from smollm2.config import Config
 from smollm2.config_file import load_config
@@ -14,11 +17,14 @@ from smollm2.plan import (
     estimate_here,
     estimated_seconds,
     find_device,
+    find_pace,
     flops_per_token,
+    keep_pace,
     make_plan,
     show_bytes,
     show_seconds,
 )
+from smollm2.training import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,11 +172,77 @@ def test_this_machine_can_be_asked_about_a_file() -> None:
     assert estimate_here(ROOT / "config.yaml") == estimated_seconds(user_config(), device, cores)
 
 
-def test_the_rows_say_what_the_plan_holds() -> None:
-    rows = dict(describe_plan(make_plan(user_config(), "cpu-bf16", 2)))
-    assert rows["parameters"] == "137,860,608"
+def in_folder(config: Config, folder: Path) -> Config:
+    """The same config with input and cache in `folder`."""
+    return Config.model_validate(
+        {**config.model_dump(), "data": {"input": str(folder / "input.txt"), "cache_dir": str(folder), "stride": 2048}}
+    )
+
+
+def test_the_rows_say_what_the_plan_holds(tmp_path: Path) -> None:
+    rows = dict(describe_plan(in_folder(user_config(), tmp_path), "cpu-bf16", 2))
+    assert rows["parameters"].startswith("137,860,608: 24,576,000 in embeddings")
     assert rows["disk"] == "16.5 GB: 10 x 1.65 GB"
     assert rows["arithmetic"] == "0.94 GFLOP a token, 98,304 tokens a step"
+    assert rows["tokens"].startswith("491,520,000 in the run, 3.57 for each parameter; epochs unknown")
+    assert rows["time here"].endswith("an estimate: no run has left its rate yet")
+    assert rows["checkpointing"].endswith("costs 33% of the time")
+
+
+def test_a_model_that_does_not_fit_a_card_is_said_to() -> None:
+    rows = dict(describe_plan(load_config(preset="smollm2-1.7b"), "cpu-bf16", 2))
+    assert rows["  one T4"].startswith("does not fit")
+    assert not rows["  one H200"].startswith("does not fit")
+
+
+def test_epochs_come_from_the_size_of_the_text_until_a_run_has_counted_it(tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_text("x" * 4_915_200)
+    config = in_folder(user_config(), tmp_path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": "bytes"})})
+    assert "105 epochs of 4,669,440 (an estimate from its size)" in dict(describe_plan(config, "cpu-bf16", 2))["tokens"]
+    (tmp_path / "abc").mkdir()
+    header = {"vocab_size": 257, "statistics": {"bytes": 4_915_200, "train_tokens": 4_000_000}}
+    (tmp_path / "abc" / "header.json").write_text(json.dumps(header))
+    rows = dict(describe_plan(config, "cpu-bf16", 2))
+    assert "123 epochs of 4,000,000 (as an earlier run counted)" in rows["tokens"]
+    assert rows["parameters"].startswith(f"{137_860_608 - (32000 - 257) * 768:,}")
+
+
+def test_a_run_leaves_its_pace_for_the_plan_of_another(tmp_path: Path) -> None:
+    nano, user = in_folder(small_run(NANO, 16, 1), tmp_path), in_folder(user_config(), tmp_path)
+    before = make_plan(user, "cpu-bf16", 2)
+    keep_pace(nano, "cpu-bf16", 2, 2 * make_plan(nano, "cpu-bf16", 2).seconds_per_step)
+    pace = find_pace(user, "cpu-bf16", 2)
+    assert pace.measured
+    assert make_plan(user, "cpu-bf16", 2, pace=pace).seconds == pytest.approx(2 * before.seconds)
+    assert not find_pace(user, "cpu-bf16", 4).measured
+    assert not find_pace(user, "cpu-float32", 2).measured
+
+
+def test_a_run_too_small_to_tell_leaves_the_rate_of_the_products(tmp_path: Path) -> None:
+    tiny = small_run({**NANO, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 257}, 1, 2, "adamw")
+    tiny, user = in_folder(tiny, tmp_path), in_folder(user_config(), tmp_path)
+    keep_pace(tiny, "cpu-bf16", 2, 10.0)
+    assert find_pace(user, "cpu-bf16", 2).flops == find_pace(user, "cpu-bf16", 4).flops / 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"cpu-bf16, bf16, 2 cores": {"flops": 0}}'])
+def test_a_damaged_pace_is_as_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "measured.json").write_text(text)
+    assert not find_pace(in_folder(user_config(), tmp_path), "cpu-bf16", 2).measured
+
+
+def test_training_leaves_its_pace_in_the_cache_folder(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    config = tiny_config(tmp_path)
+    threads = torch.get_num_threads()
+    device, cores = find_device()
+    torch.set_num_threads(cores)
+    try:
+        train(config)
+    finally:
+        torch.set_num_threads(threads)
+    assert find_pace(config, device, cores).measured
 
 
 @pytest.mark.parametrize(
