@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ MODELS: dict[str, dict[str, object]] = {
     "LayerNorm, untied, theta 100,000": {"norm": "layernorm", "tie_word_embeddings": False, "rope_theta": 100000.0},
     "wide heads, another epsilon": {"head_dim": 32, "norm_eps": 1e-6},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on two threads: these wait for one another, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def source(**changes: object) -> Source:
