@@ -4,15 +4,19 @@ Every failure that a user can mend ends here as one line on standard error and a
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from smollm2.config_file import add_config_flags, load_config_with_origins, read_config_flags, suggest_key
 from smollm2.errors import ConfigError, Interrupted, Smollm2Error
+
+SHOWN_DOCUMENTS = 20
+"""Rows of the table of `smollm2 evaluate --per_document`."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +47,57 @@ def build_parser() -> Parser:
     )
     add_run_flags(plan)
     plan.set_defaults(run=show_plan)
+    add_evaluate(commands)
+    add_export(commands)
     return parser
+
+
+def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """`smollm2 evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="loss, perplexity and bits per byte of a model on a text",
+        description="Score each token of a text once, in windows as long as the context, and print the loss.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a Hugging Face folder")
+    parser.add_argument("--input_file", metavar="FILE", required=True, help="text file, UTF-8; - is standard input")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between two windows; default: half the context")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="windows in one forward pass; default: 8"
+    )
+    parser.add_argument(
+        "--document_separator",
+        metavar="TEXT",
+        help=r"text between two documents, \f and \n understood; default: as the checkpoint was trained",
+    )
+    parser.add_argument("--per_document", action="store_true", help="score each document alone, and list them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(run=run_evaluation)
+
+
+def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """`smollm2 export`."""
+    parser = commands.add_parser(
+        "export",
+        help="a Hugging Face folder, proved to be the same model",
+        description="Write a folder that transformers, vLLM and others load. It appears only when, loaded again from the "
+        "disk, it gave the checkpoint's logits, loss, greedy text and token ids.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a Hugging Face folder")
+    parser.add_argument("folder", metavar="OUT", help="the folder to write")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bf16", "fp16"], default="float32", help="of the weights; default: float32"
+    )
+    parser.add_argument(
+        "--shard_gb", type=float, default=5.0, metavar="N", help="largest weights file, in GB; default: 5"
+    )
+    parser.add_argument(
+        "--input_file", metavar="FILE", help="text of the comparison; default: Python's own documentation"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier export of that name")
+    parser.set_defaults(run=run_export)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +155,77 @@ def show_plan(args: argparse.Namespace) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
+
+
+def run_evaluation(args: argparse.Namespace) -> None:
+    """`smollm2 evaluate`."""
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch_size {args.batch_size} is too small; use 1 or more")
+    import torch
+
+    from smollm2.evaluation import evaluate
+    from smollm2.loading import load_for_evaluation
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, separator = load_for_evaluation(Path(args.checkpoint), device)
+    if args.document_separator is not None:
+        separator = args.document_separator.replace("\\f", "\f").replace("\\n", "\n").replace("\\t", "\t")
+    if separator == "":
+        raise ConfigError("--document_separator is empty; give the text between two documents, or leave it out")
+    found = evaluate(
+        model,
+        tokenizer,
+        Path(args.input_file),
+        batch_size=args.batch_size,
+        stride=args.stride,
+        separator=separator,
+        per_document=args.per_document,
+    )
+    print(json.dumps(found) if args.json else "\n".join(describe_evaluation(found)))
+
+
+def describe_evaluation(found: Mapping[str, Any]) -> Iterator[str]:
+    """The table of `smollm2 evaluate`."""
+    for name, unit in (("loss", "nats per token"), ("perplexity", ""), ("bits_per_byte", "")):
+        interval = found[f"{name}_interval"]
+        sure = f"  95 %: {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+        yield f"{name:<16}{found[name]:>12.4f}{sure}{f'  {unit}' if unit else ''}"
+    kind = "documents" if "documents" in found else "windows"
+    yield f"{'tokens':<16}{found['tokens']:>12,}  in {found['parts']:,} {kind}, context {found['context']:,}, stride {found['stride']:,}"
+    yield f"{'bytes':<16}{found['bytes']:>12,}"
+    if found["unexpressed_bytes"]:
+        yield f"{found['unexpressed_bytes']:,} bytes of the text are beyond this tokenizer and were not scored"
+    documents = found.get("documents", [])
+    if documents:
+        yield f"\n{'document':>8}{'loss':>12}{'perplexity':>14}{'bits_per_byte':>15}{'tokens':>12}"
+    for number, row in enumerate(documents[:SHOWN_DOCUMENTS], 1):
+        yield f"{number:>8}{row['loss']:>12.4f}{row['perplexity']:>14.4f}{row['bits_per_byte']:>15.4f}{row['tokens']:>12,}"
+    if len(documents) > SHOWN_DOCUMENTS:
+        yield f"and {len(documents) - SHOWN_DOCUMENTS:,} more; --json lists all"
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """`smollm2 export`."""
+    if not 1e-6 <= args.shard_gb <= 1e6:
+        raise ConfigError(f"--shard_gb {args.shard_gb:g} is not possible; use 0.000001 to 1000000")
+    from smollm2.exporting.hugging_face import export
+
+    certificate = export(
+        args.checkpoint,
+        args.folder,
+        dtype=args.dtype,
+        force=args.force,
+        shard_bytes=int(args.shard_gb * 1e9),
+        text_file=args.input_file,
+    )
+    for reading in certificate["readers"]:
+        print(
+            f"{reading['reader']}: logits differ by at most {reading['max_logit_difference']:.2g}, greedy text equal over "
+            f"{reading['greedy_equal']} tokens, {reading['texts_equal']} of {reading['texts']} hostile texts equal"
+        )
+    if len(certificate["readers"]) == 1:
+        print("transformers is not installed here, so it has not read the folder: pip install transformers")
+    print(f"{args.folder}: the same model, in {certificate['dtype']}; parity.json and README.md hold the proof")
 
 
 def refuse_a_lost_launch() -> None:

@@ -1,17 +1,25 @@
-"""Validation loss over a fixed list of windows: streamed as (sum, count), the same on any number of ranks."""
+"""The loss on a text, streamed as (sum, count): a fixed list of windows while training, any text or file afterwards.
+
+Validation is the same on any number of ranks. `evaluate` slides a window over a text of any size in bounded memory and
+scores each token once.
+"""
 
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from smollm2.data.text import Piece, cut_pieces, open_text
 from smollm2.data.windows import Windows
-from smollm2.errors import DataError
-from smollm2.loss import IGNORED
+from smollm2.errors import ConfigError, DataError
+from smollm2.loss import IGNORED, next_token_loss
 from smollm2.model import SmolLM2
 from smollm2.runtime import Runtime
 from smollm2.tokenizer import Tokenizer
@@ -84,30 +92,206 @@ def evaluate_on_ranks(
     return Evaluation(loss_sum, int(tokens), int(text_bytes))
 
 
-def evaluate(
-    model: SmolLM2, tokenizer: Tokenizer, text_or_path: str | Path, *, batch_size: int = 8
-) -> dict[str, float | int]:
-    """Loss (nats per token), perplexity, bits per byte and the number of tokens scored, of a text or of a file (a Path).
+@dataclass
+class Ratio:
+    """Sum of a over sum of b for parts of a text, and how sure it is: sums of squares are all that is kept."""
 
-    Windows are as long as the context and overlap by half, so that each token but the first is scored once, with at
-    least half a context before it. Raises DataError for a text of fewer than two tokens or a file that cannot be read.
+    parts: int = 0
+    a: float = 0.0
+    b: float = 0.0
+    aa: float = 0.0
+    ab: float = 0.0
+    bb: float = 0.0
+
+    def add(self, a: float, b: float) -> None:
+        """One part more."""
+        self.parts += 1
+        self.a, self.b = self.a + a, self.b + b
+        self.aa, self.ab, self.bb = self.aa + a * a, self.ab + a * b, self.bb + b * b
+
+    @property
+    def value(self) -> float:
+        """The ratio."""
+        return self.a / self.b if self.b else math.nan
+
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval, the parts taken as independent (a ratio estimate); None for fewer than two parts."""
+        if self.parts < 2 or not self.b:
+            return None
+        squares = max(0.0, self.aa - 2 * self.value * self.ab + self.value**2 * self.bb)
+        error = math.sqrt(squares * self.parts / (self.parts - 1)) / self.b
+        return self.value - 1.96 * error, self.value + 1.96 * error
+
+
+@dataclass(frozen=True)
+class Row:
+    """Up to length + 1 tokens of a document; the first `context` targets were scored in the row before."""
+
+    document: int
+    ids: list[int]
+    context: int
+
+
+def evaluate(
+    model: SmolLM2,
+    tokenizer: Tokenizer,
+    text_or_path: str | Path,
+    *,
+    batch_size: int = 8,
+    stride: int | None = None,
+    separator: str | None = None,
+    per_document: bool = False,
+) -> dict[str, Any]:
+    """Loss (nats per token), perplexity and bits per byte of a text or a file (a Path; `-` is standard input), streamed.
+
+    Windows are as long as the context and start every `stride` tokens (default: half of it), so that each token is scored
+    once, with at least length - stride tokens before it where the text has them. Documents, where `separator` is between
+    them, are read as in training: one stream, an end of text after each; its first token alone is not scored. With
+    `per_document` each is scored alone, behind an end of text, and has its row in `documents`. The 95 % intervals take
+    windows (or documents) as independent. Raises DataError for a text without a target or a file that cannot be read.
     """
-    text = read_text(text_or_path) if isinstance(text_or_path, Path) else text_or_path
     length = model.config.max_position_embeddings
-    tokens = np.asarray([*tokenizer.encode(text), tokenizer.end_of_text])
-    windows = Windows(tokens, length, max(1, length // 2), model.config.vocab_size)
-    found = score_windows(model, windows, range(len(windows)), tokenizer.bytes_per_token, batch_size=batch_size)
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ConfigError(f"a stride of {stride} is not possible in a context of {length} tokens; use 1 to {length}")
+    counted = CountedEncoder(tokenizer)
+    with tempfile.TemporaryDirectory() as spool:
+        pieces = open_pieces(text_or_path, separator, Path(spool))
+        rows = cut_rows(pieces, counted, length, stride, per_document=per_document)
+        parts = score_rows(model, rows, tokenizer.bytes_per_token, batch_size=batch_size)
+        documents = list(sum_documents(parts)) if per_document else []
+        loss, bits = add_up(documents if per_document else (total for _, total in parts))
+    if not loss.b:
+        raise DataError(f"{text_or_path!s:.40} - it holds nothing to predict - name a longer text")
     return {
-        "loss": found.loss,
-        "perplexity": math.exp(found.loss),
-        "bits_per_byte": found.bits_per_byte,
-        "tokens": found.tokens,
+        "loss": loss.value,
+        "loss_interval": loss.interval(),
+        "perplexity": math.exp(min(loss.value, 700.0)),
+        "perplexity_interval": exponentiate(loss.interval()),
+        "bits_per_byte": bits.value,
+        "bits_per_byte_interval": bits.interval(),
+        "tokens": int(loss.b),
+        "bytes": int(bits.b),
+        "unexpressed_bytes": counted.unexpressed,
+        "parts": loss.parts,
+        "context": length,
+        "stride": stride,
+        **({"documents": [describe_document(total) for total in documents]} if per_document else {}),
     }
 
 
-def read_text(path: Path) -> str:
-    """A whole UTF-8 file. Raises DataError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+def describe_document(total: Evaluation) -> dict[str, float | int]:
+    """The row of one document."""
+    return {
+        "loss": total.loss,
+        "perplexity": math.exp(min(total.loss, 700.0)),
+        "bits_per_byte": total.bits_per_byte,
+        "tokens": total.tokens,
+        "bytes": total.text_bytes,
+    }
+
+
+class CountedEncoder:
+    """A tokenizer that remembers how many bytes it could not express."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.unexpressed = tokenizer, 0
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a piece."""
+        ids, lost = self.tokenizer.encode_counted(text)
+        self.unexpressed += lost
+        return ids
+
+
+def open_pieces(text_or_path: str | Path, separator: str | None, spool: Path) -> Iterator[Piece]:
+    """The documents of a text or a file, in pieces, as training reads them. Raises DataError."""
+    if isinstance(text_or_path, Path):
+        return open_text(str(text_or_path), spool, separator).pieces()
+    return cut_pieces(iter([text_or_path]), separator)
+
+
+def cut_rows(
+    pieces: Iterator[Piece], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
+) -> Iterator[Row]:
+    """The text as rows that hold each target once: of one stream, or of each document by itself."""
+    end = encoder.tokenizer.end_of_text
+
+    def blocks(numbered: Iterator[tuple[int, Piece]]) -> Iterator[list[int]]:
+        for _, piece in numbered:
+            yield encoder.encode(piece.text) + ([end] if piece.last else [])
+
+    numbered = number_pieces(pieces)
+    if not per_document:
+        yield from slide(0, blocks(numbered), length, stride)
+        return
+    for number, document in groupby(numbered, key=lambda pair: pair[0]):
+        yield from slide(number, chain([[end]], blocks(document)), length, stride)
+
+
+def number_pieces(pieces: Iterator[Piece]) -> Iterator[tuple[int, Piece]]:
+    """Each piece with the number of its document."""
+    number = 0
+    for piece in pieces:
+        yield number, piece
+        number += piece.last
+
+
+def slide(document: int, blocks: Iterable[list[int]], length: int, stride: int) -> Iterator[Row]:
+    """A window of length + 1 tokens every `stride` tokens; only what the windows still need is held."""
+    held: list[int] = []
+    context = 0
+    for block in blocks:
+        held += block
+        start = 0
+        while len(held) - start > length:
+            yield Row(document, held[start : start + length + 1], context)
+            start, context = start + stride, length - stride
+        del held[:start]
+    if len(held) - 1 > context:
+        yield Row(document, held, context)
+
+
+@torch.inference_mode()
+def score_rows(
+    model: SmolLM2, rows: Iterator[Row], bytes_per_token: np.ndarray, *, batch_size: int
+) -> Iterator[tuple[int, Evaluation]]:
+    """(document, totals) of each row, in order; logits are never held for more than a chunk of tokens."""
+    device = model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    while batch := list(islice(rows, batch_size)):
+        longest = max(len(row.ids) for row in batch) - 1
+        padded = torch.tensor([row.ids[:-1] + [0] * (longest + 1 - len(row.ids)) for row in batch])
+        hidden = model.model(padded.to(device))
+        for row, states in zip(batch, hidden, strict=True):
+            targets = row.ids[row.context + 1 :]
+            kept = states[row.context : len(row.ids) - 1]
+            loss, _ = next_token_loss(kept, model.lm_head.weight, torch.tensor(targets, device=device))
+            yield row.document, Evaluation(loss.item(), len(targets), int(bytes_per_token[targets].sum()))
+    model.train(was_training)
+
+
+def sum_documents(parts: Iterable[tuple[int, Evaluation]]) -> Iterator[Evaluation]:
+    """The totals of each document, in order."""
+    for _, group in groupby(parts, key=lambda part: part[0]):
+        found = [part for _, part in group]
+        yield Evaluation(
+            sum(part.loss_sum for part in found),
+            sum(part.tokens for part in found),
+            sum(part.text_bytes for part in found),
+        )
+
+
+def add_up(parts: Iterable[Evaluation]) -> tuple[Ratio, Ratio]:
+    """Loss over tokens, and bits over bytes."""
+    loss, bits = Ratio(), Ratio()
+    for part in parts:
+        loss.add(part.loss_sum, part.tokens)
+        bits.add(part.loss_sum / math.log(2), part.text_bytes)
+    return loss, bits
+
+
+def exponentiate(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The same interval of the perplexity."""
+    return None if interval is None else (math.exp(min(interval[0], 700.0)), math.exp(min(interval[1], 700.0)))

@@ -27,6 +27,8 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What a disk answers that has no room, for anyone, for this user, for so large a file."""
 
+SECONDS_PER_DAY = 86400
+
 TEMPORARY = re.compile(r"\..+\.tmp\.([0-9]+)-[0-9a-f]+")
 
 
@@ -151,6 +153,43 @@ def write_atomically(
         raise cause from None
 
 
+def write_folder_atomically(
+    target: Path, fill: Callable[[Path], object], *, replaces: bool = False, io_ops: IoOps = IO_OPS
+) -> None:
+    """Make a folder whole or not at all: `fill` writes it under a temporary name beside `target`, then it is renamed.
+
+    What `fill` raises comes out, and nothing is left behind. With `replaces` a folder of the name gives way at the end.
+    Raises ResourceError where the system refuses.
+    """
+    mark = f"tmp.{os.getpid()}-{secrets.token_hex(4)}"
+    temporary, aside = target.with_name(f".export.{mark}"), target.with_name(f".replaced.{mark}")
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned_folders(target.parent, io_ops)
+        temporary.mkdir()
+        fill(temporary)
+        io_ops.fsync_dir(temporary)
+        if replaces:
+            io_ops.replace(target, aside)
+        try:
+            io_ops.replace(temporary, target)
+        except BaseException:
+            if replaces:
+                aside.rename(target)
+            raise
+        io_ops.fsync_dir(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise ResourceError(_describe_failure(target, error, 0, io_ops)) from error
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def probe_folder(folder: Path) -> None:
     """Make the folder and write a file in it, now and not at the first save. Raises ResourceError where that fails."""
     probe = folder / ".probe"
@@ -201,6 +240,16 @@ def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
         if match and not _is_running(int(match[1])):
             with contextlib.suppress(OSError):
                 io_ops.unlink(folder / name)
+
+
+def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:
+    """Remove what killed exports left here; only after a day, because another machine's process may be writing it."""
+    for name in io_ops.listdir(parent):
+        match, path = TEMPORARY.fullmatch(name), parent / name
+        if match and name.startswith(".export.") and not _is_running(int(match[1])):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > SECONDS_PER_DAY:
+                    shutil.rmtree(path)
 
 
 if sys.platform == "win32":

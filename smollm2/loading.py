@@ -28,10 +28,33 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Sm
     if path.is_dir():
         model = load_hugging_face_model(path)
         return model.to(device).eval(), load_tokenizer(str(path))
+    model, tokenizer = restore_model(load_checkpoint(path), path)
+    return model.to(device), tokenizer
+
+
+def load_for_evaluation(path: Path, device: str) -> tuple[SmolLM2, Tokenizer, str | None]:
+    """As `load_model`, and what stood between two documents of the text it was trained on, where a checkpoint says it."""
+    if path.is_dir():
+        return *load_model(path, device), None
     state = load_checkpoint(path)
-    config = Config.model_validate_json(state["config"])
-    model = build_model(config.model, state["model"], path)
-    return model.to(device).eval(), tokenizer_from_text(state["tokenizer"]["text"], state["tokenizer"]["end_of_text"])
+    model, tokenizer = restore_model(state, path)
+    return model.to(device), tokenizer, read_config(state, path).data.document_separator
+
+
+def restore_model(state: Mapping[str, Any], path: Path) -> tuple[SmolLM2, Tokenizer]:
+    """The model, in evaluation mode and float32, and the tokenizer of a checkpoint's content. Raises CheckpointError."""
+    model = build_model(read_config(state, path).model, state["model"], path)
+    tokenizer = state["tokenizer"]
+    return model.eval(), tokenizer_from_text(tokenizer["text"], tokenizer["end_of_text"])
+
+
+def read_config(state: Mapping[str, Any], path: Path) -> Config:
+    """The config of the run that made a checkpoint. Raises CheckpointError where this version does not understand it."""
+    try:
+        return Config.model_validate_json(state["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{path}: its config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> SmolLM2:

@@ -16,7 +16,7 @@ FOUNDATION = ["errors", "files", "config", "config_file", "plan"]
 PARTS = ["attention", "functional", "loss", "optim", "runtime", "checkpoint", "tokenizer", "data", "tracking"]
 """From here on torch may be imported; a part imports no other part, the files of one folder may import one another."""
 
-WHOLES = ["model", "step", "loading", "generation", "evaluation", "training", "cli"]
+WHOLES = ["model", "step", "loading", "generation", "evaluation", "exporting", "training", "cli"]
 """What is made of the parts; each may import what stands above it."""
 
 ORDER = FOUNDATION + PARTS + WHOLES
@@ -24,7 +24,7 @@ ENTRY_FILES = {"__init__", "__main__"}
 
 NAMED_IN = {
     "accelerate": {"runtime", "step", "training", "evaluation"},
-    "transformers": set(),
+    "transformers": {"exporting.certificate"},
     "wandb": {"tracking.wandb"},
 }
 """Outside packages that only these files import."""
