@@ -8,12 +8,15 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from smollm2.config_file import add_config_flags, load_config_with_origins, read_config_flags, suggest_key
-from smollm2.errors import ConfigError, Interrupted, Smollm2Error
+from smollm2.errors import ConfigError, DataError, Interrupted, Smollm2Error
+
+if TYPE_CHECKING:
+    from smollm2.generation import Piece
 
 SHOWN_DOCUMENTS = 20
 """Rows of the table of `smollm2 evaluate --per_document`."""
@@ -49,6 +52,7 @@ def build_parser() -> Parser:
     plan.set_defaults(run=show_plan)
     add_evaluate(commands)
     add_export(commands)
+    add_generate(commands)
     return parser
 
 
@@ -98,6 +102,46 @@ def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export of that name")
     parser.set_defaults(run=run_export)
+
+
+def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """`smollm2 generate`."""
+    parser = commands.add_parser(
+        "generate",
+        help="text from a checkpoint or an exported folder",
+        description="Continue a prompt; without one, start a new document. Results go to standard output, remarks to "
+        "standard error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a .pt file, a run folder, or a Hugging Face folder")
+    parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    source.add_argument(
+        "--prompts_file",
+        metavar="FILE",
+        help='JSON Lines, "text" or {"prompt": "text", ...}; - is standard input; writes JSON Lines',
+    )
+    source.add_argument("--interactive", action="store_true", help="ask for prompts until the end of input")
+    parser.add_argument("--json", action="store_true", help="write JSON Lines")
+    for name, kind, default, text in GENERATE_NUMBERS:
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default: {default}")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], help="default: float32; bf16 on a GPU")
+    parser.set_defaults(run=run_generation)
+
+
+GENERATE_NUMBERS: list[tuple[str, type[int] | type[float], float, str]] = [
+    ("max_new_tokens", int, 256, "tokens to write at most"),
+    ("temperature", float, 0.8, "0 takes the likeliest token"),
+    ("top_k", int, 50, "draw among the K likeliest tokens, 0: among all"),
+    ("top_p", float, 1.0, "draw among the likeliest tokens that make up this probability"),
+    ("min_p", float, 0.0, "leave out tokens below this share of the likeliest one's probability"),
+    ("repetition_penalty", float, 1.0, "above 1: fewer repetitions"),
+    ("samples", int, 1, "texts a prompt; the second has the next seed, and so on"),
+    ("seed", int, 0, "the same model, prompt and seed give the same text"),
+    ("batch_size", int, 8, "texts that are written together"),
+]
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -226,6 +270,139 @@ def run_export(args: argparse.Namespace) -> None:
     if len(certificate["readers"]) == 1:
         print("transformers is not installed here, so it has not read the folder: pip install transformers")
     print(f"{args.folder}: the same model, in {certificate['dtype']}; parity.json and README.md hold the proof")
+
+
+def run_generation(args: argparse.Namespace) -> None:
+    """`smollm2 generate`."""
+    for name, low, high in (("max_new_tokens", 1, 10**9), ("samples", 1, 10**6), ("batch_size", 1, 10**6)):
+        check_range(f"--{name}", getattr(args, name), low, high)
+    check_range("--seed", args.seed, 0, 2**63 - args.samples)
+    rows = read_prompts(args.prompts_file) if args.prompts_file else [{"prompt": args.prompt or ""}]
+    write = prepare_generation(args)
+    try:
+        if args.interactive:
+            continue_prompts(args, write)
+        elif args.prompts_file or args.json:
+            write_json_lines(args, rows, write)
+        else:
+            write_texts(args, rows[0]["prompt"], write)
+    except BrokenPipeError:  # `smollm2 generate ... | head`; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+Write = Callable[[Sequence[str], Sequence[int]], "Iterator[Piece]"]
+"""Prompts and their seeds -> pieces of text."""
+
+
+def prepare_generation(args: argparse.Namespace) -> Write:
+    """Load the model; what it writes with these settings."""
+    import torch
+
+    from smollm2.generation import Sampling, stream
+    from smollm2.loading import load_run
+
+    sampling = Sampling(
+        args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty
+    )  # before the model is loaded: a wrong value is said at once
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_run(Path(args.model), device, best=args.best, say=remark)
+    precision = args.precision or ("bf16" if device == "cuda" else "float32")
+    model.to({"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+    def write(prompts: Sequence[str], seeds: Sequence[int]) -> "Iterator[Piece]":
+        return stream(
+            model,
+            tokenizer,
+            prompts,
+            seeds,
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            stop=args.stop,
+            say=remark,
+        )
+
+    return write
+
+
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raises ConfigError."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name} - {value} will not do - give {low} to {high}")
+
+
+def remark(message: str) -> None:
+    """A line beside the results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def read_prompts(name: str) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, each with its `prompt`. Raises DataError naming the line."""
+    try:
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{name} - it cannot be read: {error.strerror} - name a JSON Lines file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} - byte {error.start} is not UTF-8 - convert it to UTF-8") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        row = {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise DataError(f'{name}:{number} - it is no prompt - write "text" or {{"prompt": "text"}} on each line')
+        rows.append(row)
+    return rows
+
+
+def write_json_lines(args: argparse.Namespace, rows: Sequence[dict[str, Any]], write: Write) -> None:
+    """One object for each prompt and sample, in order: the row, with its `text`, why it ended, and its `seed`."""
+    tasks = [{**row, "seed": args.seed + sample} for row in rows for sample in range(args.samples)]
+    for start in range(0, len(tasks), args.batch_size):
+        batch = [{**task, "text": "", "end": ""} for task in tasks[start : start + args.batch_size]]
+        for piece in write([task["prompt"] for task in batch], [task["seed"] for task in batch]):
+            batch[piece.index]["text"] += piece.text
+            batch[piece.index]["end"] = piece.end
+        for done in batch:
+            print(json.dumps(done), flush=True)
+
+
+def write_texts(args: argparse.Namespace, prompt: str, write: Write) -> None:
+    """The prompt and what follows it, as it is written; several samples one after the other."""
+    for sample in range(args.samples):
+        if args.samples > 1:
+            remark(f"sample {sample + 1}, seed {args.seed + sample}:")
+        show(prompt)
+        for piece in write([prompt], [args.seed + sample]):
+            show(piece.text)
+        show("\n")
+
+
+def continue_prompts(args: argparse.Namespace, write: Write) -> None:
+    """The prompt loop; each turn has the next seeds. Ctrl-C ends a text, Ctrl-D the loop."""
+    remark("a prompt and Enter; Ctrl-C ends a text, Ctrl-D the program")
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise DataError("standard input - a prompt is not UTF-8 - convert it to UTF-8") from None
+        try:
+            write_texts(args, prompt, write)
+        except KeyboardInterrupt:
+            show("\n")
+        args.seed = (args.seed + args.samples) % 2**62
+
+
+def show(text: str) -> None:
+    """Text of a model or a prompt; on a terminal nothing in it is obeyed."""
+    from smollm2.tracking.base import escape_controls
+
+    print(escape_controls(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def refuse_a_lost_launch() -> None:

@@ -66,11 +66,12 @@ def rotary_tables(positions: int, width: int, theta: float, device: torch.device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout (transformers' Llama): x (B, T, H, D), cos and sin (T, D / 2).
+    """Rotary embedding in the half-split layout (transformers' Llama): x (B, T, H, D), cos and sin (T, D / 2), or
+    (B, T, D / 2) where each sequence has positions of its own.
 
     The pair (x[i], x[i + D / 2]) turns by the angle of its position.
     """
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     if _plain():
         return plain_rotate(x, cos, sin)
     out: Tensor = RotateSavingMemory.apply(x, cos, sin)  # type: ignore[no-untyped-call]
@@ -78,7 +79,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` with tables of shape (T, 1, D / 2) in the dtype of x."""
+    """`rotate` with tables of shape (..., T, 1, D / 2) in the dtype of x."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

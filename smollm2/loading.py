@@ -5,7 +5,7 @@ model does not compute is refused by name, never ignored.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smollm2.checkpoint import load_checkpoint
+from smollm2.checkpoint import describe_missing, find_resumable, load_checkpoint
 from smollm2.config import Config, ModelConfig
 from smollm2.errors import CheckpointError
 from smollm2.model import SmolLM2
@@ -186,3 +186,34 @@ def read_rope_theta(found: Mapping[str, Any], path: Path) -> float:
     if partial != 1.0:
         raise CheckpointError(f"{path}: partial_rotary_factor {partial!r} is not supported; 1.0 is")
     return float(parameters.get("rope_theta", found.get("rope_theta", 10000.0)))
+
+
+def load_run(
+    path: Path, device: str, *, best: bool = False, say: Callable[[str], None] = lambda message: None
+) -> tuple[SmolLM2, Tokenizer]:
+    """`load_model`, and for a run folder its newest valid checkpoint, or the one with the lowest validation loss.
+
+    `say` hears of checkpoints that are passed over. Raises CheckpointError.
+    """
+    if best:
+        return load_model(path / read_best_name(path), device)
+    if not path.is_dir() or (path / "config.json").exists():
+        return load_model(path, device)
+    found = find_resumable(path, say)
+    if found is None:
+        raise CheckpointError(f"{describe_missing(path)}; a model folder would hold config.json")
+    checkpoint, state = found
+    model = build_model(Config.model_validate_json(state["config"]).model, state["model"], checkpoint)
+    tokenizer = tokenizer_from_text(state["tokenizer"]["text"], state["tokenizer"]["end_of_text"])
+    return model.to(device).eval(), tokenizer
+
+
+def read_best_name(folder: Path) -> str:
+    """The file that a run folder's best.json names. Raises CheckpointError."""
+    path = folder / "best.json"
+    if not path.exists():
+        raise CheckpointError(f"{path} - there is no such file - name a run folder that has one, or leave out --best")
+    name = read_json(path).get("file")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{path} - it names no checkpoint of this folder - name the checkpoint yourself")
+    return name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smollm2.attention import Backend, attend
+from smollm2.attention import Backend, KeyValueCache, Slot, attend, attend_cached
 from smollm2.config import ModelConfig
 from smollm2.functional import layer_norm, rms_norm, rotary_tables, rotate, swiglu
 from smollm2.loss import next_token_loss
@@ -91,13 +91,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.backend: Backend = "sdpa"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Slot | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); with a slot, over what it holds too."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)  # B H T D
         k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)  # B K T D
         v = self.v_proj(x).view(heads).transpose(1, 2)  # B K T D
-        out: Tensor = self.o_proj(attend(q, k, v, self.backend).transpose(1, 2).flatten(2))
+        mixed = attend(q, k, v, self.backend) if slot is None else attend_cached(q, k, v, slot)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
 
@@ -126,9 +127,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = NORMS[config.norm](config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Slot | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, slot)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -148,14 +149,29 @@ class Transformer(nn.Module):
         """(B, T) int64 -> (B, T, C)."""
         length = input_ids.shape[1]
         cos, sin = self.rotary.cos[:length], self.rotary.sin[:length]
-        x = self.embed_tokens(input_ids)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream in 16 bits end to end, not op by op
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.embed(input_ids)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C)."""
+        x: Tensor = self.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in 16 bits end to end, not op by op
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def extend(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """`forward` for the tokens (B, T) that follow those in the cache: (B, T, C)."""
+        positions, slots = cache.advance(input_ids.shape[1])
+        x = self.embed(input_ids)
+        cos, sin = self.rotary.cos[positions].to(x.dtype), self.rotary.sin[positions].to(x.dtype)
+        for layer, slot in zip(self.layers, slots, strict=True):
+            x = layer.forward(x, cos, sin, slot)  # not layer(...): one that was compiled for training would be again
         out: Tensor = self.norm(x)
         return out
 

@@ -1,0 +1,181 @@
+"""Speed of greedy generation: this package against transformers' `generate` with its defaults, on the shape of `micro`.
+
+Both hold the same weights, read the same prompt of 32 tokens and write 128 tokens, each in a process of its own. The
+processes take turns, so that a busy machine slows both; a ratio is the median over the pairs. Our side turns the tokens
+into text, theirs does not. Run:
+
+    python benchmarks/generate.py            # prints a table, writes benchmarks/generate.json
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT = "It is a truth universally known "
+NEW_TOKENS = 128
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+"""configs/micro.yaml."""
+
+
+def build_ours(precision: str, batch: int) -> Callable[[], str]:
+    """One call of this package's `generate`."""
+    import torch
+
+    from smollm2.config import ModelConfig
+    from smollm2.generation import generate
+    from smollm2.model import SmolLM2
+    from smollm2.tokenizer import load_tokenizer
+
+    torch.manual_seed(1337)
+    model = SmolLM2(ModelConfig(norm="rmsnorm", **SHAPE))
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.end_of_text = -1  # no token ends a text: each has all its length
+    prompts = [PROMPT] * batch
+    return lambda: generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, temperature=0)[0]
+
+
+def build_transformers(precision: str, batch: int) -> Callable[[], str]:
+    """One call of transformers' `generate`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from smollm2.config import ModelConfig
+    from smollm2.model import SmolLM2
+    from smollm2.tokenizer import load_tokenizer
+
+    torch.manual_seed(1337)
+    weights = SmolLM2(ModelConfig(norm="rmsnorm", **SHAPE)).state_dict()
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5)).eval()
+    model.load_state_dict(weights)
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    tokenizer = load_tokenizer("bytes")
+    ids = torch.tensor([tokenizer.encode(PROMPT)] * batch)
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def write() -> str:
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert found.shape == (batch, len(PROMPT) + NEW_TOKENS)
+        return tokenizer.decode(found[0, ids.shape[1] :].tolist())
+
+    return write
+
+
+BUILDERS = {"ours": build_ours, "transformers": build_transformers}
+
+
+def serve(name: str, precision: str, batch: int, threads: int) -> None:
+    """Child process: for each number read from standard input make that many calls and answer with one JSON line."""
+    import torch
+
+    torch.set_num_threads(threads)
+    write = BUILDERS[name](precision, batch)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        texts = [write() for _ in range(int(line))]
+        print(json.dumps({"seconds": time.perf_counter() - started, "text": texts[-1]}), flush=True)
+
+
+class Contestant:
+    """A child process that writes texts when told."""
+
+    def __init__(self, flags: list[str]) -> None:
+        command = [sys.executable, __file__, *flags]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, calls: int) -> dict[str, Any]:
+        """Seconds of so many calls, and the last text."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{calls}\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        """End the child."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(precision: str, batch: int, pairs: int, calls: int, threads: int) -> dict[str, object]:
+    """Interleaved pairs of ours and the peer; medians."""
+    flags = ["--precision", precision, "--batch", str(batch), "--threads", str(threads)]
+    contestants = {name: Contestant(["--child", name, *flags]) for name in BUILDERS}
+    texts = [contestant.run(1)["text"] for contestant in contestants.values()]
+    runs: dict[str, list[float]] = {name: [] for name in BUILDERS}
+    for pair in range(pairs):
+        for name in list(BUILDERS) if pair % 2 == 0 else reversed(list(BUILDERS)):
+            runs[name].append(calls * batch * NEW_TOKENS / contestants[name].run(calls)["seconds"])
+    for contestant in contestants.values():
+        contestant.close()
+    ratios = [ours / theirs for ours, theirs in zip(runs["ours"], runs["transformers"], strict=True)]
+    return {
+        "precision": precision,
+        "batch": batch,
+        "tokens_per_second": {name: round(statistics.median(rates)) for name, rates in runs.items()},
+        "speed_ratio": round(statistics.median(ratios), 3),
+        "speed_ratios": [round(ratio, 3) for ratio in ratios],
+        "same_text": texts[0] == texts[1],
+    }
+
+
+def machine() -> dict[str, object]:
+    """What the figures hold for."""
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers")}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **versions}
+
+
+def main() -> None:
+    """Run the comparison, or one child of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=2, help="texts (batches of them) in one turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["float32", "bf16"], help="default: both")
+    parser.add_argument("--batch", type=int, help="default: 1 and 8")
+    parser.add_argument("--child", choices=BUILDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        serve(args.child, args.precision, args.batch, args.threads)
+        return
+    precisions = [args.precision] if args.precision else ["float32", "bf16"]
+    batches = [args.batch] if args.batch else [1, 8]
+    results = [compare(p, batch, args.pairs, args.calls, args.threads) for p in precisions for batch in batches]
+    print("| precision | batch | ours, tokens/s | transformers | speed ratio | same text |")
+    print("|---|---|---|---|---|---|")
+    for row in results:
+        speed = row["tokens_per_second"]
+        assert isinstance(speed, dict)
+        cells = [row["precision"], row["batch"], speed["ours"], speed["transformers"], row["speed_ratio"]]
+        print("| " + " | ".join(map(str, [*cells, "yes" if row["same_text"] else "no"])) + " |")
+    out = Path(__file__).with_suffix(".json")
+    setting = {"prompt_tokens": len(PROMPT), "new_tokens": NEW_TOKENS, "threads": args.threads}
+    facts = {"machine": machine(), "shape": SHAPE, **setting, "results": results}
+    out.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"written: {out.name}")
+
+
+if __name__ == "__main__":
+    main()
