@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from smollm2.config import Config
 from smollm2.config_file import add_config_flags, load_config_with_origins, read_config_flags, suggest_key
 from smollm2.errors import EXIT_CODE_FILE, ConfigError, Interrupted, Smollm2Error
 
@@ -72,9 +73,7 @@ def read_flags(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 
 def run_training(args: argparse.Namespace) -> None:
     """`smollm2 train`."""
-    if args.resume and args.checkpoint_path:
-        raise ConfigError("--resume auto and --checkpoint_path name two places to go on from; give one of them")
-    config, origins = load_config_with_origins(args.config, preset=args.preset, flags=read_flags(args))
+    config, origins = load_run_config(args)
     refuse_a_lost_launch()
     from smollm2.runtime import close_ranks
     from smollm2.training import train
@@ -88,6 +87,13 @@ def run_training(args: argparse.Namespace) -> None:
         stopped.rank = error.rank
         raise stopped from None
     close_ranks()
+
+
+def load_run_config(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
+    """The config that file and flags come to, and where each value is from."""
+    if args.resume and args.checkpoint_path:
+        raise ConfigError("--resume auto and --checkpoint_path name two places to go on from; give one of them")
+    return load_config_with_origins(args.config, preset=args.preset, flags=read_flags(args))
 
 
 def refuse_a_lost_launch() -> None:
@@ -118,12 +124,28 @@ def resume_command(argv: Sequence[str], processes: int = 1) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code, and leaves it where run_training.sh looks for it under a launcher."""
+    """Run one command; returns the exit code. Under run_training.sh's launcher rank 0 leaves it in a file, and all ranks
+    return 0: torchrun would return 1 for any other, after 30 lines of its own about it."""
     code = run_command(argv)
     path = os.environ.get(EXIT_CODE_FILE)
-    if path and os.environ.get("RANK", "0") == "0":
+    if not path:
+        return code
+    if os.environ.get("RANK", "0") == "0":
         Path(path).write_text(str(code), encoding="ascii")
-    return code
+    return 0
+
+
+def check_config(argv: Sequence[str]) -> int:
+    """0 where `train` would accept these arguments, else the exit code, and it is said: before several processes start."""
+    try:
+        args, unknown = build_parser().parse_known_args(["train", *argv])
+        if unknown:
+            raise ConfigError(describe_unknown(unknown[0]))
+        load_run_config(args)
+    except Smollm2Error as error:
+        say_error(error, 0, 0)
+        return error.exit_code
+    return 0
 
 
 def say_error(error: Smollm2Error, rank: int, local_rank: int) -> None:
