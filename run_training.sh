@@ -73,7 +73,8 @@ def launch(processes, arguments):
     torchrun += ["--signals_to_handle", ",".join(signals), "train.py", *arguments]
     with tempfile.TemporaryDirectory() as folder:
         code_file = os.path.join(folder, "exit_code")
-        environment = {**os.environ, cli.EXIT_CODE_FILE: code_file}
+        threads = str(max(1, (os.cpu_count() or 1) // int(processes)))  # torchrun would give each process one
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, cli.EXIT_CODE_FILE: code_file}
         # In a session of its own: Ctrl-C reaches it once, from here.
         ranks = subprocess.Popen(torchrun, env=environment, start_new_session=True)
         for name in signals:

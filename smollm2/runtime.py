@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import smollm2
 from smollm2.config import TrainingConfig
@@ -206,6 +207,10 @@ class Runtime:
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The model as it is called in training: itself, or wrapped so that ranks share their gradients."""
+        # The rotary tables are the same on every rank: sent around before each forward pass, they would make that a
+        # meeting of the ranks. `broadcast_buffers=False` is deprecated.
+        tables = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)  # type: ignore[no-untyped-call]
         prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
 
@@ -239,22 +244,24 @@ def start_runtime(config: TrainingConfig) -> Runtime:
     handlers = [
         # Behind the watch, which names the rank that is late; torch's own error names none.
         InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.rank_timeout + 30)),
-        # The rotary tables are the same on every rank and never change.
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
     accelerator = Accelerator(mixed_precision="no", cpu=not accelerated, kwargs_handlers=handlers)
     patient_group = None
     if accelerator.num_processes > 1:
         patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     device = accelerator.device
-    precision = choose_precision(config.precision, device.type, device_features(device))
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    runtime = Runtime(accelerator, Precision("float32", "until one is chosen"), scaler, patient_group=patient_group)
+    with runtime.together():
+        precision = choose_precision(config.precision, device.type, device_features(device))
     if precision.name == "tf32":
         torch.set_float32_matmul_precision("high")
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
-    return Runtime(accelerator, precision, scaler, patient_group=patient_group)
+    return replace(runtime, precision=precision, scaler=scaler)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

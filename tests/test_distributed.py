@@ -272,7 +272,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: P
 
 def flip_a_bit(model: torch.nn.Module) -> None:
     with torch.no_grad():
-        next(model.parameters()).view(-1).view(torch.int32)[7] ^= 1
+        next(model.parameters()).view(-1).view(torch.int32)[7] ^= (
+            1 << 22
+        )  # rounding would take in the lowest bit at the next update
 
 
 def test_weights_that_differ_by_one_bit_stop_the_run_before_they_are_saved(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # with the next one, what DDP and AdamW import: here once instead of in each fork, 5 s
+import torch.distributed.tensor
 from accelerate.state import AcceleratorState, PartialState
 
 
@@ -82,7 +84,12 @@ def _be_rank(work: Callable[[int], int], folder: Path, rank: int, world_size: in
             os.dup2(os.open(folder / f"rank_{rank}.{name}", os.O_WRONLY | os.O_TRUNC), number)
         with _own_streams():
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }
             AcceleratorState._reset_state(True)
             PartialState._reset_state()
             torch.set_num_threads(1)  # the threads of the parent are not in a fork
