@@ -334,19 +334,21 @@ def test_the_code_of_several_processes_is_that_of_the_trainer(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_the_script_stops_several_processes_with_its_code(number: signal.Signals, trainer: Path) -> None:
+@pytest.mark.slow
+def test_a_signal_to_the_script_stops_several_processes_with_its_code(trainer: Path) -> None:
     """Promise F3."""
     (trainer / "input.txt").write_text(TEXT)
-    process = subprocess.Popen(
-        [str(trainer / "run_training.sh"), "--preset", "nano", "--training.log_interval", "1"],
-        env=os.environ | {"NUM_PROCESSES": "2"},
-        stdout=subprocess.DEVNULL,
-    )
-    wait_for(lambda: bool(steps(trainer)))
-    process.send_signal(number)
-    assert process.wait(timeout=25) == 128 + number
-    assert list((trainer / "checkpoints").glob("step_*.pt"))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process = subprocess.Popen(
+            [str(trainer / "run_training.sh"), "--preset", "nano", "--training.log_interval", "1"],
+            env=os.environ | {"NUM_PROCESSES": "2"},
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(lambda: bool(steps(trainer)))
+        process.send_signal(number)
+        assert process.wait(timeout=25) == 128 + number
+        assert list((trainer / "checkpoints").glob("step_*.pt"))
+        shutil.rmtree(trainer / "checkpoints")
 
 
 @pytest.mark.parametrize(
