@@ -43,12 +43,51 @@ if [ -z "$chooses_config" ]; then
     fi
 fi
 
-# The trainer takes this process over: signals and the exit code are its own, with nothing between.
+# One process per GPU that this shell may see; NUM_PROCESSES overrides it, also on a CPU.
+count_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi -L </dev/null 2>/dev/null | grep -c '^GPU' || true
+    else
+        echo 0
+    fi
+}
+processes=${NUM_PROCESSES:-$(count_gpus)}
+case $processes in
+    *[!0-9]*) echo "NUM_PROCESSES is \"$processes\"; it must be a number of processes, such as 2." >&2; exit 2 ;;
+esac
+
+# The trainer takes this process over: signals and the exit code are its own, with nothing between. Several processes
+# need torchrun above them, which always returns 1: the code that counts is in the file that rank 0 writes.
 exec "$python" -c '
-import sys
-from smollm2.cli import main
+import os, signal, subprocess, sys, tempfile
+from smollm2 import cli
+
+def launch(processes, arguments):
+    code = cli.check_config(arguments)
+    if code:
+        return code
+    signals = ["SIGTERM", "SIGINT", "SIGUSR1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    torchrun += ["--signals_to_handle", ",".join(signals), "train.py", *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        code_file = os.path.join(folder, "exit_code")
+        threads = str(max(1, (os.cpu_count() or 1) // int(processes)))  # torchrun would give each process one
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, cli.EXIT_CODE_FILE: code_file}
+        # In a session of its own: Ctrl-C reaches it once, from here.
+        ranks = subprocess.Popen(torchrun, env=environment, start_new_session=True)
+        for name in signals:
+            signal.signal(getattr(signal, name), lambda number, frame: ranks.send_signal(number))
+        code = ranks.wait()
+        if os.path.exists(code_file):
+            return int(open(code_file).read())
+        return 128 - code if code < 0 else code
+
 sys.argv[0] = "train.py"  # how a person goes on after a stop
-code = main(["train", *sys.argv[1:]])
+processes = sys.argv.pop(1)
+arguments = ["train", *sys.argv[1:]]
+code = launch(processes, arguments[1:]) if int(processes) > 1 else cli.main(arguments)
 if code == 0:
     print("""
 Next:
@@ -56,4 +95,4 @@ Next:
   a text of your own   ./run_training.sh --input_file TEXT --save_dir FOLDER
   run the tests        ./run_tests.sh""")
 sys.exit(code)
-' "$@"
+' "$processes" "$@"

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from smollm2.config import Config
 from smollm2.config_file import add_config_flags, load_config_with_origins, read_config_flags, suggest_key
-from smollm2.errors import ConfigError, DataError, Interrupted, Smollm2Error
+from smollm2.errors import EXIT_CODE_FILE, ConfigError, DataError, Interrupted, Smollm2Error
 
 if TYPE_CHECKING:
     from smollm2.generation import Piece
@@ -178,23 +179,34 @@ def read_flags(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 
 def run_training(args: argparse.Namespace) -> None:
     """`smollm2 train`."""
-    if args.resume and args.checkpoint_path:
-        raise ConfigError("--resume auto and --checkpoint_path name two places to go on from; give one of them")
-    config, origins = load_config_with_origins(args.config, preset=args.preset, flags=read_flags(args))
+    config, origins = load_run_config(args)
     refuse_a_lost_launch()
+    from smollm2.runtime import close_ranks
     from smollm2.training import train
 
     try:
         train(config, resume=args.resume or "", checkpoint_path=args.checkpoint_path, origins=origins)
     except Interrupted as error:
-        raise Interrupted(f"{error}. Go on with: {resume_command(sys.argv)}", error.exit_code - 128) from None
+        close_ranks()
+        command = resume_command(sys.argv, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        stopped = Interrupted(f"{error}. Go on with: {command}", error.exit_code - 128)
+        stopped.rank = error.rank
+        raise stopped from None
+    close_ranks()
+
+
+def load_run_config(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
+    """The config that file and flags come to, and where each value is from."""
+    if args.resume and args.checkpoint_path:
+        raise ConfigError("--resume auto and --checkpoint_path name two places to go on from; give one of them")
+    return load_config_with_origins(args.config, preset=args.preset, flags=read_flags(args))
 
 
 def show_plan(args: argparse.Namespace) -> None:
     """`smollm2 plan`."""
     from smollm2.plan import describe_plan, find_device
 
-    config, _ = load_config_with_origins(args.config, preset=args.preset, flags=read_flags(args))
+    config, _ = load_run_config(args)
     rows = describe_plan(config, *find_device())
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -415,8 +427,8 @@ def refuse_a_lost_launch() -> None:
         )
 
 
-def resume_command(argv: Sequence[str]) -> str:
-    """The command that goes on where this one stopped."""
+def resume_command(argv: Sequence[str], processes: int = 1) -> str:
+    """The command that goes on where this one stopped, with as many processes on this machine."""
     words, skip = [], False
     for word in argv[1:]:
         if skip:
@@ -425,11 +437,46 @@ def resume_command(argv: Sequence[str]) -> str:
             skip = True
         elif not word.startswith(("--checkpoint_path=", "--resume=")):
             words.append(word)
-    program = ["smollm2"] if Path(argv[0]).name in ("smollm2", "__main__.py") else ["python", argv[0]]
+    is_command = Path(argv[0]).name in ("smollm2", "__main__.py")
+    program = ["smollm2"] if is_command else ["python", argv[0]]
+    if processes > 1:
+        program = ["torchrun", "--nproc_per_node", str(processes), *(["-m", "smollm2"] if is_command else [argv[0]])]
     return shlex.join([*program, *words, "--resume", "auto"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Under run_training.sh's launcher rank 0 leaves it in a file, and all ranks
+    return 0: torchrun would return 1 for any other, after 30 lines of its own about it."""
+    code = run_command(argv)
+    path = os.environ.get(EXIT_CODE_FILE)
+    if not path:
+        return code
+    if os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(str(code), encoding="ascii")
+    return 0
+
+
+def check_config(argv: Sequence[str]) -> int:
+    """0 where `train` would accept these arguments, else the exit code, and it is said: before several processes start."""
+    try:
+        args, unknown = build_parser().parse_known_args(["train", *argv])
+        if unknown:
+            raise ConfigError(describe_unknown(unknown[0]))
+        load_run_config(args)
+    except Smollm2Error as error:
+        say_error(error, 0, 0)
+        return error.exit_code
+    return 0
+
+
+def say_error(error: Smollm2Error, rank: int, local_rank: int) -> None:
+    """By the one process that it names; what is wrong with the config, which ranks read before they meet, once a machine."""
+    if rank == error.rank or (isinstance(error, ConfigError) and local_rank == 0):
+        where = f"error: rank {rank}: " if rank else "error: "
+        print(error if "\n" in str(error) else f"{where}{error}", file=sys.stderr)
+
+
+def run_command(argv: Sequence[str] | None) -> int:
     """Run one command; returns the exit code."""
     try:
         parser = build_parser()
@@ -441,7 +488,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         args.run(args)
     except Smollm2Error as error:
-        print(f"error: {error}" if "\n" not in str(error) else error, file=sys.stderr)
+        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        say_error(error, rank, local_rank)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

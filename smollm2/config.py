@@ -208,6 +208,13 @@ class TrainingConfig(Section):
     )
     sample_tokens: int = key(64, "Tokens in one sample; 0: no samples.", resume="free", ge=0, le=10**6)
 
+    rank_timeout: int = key(
+        600,
+        "Seconds that the processes of a run wait for one of them that does not answer; then the run ends and names it.",
+        resume="free",
+        ge=5,
+        le=10**6,
+    )
     save_dir: str = key("checkpoints", "The run folder.", resume="free", **A_PATH)
     keep_last: int | None = key(
         None, "Keep only this many newest checkpoints, with the best; default: keep all.", resume="free", ge=2, le=10**9

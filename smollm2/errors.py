@@ -11,11 +11,18 @@
 A message is one sentence or a list of them: where, what is wrong with its value, what to do.
 """
 
+EXIT_CODE_FILE = "SMOLLM2_EXIT_CODE_FILE"
+"""The variable that names the file in which rank 0 leaves its exit code: torchrun returns 1 whatever the ranks return."""
+
 
 class Smollm2Error(Exception):
-    """A failure that a user can cause and mend; `exit_code` is what the command returns."""
+    """A failure that a user can cause and mend; `exit_code` is what the command returns.
+
+    Of several processes only the one with the number `rank` says it: the others fail for the same reason.
+    """
 
     exit_code = 1
+    rank = 0
 
 
 class ConfigError(Smollm2Error):

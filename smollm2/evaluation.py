@@ -83,6 +83,7 @@ def evaluate_on_ranks(
 ) -> Evaluation:
     """`score_windows` with the list sliced over the ranks and the totals summed."""
     mine = indices[runtime.rank :: runtime.world_size]
+    runtime.pulse.mark("validation")
     with runtime.autocast():
         part = score_windows(model, windows, mine, bytes_per_token, batch_size=batch_size)
     if runtime.world_size == 1:

@@ -5,23 +5,32 @@ are kept here, because the launcher's own setting must not outrank the config's.
 """
 
 import contextlib
+import datetime
 import os
 import platform
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import smollm2
 from smollm2.config import TrainingConfig
-from smollm2.errors import ConfigError, Interrupted
+from smollm2.errors import EXIT_CODE_FILE, ConfigError, Interrupted, Smollm2Error
+
+SAME_SIGNAL_SECONDS = 2.0
+"""A launcher passes on what the terminal already sent to every process: within this time it is the same request."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,14 @@ class StopSignal:
     """The first SIGINT, SIGTERM or SIGUSR1 is remembered until a safe moment; the second ends the process at once."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.came = 0, 0.0
+        self.grace = SAME_SIGNAL_SECONDS if "LOCAL_RANK" in os.environ else 0.0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if self.number and time.monotonic() - self.came >= self.grace:
             os._exit(128 + number)
-        self.number = number
+        if not self.number:
+            self.number, self.came = number, time.monotonic()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -102,6 +113,22 @@ class StopSignal:
             raise Interrupted(f"stopped by {name} before the first step; nothing was lost", self.number)
 
 
+class Pulse:
+    """Where this rank stands, for the thread that watches over it: attributes, so that a mark costs nothing."""
+
+    def __init__(self) -> None:
+        self.step, self.count, self.place, self.waits, self.since = 0, 0, "the setup", False, time.monotonic()
+
+    def mark(self, place: str, *, waits: bool = False) -> None:
+        """Something begins; with `waits` it cannot end before the other ranks come to it, within rank_timeout."""
+        self.count, self.place, self.waits, self.since = self.count + 1, place, waits, time.monotonic()
+
+    def read(self) -> tuple[int, str, float, bool]:
+        """How much was begun, what last, when, and whether it waits for the others."""
+        where = f"step {self.step}, {self.place}" if self.step else self.place
+        return self.count, where, self.since, self.waits
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What a run needs to know of its machine."""
@@ -110,6 +137,8 @@ class Runtime:
     precision: Precision
     scaler: torch.amp.GradScaler
     stop: StopSignal = field(default_factory=StopSignal)
+    pulse: Pulse = field(default_factory=Pulse)
+    patient_group: Any = None  # for waits that may be long: while rank 0 reads the text, or saves
 
     @property
     def device(self) -> torch.device:
@@ -133,13 +162,71 @@ class Runtime:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks."""
-        return values if self.world_size == 1 else self.accelerator.reduce(values, "sum")
+        if self.world_size == 1:
+            return values
+        self.pulse.mark("a sum over the ranks", waits=True)
+        total: Tensor = self.accelerator.reduce(values, "sum")
+        self.pulse.mark("work after a sum")
+        return total
+
+    def all_agree(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank: what one must not do, none does."""
+        return flag if self.world_size == 1 else self.sum(torch.tensor(not flag, device=self.device).long()).item() == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each rank, by rank. Waits as long as it takes."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        self.pulse.mark("a meeting of the ranks")
+        dist.all_gather_object(values, value, group=self.patient_group)
+        return values
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that fails on every rank where it fails on one: nobody waits for a rank that is not coming.
+
+        The ranks meet behind the block, so there must be no other meeting in it. The lowest rank that failed says why.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # whatever it is, the others must hear of it before it goes on its way
+            error = caught
+        codes = self.gather(0 if error is None else getattr(error, "exit_code", 1))
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if not failed:
+            return
+        if error is None:
+            code, sentence = codes[failed[0]], f"rank {failed[0]} ended and says why"
+            error = Interrupted(sentence, code - 128) if code > 128 else Smollm2Error(sentence)
+            error.exit_code = code
+        if isinstance(error, Smollm2Error):
+            error.rank = failed[0]
+        raise error
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """The model as it is called in training: itself, or wrapped so that ranks share their gradients."""
+        # The rotary tables are the same on every rank: sent around before each forward pass, they would make that a
+        # meeting of the ranks. `broadcast_buffers=False` is deprecated.
+        tables = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)  # type: ignore[no-untyped-call]
+        prepared: nn.Module = self.accelerator.prepare_model(model)
+        return prepared
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process at once, from any thread."""
+        leave_exit_code(code)
+        os._exit(code)
 
     def stop_requested(self) -> int:
         """The number of the signal that some rank has received, 0 if none: the ranks agree, or some would wait for ever."""
         if self.world_size == 1:
             return self.stop.number
-        return int(self.accelerator.gather(torch.tensor([self.stop.number], device=self.device)).max())
+        self.pulse.mark("the stop flag", waits=True)
+        number = int(self.accelerator.gather(torch.tensor([self.stop.number], device=self.device)).max())
+        self.pulse.mark("work after the stop flag")
+        return number
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """An int64 array as a tensor where this rank computes."""
@@ -154,16 +241,54 @@ class Runtime:
 def start_runtime(config: TrainingConfig) -> Runtime:
     """Find device and ranks, choose the precision, seed everything. Raises ConfigError for a precision without hardware."""
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-    accelerator = Accelerator(mixed_precision="no", cpu=not accelerated)
+    handlers = [
+        # Behind the watch, which names the rank that is late; torch's own error names none.
+        InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.rank_timeout + 30)),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
+    accelerator = Accelerator(mixed_precision="no", cpu=not accelerated, kwargs_handlers=handlers)
+    patient_group = None
+    if accelerator.num_processes > 1:
+        patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     device = accelerator.device
-    precision = choose_precision(config.precision, device.type, device_features(device))
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    runtime = Runtime(accelerator, Precision("float32", "until one is chosen"), scaler, patient_group=patient_group)
+    with runtime.together():
+        precision = choose_precision(config.precision, device.type, device_features(device))
     if precision.name == "tf32":
         torch.set_float32_matmul_precision("high")
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
-    return Runtime(accelerator, precision, scaler)
+    return replace(runtime, precision=precision, scaler=scaler)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone, rather than this one having gone wrong."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text
+
+
+def close_ranks() -> None:
+    """Take leave of the other ranks, which all have come to the end."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave_exit_code(code: int) -> None:
+    """Write rank 0's exit code where the launcher of run_training.sh looks for it."""
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(code))
+
+
+def weight_sums(model: nn.Module) -> Tensor:
+    """One integer per parameter, the sum of its bits read as integers: any single flipped bit changes it."""
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [p.detach().view(widths[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
+    return torch.stack(sums)
 
 
 def compile_blocks(layers: nn.ModuleList) -> None:

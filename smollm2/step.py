@@ -73,7 +73,7 @@ def update(
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()  # the one wait for the device
-    finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+    finite = runtime.all_agree(math.isfinite(loss_value) and math.isfinite(norm_value))
     if finite:
         if max_grad_norm and norm_value > max_grad_norm:
             torch._foreach_mul_(gradients, max_grad_norm / (norm_value + 1e-6))
@@ -95,6 +95,7 @@ def accumulate_gradients(
     total = torch.zeros((), dtype=torch.float32, device=runtime.device)
     for index, (input_ids, labels) in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
+        runtime.pulse.mark(f"micro-batch {index + 1}", waits=last and runtime.world_size > 1)
         with contextlib.nullcontext() if last else runtime.accelerator.no_sync(model):
             with runtime.autocast():
                 loss, _ = model(input_ids, labels, z_loss=z_loss)

@@ -13,9 +13,10 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,28 +27,39 @@ from torch.optim import Optimizer
 
 from smollm2 import checkpoint, plan
 from smollm2.attention import check_backend, choose_backend
-from smollm2.config import Config
+from smollm2.config import Config, TrainingConfig
 from smollm2.config_file import changed_on_resume, effective_config_yaml
 from smollm2.data.batches import ORDER_VERSION, Batches, prefetched
 from smollm2.data.sample import write_sample_corpus
-from smollm2.data.store import TokenStore, prepare_tokens
+from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.windows import Ints, Windows
-from smollm2.errors import CheckpointError, ConfigError, Interrupted, ResourceError, Smollm2Error, TrainingError
+from smollm2.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    ResourceError,
+    Smollm2Error,
+    TrainingError,
+)
 from smollm2.evaluation import evaluate_on_ranks, spread
 from smollm2.files import lock_folder, probe_folder, write_atomically
 from smollm2.generation import generate
 from smollm2.loading import check_shapes
 from smollm2.model import Block, SmolLM2
 from smollm2.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states
+from smollm2.ranks import Watch, find_disagreement, find_odd_replica
 from smollm2.runtime import (
     Runtime,
     compile_blocks,
     environment,
+    is_lost_rank,
     machine_facts,
     random_state,
     restore_random_state,
     start_runtime,
+    weight_sums,
 )
 from smollm2.step import StepResult, micro_batch_size, too_many_skips, update
 from smollm2.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
@@ -57,6 +69,8 @@ from smollm2.tracking.jsonl import JsonlTracker
 from smollm2.tracking.wandb import make_run_id, prepare_environment, start_wandb
 
 MAX_FAILED_SAVES = 3
+REPLICA_INTERVAL = 1000
+"""Updates between two comparisons of the ranks' weights; each save compares them as well."""
 
 State = dict[str, Any]
 """A checkpoint's content, as checkpoint.py describes it."""
@@ -138,16 +152,27 @@ def train(
     log = RunLog(folder, runtime.rank, find_secrets(environment()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.stop.listening())
+        watch = stack.enter_context(watched(config.training, runtime, log))
         quiet = None if runtime.rank == 0 else stack.enter_context(Path(os.devnull).open("w"))
         console = ConsoleTracker(config.training.train_steps, 0, quiet, log)
         try:
-            if runtime.rank == 0:
-                probe_folder(folder)
-                if not stack.enter_context(lock_folder(folder)):
-                    console.say(f"{folder}: this file system has no locks; take care that no other run writes here")
-            start = find_start(folder, resume, checkpoint_path, console)
-            run = open_run(config, runtime, start, origins or {}, console, stack)
-            progress = restore(run, *start) if start else Progress()
+            with runtime.together():
+                micro_batch_size(config.global_batch_size, runtime.world_size, config.training.batch_size)
+                if runtime.rank == 0:
+                    probe_folder(folder)
+                    if not stack.enter_context(lock_folder(folder)):
+                        console.say(f"{folder}: this file system has no locks; take care that no other run writes here")
+            if runtime.world_size > 1:
+                watch.start()
+            refuse_disagreement(runtime, {"the code": fingerprint_code(), **config_facts(config)})
+            with runtime.together():
+                start = find_start(folder, resume, checkpoint_path, console)
+            tokenizer, store = share_corpus(config, runtime, start, origins or {}, console)
+            refuse_disagreement(runtime, start_facts(runtime, start, tokenizer, store))
+            with runtime.together():
+                run = open_run(config, runtime, start, tokenizer, store, origins or {}, console, stack)
+                progress = restore(run, *start) if start else Progress()
+            run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
         except Smollm2Error:
             stack.close()
             if is_new and runtime.rank == 0:  # nothing was trained: leave nothing behind
@@ -165,6 +190,8 @@ def train(
             progress = run_steps(run, progress)
         except Exception as error:
             log.write_error(error)
+            if isinstance(error, DataError):  # each rank reads windows of its own
+                error.rank = runtime.rank
             if isinstance(error, TrainingError):
                 raise TrainingError(f"{error} ({log.path})") from None
             raise
@@ -181,6 +208,7 @@ def run_steps(run: Run, progress: Progress) -> Progress:
     meter, failed_saves = Meter(), 0
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.step < t.train_steps:
+            runtime.pulse.step = progress.step + 1
             result = update(
                 run.prepared,
                 run.optimizers,
@@ -207,9 +235,12 @@ def run_steps(run: Run, progress: Progress) -> Progress:
                 tracker.log_text(draw_samples(run, step), step)
             stop = runtime.stop_requested()
             if stop or due(step, t.save_interval, last):
+                check_replicas(run, step)
                 must_succeed = last or bool(stop) or failed_saves + 1 == MAX_FAILED_SAVES
                 is_saved = save(run, progress, validation_loss, must_succeed=must_succeed)
                 failed_saves = 0 if is_saved else failed_saves + 1
+            elif due(step, REPLICA_INTERVAL, last):
+                check_replicas(run, step)
             if stop or last:
                 leave_pace(run, meter)
             if stop and not last:
@@ -277,9 +308,7 @@ def validate(run: Run, step: int, size: int, *, whole: bool) -> float:
     count = len(run.validation)
     indices = spread(count, count if whole else run.config.training.eval_windows)
     bytes_per_token = run.tokenizer.bytes_per_token
-    found = evaluate_on_ranks(
-        run.prepared, run.validation, indices, bytes_per_token, batch_size=size, runtime=run.runtime
-    )
+    found = evaluate_on_ranks(run.model, run.validation, indices, bytes_per_token, batch_size=size, runtime=run.runtime)
     run.tracker.log({"validation_loss": found.loss, "validation_bpb": found.bits_per_byte}, step)
     return found.loss
 
@@ -322,14 +351,14 @@ def open_run(
     config: Config,
     runtime: Runtime,
     start: tuple[Path, State] | None,
+    tokenizer: Tokenizer,
+    store: TokenStore,
     origins: Mapping[str, str],
     console: ConsoleTracker,
     stack: contextlib.ExitStack,
 ) -> Run:
-    """Text, tokenizer, tokens, model, optimizers and trackers. Raises the error of whatever cannot be had."""
+    """Windows, model, optimizers and trackers. Raises the error of whatever cannot be had."""
     t, folder = config.training, Path(config.training.save_dir)
-    micro_batch_size(config.global_batch_size, runtime.world_size, t.batch_size)
-    tokenizer, store = open_corpus(config, runtime, start, origins, console)
     if tokenizer.vocab_size != config.model.vocab_size:
         console.say(f"model.vocab_size: {config.model.vocab_size:,} -> {tokenizer.vocab_size:,}, the tokenizer's")
         config = config.with_vocab_size(tokenizer.vocab_size)
@@ -344,7 +373,6 @@ def open_run(
         validation = Windows(store.validation, t.sequence_length, t.sequence_length, tokenizer.vocab_size)
     console.say(store.statistics.describe(windows))
     model = build_model(config, runtime)
-    prepared = runtime.accelerator.prepare_model(model)
     trackers: list[Any] = [console]
     rows = None
     if runtime.rank == 0:
@@ -368,13 +396,40 @@ def open_run(
         batches=Batches(windows, t.seed, config.global_batch_size),
         validation=validation,
         model=model,
-        prepared=prepared,
+        prepared=model,
         optimizers=build_optimizers(model, t),
         tracker=tracker,
         rows=rows,
         wandb_run_id=run_id,
         resumed_step=start[1]["step"] if start else 0,
     )
+
+
+def share_corpus(
+    config: Config,
+    runtime: Runtime,
+    start: tuple[Path, State] | None,
+    origins: Mapping[str, str],
+    console: ConsoleTracker,
+) -> tuple[Tokenizer, TokenStore]:
+    """The tokenizer and the tokens. Rank 0 alone reads the text, which may be standard input; the others open what it
+    made. Raises DataError where a rank cannot."""
+    opened, made = None, None
+    with runtime.together():
+        if runtime.rank == 0:
+            opened = open_corpus(config, runtime, start, origins, console)
+            made = (opened[0].text, opened[0].end_of_text, str(opened[1].folder))
+    text, end_of_text, folder = runtime.gather(made)[0]
+    with runtime.together():
+        if opened is None:
+            store = open_tokens(Path(folder))
+            if store is None:
+                raise DataError(
+                    f"{folder} - rank 0 has made the tokens there and this rank finds none - set data.cache_dir to a folder "
+                    "that all machines share"
+                )
+            opened = tokenizer_from_text(text, end_of_text), store
+    return opened
 
 
 def open_corpus(
@@ -384,40 +439,37 @@ def open_corpus(
     origins: Mapping[str, str],
     console: ConsoleTracker,
 ) -> tuple[Tokenizer, TokenStore]:
-    """The tokenizer and the tokens; rank 0 makes what is absent, the others then read it."""
+    """The tokenizer and the tokens, made where they are absent."""
     data, cache = config.data, Path(config.data.cache_dir)
     stop = runtime.stop.raise_if_set
-    with runtime.accelerator.main_process_first():
-        asked_for = data.input != "input.txt" or origins.get("data.input", "default").startswith("--")
-        if not asked_for and not Path(data.input).exists():
-            console.say(
-                f"{data.input}: not there, so the sample corpus is made: {write_sample_corpus(Path(data.input))}"
-            )
-        text = open_text(data.input, cache, data.document_separator, stop=stop)
-        for note in text.notes:
-            console.say(note)
-        if start:
-            saved = start[1]["tokenizer"]
-            tokenizer = tokenizer_from_text(saved["text"], saved["end_of_text"])
-        elif data.tokenizer != "auto":
-            tokenizer = load_tokenizer(data.tokenizer, say=console.say)
-        else:
-            key = hashlib.sha256(f"1 {text.sha256} {text.separator} {config.model.vocab_size}".encode()).hexdigest()
-            trained = cache / f"tokenizer-{key[:32]}.json"
-            if not trained.exists():
-                console.say(f"training a tokenizer of up to {config.model.vocab_size:,} entries on {text.name}")
-                made = train_tokenizer(text.sample(stop=stop), config.model.vocab_size)
-                probe_folder(cache)
-                write_atomically(trained, made.text.encode())
-            tokenizer = tokenizer_from_text(trained.read_text(encoding="utf-8"))
-        store = prepare_tokens(
-            text,
-            tokenizer,
-            cache,
-            data.validation_fraction,
-            report=lambda f: console.show_progress("tokenizing", f),
-            stop=stop,
-        )
+    asked_for = data.input != "input.txt" or origins.get("data.input", "default").startswith("--")
+    if not asked_for and not Path(data.input).exists():
+        console.say(f"{data.input}: not there, so the sample corpus is made: {write_sample_corpus(Path(data.input))}")
+    text = open_text(data.input, cache, data.document_separator, stop=stop)
+    for note in text.notes:
+        console.say(note)
+    if start:
+        saved = start[1]["tokenizer"]
+        tokenizer = tokenizer_from_text(saved["text"], saved["end_of_text"])
+    elif data.tokenizer != "auto":
+        tokenizer = load_tokenizer(data.tokenizer, say=console.say)
+    else:
+        key = hashlib.sha256(f"1 {text.sha256} {text.separator} {config.model.vocab_size}".encode()).hexdigest()
+        trained = cache / f"tokenizer-{key[:32]}.json"
+        if not trained.exists():
+            console.say(f"training a tokenizer of up to {config.model.vocab_size:,} entries on {text.name}")
+            made = train_tokenizer(text.sample(stop=stop), config.model.vocab_size)
+            probe_folder(cache)
+            write_atomically(trained, made.text.encode())
+        tokenizer = tokenizer_from_text(trained.read_text(encoding="utf-8"))
+    store = prepare_tokens(
+        text,
+        tokenizer,
+        cache,
+        data.validation_fraction,
+        report=lambda f: console.show_progress("tokenizing", f),
+        stop=stop,
+    )
     for note in store.notes:
         console.say(note)
     return tokenizer, store
@@ -566,15 +618,25 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
 
 
 def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool = True) -> bool:
-    """Write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say; whether that worked.
+    """Rank 0 writes the checkpoint; whether that worked, on every rank alike.
 
     A disk that is full is said, and the run goes on to its next save. Raises ResourceError where it must succeed.
     """
-    if run.rows is None:
-        return True
+    is_saved = True
+    run.runtime.pulse.mark("a save")
+    with run.runtime.together():
+        if run.rows is not None:
+            is_saved = write_checkpoint(run, run.rows, progress, validation_loss, must_succeed=must_succeed)
+    return bool(run.runtime.gather(is_saved)[0])
+
+
+def write_checkpoint(
+    run: Run, rows: JsonlTracker, progress: Progress, validation_loss: float | None, *, must_succeed: bool
+) -> bool:
+    """Write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say; whether that worked."""
     t, folder = run.config.training, Path(run.config.training.save_dir)
     try:
-        run.rows.sync()
+        rows.sync()
         path = checkpoint.save_checkpoint(folder, state_of(run, progress), step=progress.step)
         if validation_loss is not None:
             checkpoint.note_best(folder, path, progress.step, validation_loss)
@@ -587,6 +649,102 @@ def save(run: Run, progress: Progress, validation_loss: float | None, *, must_su
         return False
     run.tracker.log_event("checkpoint", f"saved {path}", progress.step, path=str(path))
     return True
+
+
+def check_replicas(run: Run, step: int) -> None:
+    """Raises TrainingError, naming the rank and a parameter, where the ranks' weights are no longer the same bits."""
+    if run.runtime.world_size == 1:
+        return
+    odd = find_odd_replica(run.runtime.gather(weight_sums(run.model).tolist()))
+    if odd:
+        name = list(dict(run.model.named_parameters()))[odd[1]]
+        raise TrainingError(
+            f"step {step}: the weights of rank {odd[0]} are no longer those of the others, first in {name}; nothing was saved. "
+            "Its memory or its device computes wrongly: take that machine out, and go on with --resume auto"
+        )
+
+
+def refuse_disagreement(runtime: Runtime, facts: Mapping[str, object]) -> None:
+    """Raises TrainingError, naming the rank and what differs, where the ranks are not about to do the same run."""
+    found = find_disagreement(runtime.gather(dict(facts)))
+    if found:
+        rank, differing = found
+        raise TrainingError(
+            f"rank {rank} is not in the same run as rank 0: {', '.join(differing)} - start every rank with the same code, "
+            "flags and files"
+        )
+
+
+def config_facts(config: Config) -> dict[str, object]:
+    """The values of a config by dotted key."""
+    sections = config.model_dump(mode="json")
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def start_facts(
+    runtime: Runtime, start: tuple[Path, State] | None, tokenizer: Tokenizer, store: TokenStore
+) -> dict[str, object]:
+    """What the ranks have found, each for itself, and must have found alike."""
+    return {
+        "the checkpoint": f"step {start[1]['step']}" if start else "none",
+        "the tokenizer": tokenizer.fingerprint[:12],
+        "the tokens": f"{store.fingerprint[:12]} {fingerprint_tokens(store)[:12]}",
+        "precision": runtime.precision.name,
+        "torch": str(torch.__version__),
+    }
+
+
+def fingerprint_code() -> str:
+    """A short hash of this package's files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def fingerprint_tokens(store: TokenStore) -> str:
+    """A hash of the number of tokens and of 64 pieces of them: a copy that another machine keeps may have gone bad."""
+    digest = hashlib.sha256()
+    for tokens in (store.train, store.validation):
+        digest.update(f"{len(tokens)}|".encode())
+        for first in spread(len(tokens), 64):
+            digest.update(tokens[first : first + 1024].tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def watched(t: TrainingConfig, runtime: Runtime, log: RunLog) -> Iterator[Watch]:
+    """A watch over the ranks, to be started once the run folder is there. Where a rank is lost in the block its name is
+    found. A run that came to its end, or was asked to, ends on all ranks together: a launcher kills the others when
+    the first has gone."""
+
+    def end(error: Smollm2Error) -> None:
+        log.write(str(error))
+        if runtime.rank == error.rank:
+            ConsoleTracker(0, 0, sys.stderr).say(f"error: {error}")
+        runtime.leave(error.exit_code)
+
+    watch = Watch(Path(t.save_dir), runtime.rank, runtime.pulse.read, t.rank_timeout, end)
+    code = 1
+    try:
+        try:
+            yield watch
+        except RuntimeError as error:
+            if runtime.world_size == 1 or not is_lost_rank(error):
+                raise
+            log.write_error(error)
+            raise watch.explain_loss() from None
+        except Interrupted:
+            with contextlib.suppress(RuntimeError):  # another ended otherwise
+                runtime.gather("leaving")
+            raise
+        runtime.gather("leaving")
+        code = 0
+    except Smollm2Error as error:
+        code = 0 if isinstance(error, Interrupted) else error.exit_code
+        raise
+    finally:
+        watch.close(code)
 
 
 def state_of(run: Run, progress: Progress) -> State:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "smollm2"
 FOUNDATION = ["errors", "files", "config", "config_file", "plan"]
 """No torch here."""
 
-PARTS = ["attention", "functional", "loss", "optim", "runtime", "checkpoint", "tokenizer", "data", "tracking"]
+PARTS = ["attention", "functional", "loss", "optim", "runtime", "ranks", "checkpoint", "tokenizer", "data", "tracking"]
 """From here on torch may be imported; a part imports no other part, the files of one folder may import one another."""
 
 WHOLES = ["model", "step", "loading", "generation", "evaluation", "exporting", "training", "cli"]

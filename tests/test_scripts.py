@@ -263,6 +263,7 @@ def trainer(furnished: Path) -> Path:
     shutil.copytree(ROOT / "smollm2", furnished / "smollm2", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", furnished / "configs")
     shutil.copy(ROOT / "config.yaml", furnished)
+    shutil.copy(ROOT / "train.py", furnished)
     return furnished
 
 
@@ -299,6 +300,55 @@ def test_a_signal_to_the_script_reaches_the_trainer(trainer: Path) -> None:
     process.terminate()
     assert process.wait(timeout=60) == 143
     assert list((trainer / "checkpoints").glob("step_*.pt"))
+
+
+def test_two_processes_train_together_and_say_what_comes_next(trainer: Path, tmp_path: Path) -> None:
+    done = run(
+        trainer / "run_training.sh",
+        *SMALL,
+        "--train_steps",
+        "2",
+        text=TEXT,
+        cwd=tmp_path,
+        NUM_PROCESSES="2",
+        PYTHONPATH="",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert "./run_tests.sh" in done.stdout
+    assert steps(trainer) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--no_such_flag",), 2, "--no_such_flag: unknown"),
+        (("--input_file", "absent.txt"), 3, "absent.txt - there is no such file"),
+    ],
+)
+def test_the_code_of_several_processes_is_that_of_the_trainer(
+    arguments: tuple[str, ...], code: int, said: str, trainer: Path
+) -> None:
+    done = run(trainer / "run_training.sh", *arguments, NUM_PROCESSES="2")
+    assert (done.returncode, done.stderr.count(said)) == (code, 1)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_script_stops_several_processes_with_its_code(trainer: Path) -> None:
+    """Promise F3."""
+    (trainer / "input.txt").write_text(TEXT)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process = subprocess.Popen(
+            [str(trainer / "run_training.sh"), "--preset", "nano", "--training.log_interval", "1"],
+            env=os.environ | {"NUM_PROCESSES": "2"},
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(lambda: bool(steps(trainer)))
+        process.send_signal(number)
+        assert process.wait(timeout=25) == 128 + number
+        assert list((trainer / "checkpoints").glob("step_*.pt"))
+        shutil.rmtree(trainer / "checkpoints")
 
 
 @pytest.mark.parametrize(
