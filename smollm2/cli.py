@@ -81,7 +81,7 @@ def run_training(args: argparse.Namespace) -> None:
     try:
         train(config, resume=args.resume or "", checkpoint_path=args.checkpoint_path, origins=origins)
     except Interrupted as error:
-        raise Interrupted(f"{error}. Go on with: {resume_command(sys.argv)}", error.exit_code - 128) from None
+        raise Interrupted(f"{error}. Go on with: {resume_command(sys.argv)}", error.signal_number) from None
 
 
 def refuse_a_lost_launch() -> None:
@@ -119,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         args.run(args)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except Smollm2Error as error:
         print(f"error: {error}" if "\n" not in str(error) else error, file=sys.stderr)
         return error.exit_code

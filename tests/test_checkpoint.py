@@ -91,7 +91,7 @@ def small_state(step: int = 1) -> dict[str, Any]:
             "python": random.Random(step).getstate(),
             "numpy": {"kind": "MT19937", "keys": torch.arange(5), "position": 3, "has_gauss": 0, "gauss": 0.0},
         },
-        "stability": {"skipped": [], "best_validation_loss": float("inf")},
+        "stability": {"skipped": [], "best_validation_loss": float("inf"), "losses": [2.5], "spikes": [], "pending": []},
         "best": {},
         "config": '{"model": {}}',
         "tokenizer": {"text": "bytes", "fingerprint": "b" * 64, "vocab_size": 257, "end_of_text": 256},
