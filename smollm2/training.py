@@ -37,7 +37,7 @@ from smollm2.files import lock_folder, probe_folder, write_atomically
 from smollm2.generation import generate
 from smollm2.loading import check_shapes
 from smollm2.model import Block, SmolLM2
-from smollm2.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states
+from smollm2.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states, set_learning_rate
 from smollm2.runtime import (
     Runtime,
     compile_blocks,
@@ -657,6 +657,7 @@ def restore(run: Run, path: Path, state: State) -> Progress:
             f"{path} - its optimizer state does not fit: {error} - start afresh with another --save_dir"
         ) from None
     run.model.load_state_dict(state["model"])
+    set_learning_rate(run.optimizers, learning_rate_at(max(0, state["step"] - 1), run.config.training))
     if state["scaler"]:
         run.runtime.scaler.load_state_dict(state["scaler"])
     facts = machine_facts(run.runtime)
