@@ -55,6 +55,9 @@ ENTRIES: dict[str, tuple[type, ...]] = {
     "rng.numpy": (dict,),
     "stability": (dict,),
     "stability.skipped": (list,),
+    "stability.losses": (list,),
+    "stability.spikes": (list,),
+    "stability.pending": (list,),
     "best": (dict,),
     "config": (str,),
     "tokenizer": (dict,),
@@ -166,7 +169,7 @@ def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
     except OSError as error:
         raise ResourceError(f"{folder} - it cannot be read: {error.strerror} - make it readable") from error
     # By the number: as text, step_10000 comes before step_9500. Never by the clock, which jumps.
-    return sorted(files, key=lambda path: (_step_of(path), path.name))
+    return sorted(files, key=lambda path: (step_of(path), path.name))
 
 
 def prune_checkpoints(
@@ -197,7 +200,7 @@ def prune_checkpoints(
         return []  # without knowing which one is the best, none may go
     removed = []
     for path in reversed(older):
-        step = _step_of(path)
+        step = step_of(path)
         if step in protected or path.name == (best or {}).get("file") or (keep_every and step % keep_every == 0):
             continue
         try:
@@ -228,7 +231,7 @@ def set_aside_later(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Pat
     A run that goes on from an older checkpoint takes another course: after a kill, `--resume auto` must not find the
     newer files of the course that was left.
     """
-    later = [path for path in list_checkpoints(folder, io_ops) if _step_of(path) > step]
+    later = [path for path in list_checkpoints(folder, io_ops) if step_of(path) > step]
     for path in later:
         io_ops.replace(path, path.with_name(f"{path.name}.superseded"))
     return [path.with_name(f"{path.name}.superseded") for path in later]
@@ -287,7 +290,7 @@ def _read(path: Path) -> State:
 def _read_own_step(path: Path) -> State:
     """`_read`, for a file that is found by its name: the step inside must be that of the name."""
     state = _read(path)
-    if state["step"] != _step_of(path):
+    if state["step"] != step_of(path):
         raise CheckpointError(f"its own step is {state['step']}, which is not that of its name")
     return state
 
@@ -495,7 +498,8 @@ def _read_best(folder: Path) -> dict[str, Any] | None:
     return best if sound and type(best.get("validation_loss")) is float else None
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint that `list_checkpoints` found."""
     match = NAME.fullmatch(path.name)
     assert match, path
     return int(match[1])

@@ -189,7 +189,7 @@ def run_training(args: argparse.Namespace) -> None:
     except Interrupted as error:
         close_ranks()
         command = resume_command(sys.argv, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        stopped = Interrupted(f"{error}. Go on with: {command}", error.exit_code - 128)
+        stopped = Interrupted(f"{error}. Go on with: {command}", error.signal_number)
         stopped.rank = error.rank
         raise stopped from None
     close_ranks()
@@ -487,6 +487,9 @@ def run_command(argv: Sequence[str] | None) -> int:
             parser.print_help()
             return 2
         args.run(args)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except Smollm2Error as error:
         rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         say_error(error, rank, local_rank)

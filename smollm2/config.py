@@ -226,6 +226,13 @@ class TrainingConfig(Section):
         ge=1,
         le=10**9,
     )
+    time_limit: float | None = key(
+        None,
+        "Seconds after which the run ends by itself, in time for its own save; default: never.",
+        resume="free",
+        gt=0,
+        le=1e9,
+    )
 
 
 class WandbConfig(Section):

@@ -6,7 +6,7 @@
     ├── CheckpointError  4   a checkpoint or an export that is absent, damaged or foreign
     ├── TrainingError    5   a run that cannot go on: numbers, a failed check, ranks that disagree
     ├── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
-    └── Interrupted      130, 143 or 138: SIGINT, SIGTERM or SIGUSR1 asked the run to end
+    └── Interrupted      130, 143 or 138: SIGINT, SIGTERM or SIGUSR1 asked the run to end; 0: its time limit did
 
 A message is one sentence or a list of them: where, what is wrong with its value, what to do.
 """
@@ -56,8 +56,9 @@ class ResourceError(Smollm2Error):
 
 
 class Interrupted(Smollm2Error):
-    """A signal asked for the end; work in progress was put away."""
+    """A signal, or the time limit (number 0), asked for the end; work in progress was put away."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number if signal_number else 0

@@ -6,7 +6,7 @@ scores each token once.
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -51,24 +51,40 @@ def spread(available: int, wanted: int) -> list[int]:
     return [index * available // wanted for index in range(wanted)]
 
 
+def do_nothing() -> None:
+    """The default of `stop`."""
+
+
 @torch.inference_mode()
 def score_windows(
-    model: nn.Module, windows: Windows, indices: Sequence[int], bytes_per_token: np.ndarray, *, batch_size: int
+    model: nn.Module,
+    windows: Windows,
+    indices: Sequence[int],
+    bytes_per_token: np.ndarray,
+    *,
+    batch_size: int,
+    stop: Callable[[], None] = do_nothing,
 ) -> Evaluation:
-    """Score every target of these windows once; logits are never held for more than a chunk of tokens."""
+    """Score every target of these windows once; logits are never held for more than a chunk of tokens.
+
+    `stop` is called before each batch and may raise.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     loss_sum, tokens, text_bytes = 0.0, 0, 0
-    for start in range(0, len(indices), batch_size):
-        rows = [windows.read(index) for index in indices[start : start + batch_size]]
-        input_ids, labels = (np.stack(arrays) for arrays in zip(*rows, strict=True))
-        loss, _ = model(torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device))
-        targets = labels[labels != IGNORED]
-        loss_sum += loss.item()
-        tokens += len(targets)
-        text_bytes += int(bytes_per_token[targets].sum())
-    model.train(was_training)
+    try:
+        for start in range(0, len(indices), batch_size):
+            stop()
+            rows = [windows.read(index) for index in indices[start : start + batch_size]]
+            input_ids, labels = (np.stack(arrays) for arrays in zip(*rows, strict=True))
+            loss, _ = model(torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device))
+            targets = labels[labels != IGNORED]
+            loss_sum += loss.item()
+            tokens += len(targets)
+            text_bytes += int(bytes_per_token[targets].sum())
+    finally:
+        model.train(was_training)
     return Evaluation(loss_sum, tokens, text_bytes)
 
 
@@ -81,11 +97,19 @@ def evaluate_on_ranks(
     batch_size: int,
     runtime: Runtime,
 ) -> Evaluation:
-    """`score_windows` with the list sliced over the ranks and the totals summed."""
+    """`score_windows` with the list sliced over the ranks and the totals summed.
+
+    Raises Interrupted on every rank, at the same batch, where one has received a signal.
+    """
     mine = indices[runtime.rank :: runtime.world_size]
     runtime.pulse.mark("validation")
     with runtime.autocast():
-        part = score_windows(model, windows, mine, bytes_per_token, batch_size=batch_size)
+        part = score_windows(
+            model, windows, mine, bytes_per_token, batch_size=batch_size, stop=runtime.raise_if_stopped
+        )
+    most = len(indices[:: runtime.world_size])  # of windows, which rank 0 has
+    for _ in range(math.ceil(most / batch_size) - math.ceil(len(mine) / batch_size)):
+        runtime.raise_if_stopped()  # the ranks ask equally often
     if runtime.world_size == 1:
         return part
     totals = torch.tensor([part.loss_sum, part.tokens, part.text_bytes], dtype=torch.float64, device=runtime.device)

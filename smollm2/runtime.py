@@ -9,6 +9,7 @@ import datetime
 import os
 import platform
 import random
+import re
 import signal
 import threading
 import time
@@ -219,12 +220,22 @@ class Runtime:
         leave_exit_code(code)
         os._exit(code)
 
-    def stop_requested(self) -> int:
-        """The number of the signal that some rank has received, 0 if none: the ranks agree, or some would wait for ever."""
+    def stop_requested(self, otherwise: int = 0) -> int:
+        """The number of the signal that some rank has received, else `otherwise`: the ranks agree, or some would wait
+        for ever."""
+        return self.highest(self.stop.number or otherwise)
+
+    def raise_if_stopped(self) -> None:
+        """For work between two updates that can be done again: raises Interrupted, on all ranks or on none."""
+        if number := self.stop_requested():
+            raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+    def highest(self, number: int) -> int:
+        """The highest of the ranks' numbers; every rank must ask at the same place."""
         if self.world_size == 1:
-            return self.stop.number
+            return number
         self.pulse.mark("the stop flag", waits=True)
-        number = int(self.accelerator.gather(torch.tensor([self.stop.number], device=self.device)).max())
+        number = int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
         self.pulse.mark("work after the stop flag")
         return number
 
@@ -339,6 +350,20 @@ def machine_facts(runtime: Runtime) -> dict[str, str | int]:
         "python": platform.python_version(),
         "smollm2": smollm2.__version__,
     }
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that this machine or this container has; None where the system does not say.
+
+    What it has, not what is free: the same run must be cut the same way when it goes on tomorrow.
+    """
+    sources = (("/proc/meminfo", r"MemTotal:\s+(\d+) kB", 1024), ("/sys/fs/cgroup/memory.max", r"(\d+)\n", 1))
+    found = []
+    for path, pattern, unit in sources:
+        with contextlib.suppress(OSError):
+            if match := re.match(pattern, Path(path).read_text()):
+                found.append(int(match[1]) * unit)
+    return min(found, default=None)
 
 
 def environment() -> MutableMapping[str, str]:

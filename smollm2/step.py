@@ -4,10 +4,10 @@ The unit is the global batch. How it is cut into micro-batches and over ranks ch
 micro-batch's loss sum is divided by the number of targets in the whole batch, known before the first forward pass.
 """
 
-import contextlib
 import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,12 @@ from smollm2.runtime import Runtime
 MAX_SKIPS_IN_A_ROW = 10
 MAX_SKIPS_IN_1000 = 10
 MAX_OVERFLOWS_IN_A_ROW = 20
+SPIKE_WINDOW = 128
+SPIKE_SIGMAS = 6
+
+
+class MicroBatchTooLarge(Exception):
+    """Some rank had no memory for it; all ranks raise this together, and the step begins anew in smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ def micro_batch_size(global_batch: int, world_size: int, batch_size: int) -> int
     return max(n for n in range(1, min(share, batch_size) + 1) if share % n == 0)
 
 
+def smaller_micro_batch(share: int, size: int) -> int | None:
+    """The next rung of the ladder after running out of memory: the largest divisor of a rank's share up to half of `size`."""
+    return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
+
+
 def update(
     model: nn.Module,
     optimizers: Mapping[str, Optimizer],
@@ -63,7 +74,8 @@ def update(
 ) -> StepResult:
     """One update from this rank's micro-batches of (input_ids, labels), each (B, T).
 
-    Weights and moments move only where the loss and the gradient's norm are finite, on every rank or on none.
+    Weights and moments move only where the loss and the gradient's norm are finite, on every rank or on none. Raises
+    MicroBatchTooLarge as `accumulate_gradients` does.
     """
     started = time.perf_counter()
     set_learning_rate(optimizers, learning_rate)
@@ -88,20 +100,59 @@ def update(
 def accumulate_gradients(
     model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]], runtime: Runtime, *, z_loss: float = 0.0
 ) -> tuple[Tensor, int]:
-    """Add to every parameter's `grad` the gradient of the global mean loss; returns that loss and the target count."""
+    """Add to every parameter's `grad` the gradient of the global mean loss; returns that loss and the target count.
+
+    Raises MicroBatchTooLarge, with no gradient left behind, on all ranks where one ran out of memory before the last
+    micro-batch, in whose backward pass they meet; alone, in any of them.
+    """
     local = torch.stack([(labels != -100).sum() for _, labels in micro_batches]).sum()
     count = runtime.sum(local)
     scale = runtime.world_size / count.float()  # DDP averages gradients over ranks
     total = torch.zeros((), dtype=torch.float32, device=runtime.device)
-    for index, (input_ids, labels) in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        runtime.pulse.mark(f"micro-batch {index + 1}", waits=last and runtime.world_size > 1)
-        with contextlib.nullcontext() if last else runtime.accelerator.no_sync(model):
-            with runtime.autocast():
-                loss, _ = model(input_ids, labels, z_loss=z_loss)
-            runtime.scaler.scale(loss * scale).backward()
-        total += loss.detach()
+
+    def add_gradient(input_ids: Tensor, labels: Tensor, *, waits: bool = False) -> None:
+        runtime.pulse.mark("a micro-batch", waits=waits)
+        with runtime.autocast():
+            loss, _ = model(input_ids, labels, z_loss=z_loss)
+        runtime.scaler.scale(loss * scale).backward()
+        total.add_(loss.detach())
+
+    before_meeting = len(micro_batches) - (runtime.world_size > 1)
+
+    def add_gradients_alone() -> None:
+        for pair in micro_batches[:before_meeting]:
+            add_gradient(*pair)
+
+    with runtime.accelerator.no_sync(model):
+        try_to_fit(model, runtime, add_gradients_alone)
+    for pair in micro_batches[before_meeting:]:
+        add_gradient(*pair, waits=True)
     return runtime.sum(total) / count, int(count)
+
+
+def rehearse(model: nn.Module, input_ids: Tensor, labels: Tensor, runtime: Runtime) -> None:
+    """Both passes over one micro-batch, for nothing: what does not fit is found before ranks wait for one another."""
+
+    def both_passes() -> None:
+        with runtime.autocast():
+            loss, _ = model(input_ids, labels)
+        loss.backward()
+
+    with runtime.accelerator.no_sync(model):
+        try_to_fit(model, runtime, both_passes)
+    model.zero_grad(set_to_none=True)
+
+
+def try_to_fit(model: nn.Module, runtime: Runtime, work: Callable[[], object]) -> None:
+    """Do the work. Raises MicroBatchTooLarge on all ranks, the gradients dropped, where one of them runs out of memory."""
+    ran_out = False
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        ran_out = True  # and not from in here: the exception would keep the activations
+    if runtime.highest(ran_out):
+        model.zero_grad(set_to_none=True)
+        raise MicroBatchTooLarge
 
 
 def adjust_scale(scaler: torch.amp.GradScaler) -> None:
@@ -115,6 +166,13 @@ def adjust_scale(scaler: torch.amp.GradScaler) -> None:
             "fp16 overflows even at a loss scale of 1: the gradients do not fit; use training.precision bf16 or float32, "
             "or a lower training.learning_rate"
         )
+
+
+def is_spike(losses: Sequence[float], loss: float) -> bool:
+    """Whether `loss` is over the mean of the last 128 finite losses by more than 6 of their standard deviations."""
+    if len(losses) < SPIKE_WINDOW:
+        return False
+    return loss > statistics.fmean(losses) + SPIKE_SIGMAS * statistics.pstdev(losses)
 
 
 def too_many_skips(skipped: Sequence[int], step: int, *, fp16: bool) -> str | None:

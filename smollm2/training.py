@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ from smollm2.files import lock_folder, probe_folder, write_atomically
 from smollm2.generation import generate
 from smollm2.loading import check_shapes
 from smollm2.model import Block, SmolLM2
-from smollm2.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states
+from smollm2.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states, set_learning_rate
 from smollm2.ranks import Watch, find_disagreement, find_odd_replica
 from smollm2.runtime import (
     Runtime,
@@ -56,12 +56,23 @@ from smollm2.runtime import (
     environment,
     is_lost_rank,
     machine_facts,
+    memory_limit,
     random_state,
     restore_random_state,
     start_runtime,
     weight_sums,
 )
-from smollm2.step import StepResult, micro_batch_size, too_many_skips, update
+from smollm2.step import (
+    SPIKE_WINDOW,
+    MicroBatchTooLarge,
+    StepResult,
+    is_spike,
+    micro_batch_size,
+    rehearse,
+    smaller_micro_batch,
+    too_many_skips,
+    update,
+)
 from smollm2.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
 from smollm2.tracking.base import Fanout, Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
@@ -72,25 +83,41 @@ MAX_FAILED_SAVES = 3
 REPLICA_INTERVAL = 1000
 """Updates between two comparisons of the ranks' weights; each save compares them as well."""
 
+TIME_UP = 1000
+"""Stands among the numbers of signals for the end of the run's own time."""
+
 State = dict[str, Any]
 """A checkpoint's content, as checkpoint.py describes it."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All that the loop remembers. `loss` is that of the last update, `skipped` the updates that were not finite."""
+    """All that the loop remembers.
+
+    `loss` is that of the last update, `losses` the last 128 that were finite; `skipped` are the updates that were not,
+    `spikes` those whose loss stood out, `pending` the duties of this step that are not done: validation, samples.
+    """
 
     step: int = 0
     tokens: int = 0
     loss: float = math.nan
     best_validation_loss: float = math.inf
     skipped: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    spikes: tuple[int, ...] = ()
+    pending: tuple[str, ...] = ()
 
     def after(self, result: StepResult) -> "Progress":
         """One update further; a skipped one counts."""
         step = self.step + 1
-        skipped = (*self.skipped, step) if result.skipped else self.skipped
-        return Progress(step, self.tokens + result.tokens, result.loss, self.best_validation_loss, skipped)
+        skipped, losses, spikes = self.skipped, self.losses, self.spikes
+        if result.skipped:
+            skipped = (*skipped, step)
+        else:  # what is not finite stays out of the statistics, which it would spoil for 128 steps
+            spikes = (*spikes, step) if is_spike(losses, result.loss) else spikes
+            losses = (*losses, result.loss)[-SPIKE_WINDOW:]
+        tokens = self.tokens + result.tokens
+        return Progress(step, tokens, result.loss, self.best_validation_loss, skipped, losses, spikes)
 
 
 @dataclass(frozen=True)
@@ -110,6 +137,29 @@ class Run:
     rows: JsonlTracker | None
     wandb_run_id: str
     resumed_step: int
+
+
+@dataclass
+class Clock:
+    """Whether another step, with its duties and its save, still fits into the time limit."""
+
+    limit: float | None
+    started: float = field(default_factory=time.monotonic)
+    step_began: float = 0.0
+    longest: float = 0.0
+
+    def begin_step(self) -> None:
+        """A step, its duties and its save begin; how long the longest of the run took is remembered."""
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.step_began if self.step_began else 0.0)
+        self.step_began = now
+
+    def is_up(self, save_seconds: float) -> bool:
+        """Whether the next step might end too late. Asked at the end of a step, before its save."""
+        now = time.monotonic()
+        return self.limit is not None and now - self.started + max(
+            self.longest, now - self.step_began
+        ) + save_seconds > (self.limit)
 
 
 @dataclass
@@ -144,8 +194,9 @@ def train(
 
     `resume="auto"` goes on from the newest valid checkpoint in save_dir, if there is one; `checkpoint_path` from that
     one. `origins` says where each value came from, for the run folder's config.yaml. Raises a Smollm2Error for what a
-    user can mend, among them Interrupted after a signal, when the run is saved.
+    user can mend, among them Interrupted after a signal or at the time limit, when the run is saved.
     """
+    clock = Clock(config.training.time_limit)
     runtime = start_runtime(config.training)
     folder = Path(config.training.save_dir)
     is_new = not folder.exists()
@@ -173,12 +224,15 @@ def train(
                 run = open_run(config, runtime, start, tokenizer, store, origins or {}, console, stack)
                 progress = restore(run, *start) if start else Progress()
             run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
+            size = choose_micro_batch(run)
+            if number := runtime.stop_requested():
+                raise Interrupted(f"stopped by {signal.Signals(number).name} before a step; nothing was lost", number)
         except Smollm2Error:
             stack.close()
             if is_new and runtime.rank == 0:  # nothing was trained: leave nothing behind
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        if progress.step == config.training.train_steps:
+        if progress.step == config.training.train_steps and not progress.pending:
             more = f"--resume auto --train_steps {2 * progress.step}"
             console.say(f"{folder}: all {progress.step} updates are done; for more: {more}")
             return progress
@@ -187,64 +241,115 @@ def train(
         started = time.perf_counter()
         console.show_page("SmolLM2 Training", start_page(run, progress))
         try:
-            progress = run_steps(run, progress)
+            progress = run_steps(run, progress, size, clock)
         except Exception as error:
             log.write_error(error)
             if isinstance(error, DataError):  # each rank reads windows of its own
                 error.rank = runtime.rank
             if isinstance(error, TrainingError):
                 raise TrainingError(f"{error} ({log.path})") from None
+            if isinstance(error, torch.OutOfMemoryError):
+                raise ResourceError(
+                    f"training.batch_size: {config.training.batch_size} - out of memory - lower it, and raise "
+                    "training.gradient_accumulation_steps by as much; the checkpoints are intact"
+                ) from None
             raise
         console.show_page("Done", end_page(run, progress, time.perf_counter() - started))
+        stack.close()
+        if runtime.stop.number:  # it came during the last save, or while the trackers closed
+            raise_stopped(runtime.stop.number, progress.step)
     return progress
 
 
-def run_steps(run: Run, progress: Progress) -> Progress:
-    """From `progress` to the last step. Raises Interrupted after a signal, TrainingError where the numbers fail."""
+def choose_micro_batch(run: Run) -> int:
+    """Sequences in one forward pass. On a CPU, which Linux relieves by killing, `plan`'s memory decides beforehand.
+
+    Raises ResourceError where not even one sequence fits.
+    """
+    config, runtime = run.config, run.runtime
+    t, share = config.training, config.global_batch_size // runtime.world_size
+    size: int | None = micro_batch_size(config.global_batch_size, runtime.world_size, t.batch_size)
+    limit = memory_limit()
+    if runtime.device.type != "cpu" or limit is None:
+        return cast(int, size)
+    processes = int(environment().get("LOCAL_WORLD_SIZE", "1"))
+    device = "cpu-bf16" if runtime.precision.name == "bf16" else "cpu-float32"
+
+    def needed(size: int) -> int:
+        smaller = config.model_copy(update={"training": t.model_copy(update={"batch_size": size})})
+        return processes * plan.estimate_memory(smaller, device).total
+
+    asked = cast(int, size)
+    while size and needed(size) > limit:
+        size = smaller_micro_batch(share, size)
+    if not size:
+        raise ResourceError(
+            f"{describe_out_of_memory(config, 1)}: {plan.show_bytes(needed(1))} are needed, and this machine has "
+            f"{plan.show_bytes(limit)}"
+        )
+    if size < asked:
+        run.tracker.log_event(
+            "micro_batch",
+            f"training.batch_size: {asked} sequences at once need about {plan.show_bytes(needed(asked))} and this machine has "
+            f"{plan.show_bytes(limit)}; {size} at once, as many an update",
+            run.resumed_step,
+        )
+    return size
+
+
+def describe_out_of_memory(config: Config, size: int) -> str:
+    """What to set where the memory does not suffice for micro-batches of `size`."""
+    if size > 1:
+        return f"set training.batch_size {size} and training.gradient_accumulation_steps {config.global_batch_size // size}"
+    return (
+        f"training.batch_size: {config.training.batch_size} - out of memory even with one sequence at once - set "
+        "training.gradient_checkpointing true, a shorter training.sequence_length or a smaller model"
+    )
+
+
+def raise_stopped(number: int, step: int) -> NoReturn:
+    """Raises Interrupted, by a signal or by TIME_UP, with the step that is saved."""
+    if number == TIME_UP:
+        raise Interrupted(f"training.time_limit is reached after step {step}, which is saved", 0)
+    raise Interrupted(f"stopped by {signal.Signals(number).name} after step {step}, which is saved", number)
+
+
+def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress:
+    """From `progress` to the last step, in micro-batches of `size`. Raises Interrupted after a signal or at the time
+    limit, TrainingError where the numbers fail."""
     t, runtime, tracker = run.config.training, run.runtime, run.tracker
     share = run.config.global_batch_size // runtime.world_size
-    size = micro_batch_size(run.config.global_batch_size, runtime.world_size, t.batch_size)
     first_row = runtime.rank * share
-    meter, failed_saves = Meter(), 0
+    meter, failed_saves, save_seconds = Meter(), 0, 0.0
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
-        while progress.step < t.train_steps:
+        while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
-            result = update(
-                run.prepared,
-                run.optimizers,
-                split(next(batches), size, runtime),
-                runtime,
-                learning_rate=learning_rate_at(progress.step, t),
-                max_grad_norm=t.max_grad_norm,
-                z_loss=t.z_loss,
-            )
-            progress = progress.after(result)
+            clock.begin_step()
+            if not progress.pending:  # else a signal cut this step's duties short, and they come first
+                result, size = update_or_shrink(run, progress.step, next(batches), size)
+                progress = progress.after(result)
+                progress = dataclasses.replace(progress, pending=duties_of(run, progress.step))
+                meter.add(result)
+                note_trouble(run, progress, result)
+                if progress.step == 1 or due(progress.step, t.log_interval, progress.step == t.train_steps):
+                    tracker.log(report(run, progress, result, meter), progress.step)
             step, last = progress.step, progress.step == t.train_steps
-            meter.add(result)
-            if result.skipped:
-                handle_skip(run, progress, result)
-            if step == 1 or due(step, t.log_interval, last):
-                tracker.log(report(run, progress, result, meter), step)
-            validation_loss = None
-            if run.validation and due(step, t.eval_interval, last):
-                validation_loss = validate(run, step, size, whole=last)
-                progress = dataclasses.replace(
-                    progress, best_validation_loss=min(progress.best_validation_loss, validation_loss)
-                )
-            if t.sample_tokens and due(step, t.sample_interval, last):
-                tracker.log_text(draw_samples(run, step), step)
-            stop = runtime.stop_requested()
+            progress, validation_loss = do_duties(run, progress, size)
+            time_up = clock.is_up(2 * save_seconds) and not last
+            stop = runtime.stop_requested(TIME_UP if time_up else 0)
             if stop or due(step, t.save_interval, last):
                 check_replicas(run, step)
+                began = time.monotonic()
                 must_succeed = last or bool(stop) or failed_saves + 1 == MAX_FAILED_SAVES
                 is_saved = save(run, progress, validation_loss, must_succeed=must_succeed)
                 failed_saves = 0 if is_saved else failed_saves + 1
+                save_seconds = max(save_seconds, time.monotonic() - began)
             elif due(step, REPLICA_INTERVAL, last):
                 check_replicas(run, step)
             if stop or last:
                 leave_pace(run, meter)
-            if stop and not last:
-                raise Interrupted(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved", stop)
+            if stop and (progress.pending or not last):
+                raise_stopped(stop, step)
     return progress
 
 
@@ -258,6 +363,61 @@ def leave_pace(run: Run, meter: Meter) -> None:
         seconds = statistics.median(list(meter.recent)[1:]) * run.runtime.world_size
         with contextlib.suppress(OSError, ResourceError):
             plan.keep_pace(run.config, device, cores, seconds)
+
+
+def update_or_shrink(run: Run, step: int, batch: tuple[Ints, Ints], size: int) -> tuple[StepResult, int]:
+    """Update `step` + 1 in micro-batches of `size`, or from its beginning in smaller ones where memory runs out; and of
+    how many. Raises ResourceError where one sequence at once is too much."""
+    t, runtime = run.config.training, run.runtime
+    while True:
+        with contextlib.suppress(MicroBatchTooLarge):
+            if step == run.resumed_step and runtime.world_size > 1 and runtime.device.type == "cuda":
+                rehearse(run.prepared, *split(batch, size, runtime)[0], runtime)
+            result = update(
+                run.prepared,
+                run.optimizers,
+                split(batch, size, runtime),
+                runtime,
+                learning_rate=learning_rate_at(step, t),
+                max_grad_norm=t.max_grad_norm,
+                z_loss=t.z_loss,
+            )
+            return result, size
+        smaller = smaller_micro_batch(len(batch[0]), size)
+        if smaller is None:
+            raise ResourceError(describe_out_of_memory(run.config, 1))
+        run.tracker.log_event(
+            "out_of_memory",
+            f"step {step + 1}: out of memory with {size} sequences at once; from here on {smaller} at once, as many an update. "
+            f"To begin that way: {describe_out_of_memory(run.config, smaller)}",
+            step + 1,
+        )
+        size = smaller
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def duties_of(run: Run, step: int) -> tuple[str, ...]:
+    """What follows the update `step`, besides its report and its save."""
+    t, last = run.config.training, step == run.config.training.train_steps
+    validation = run.validation is not None and due(step, t.eval_interval, last)
+    samples = t.sample_tokens > 0 and due(step, t.sample_interval, last)
+    return ("validation",) * validation + ("samples",) * samples
+
+
+def do_duties(run: Run, progress: Progress, size: int) -> tuple[Progress, float | None]:
+    """Validation and samples; what a signal cuts short stays pending and is done again. And the validation loss."""
+    step, validation_loss = progress.step, None
+    with contextlib.suppress(Interrupted):
+        if "validation" in progress.pending:
+            validation_loss = validate(run, step, size, whole=step == run.config.training.train_steps)
+            best = min(progress.best_validation_loss, validation_loss)
+            rest = tuple(duty for duty in progress.pending if duty != "validation")
+            progress = dataclasses.replace(progress, best_validation_loss=best, pending=rest)
+        if "samples" in progress.pending:
+            run.tracker.log_text(draw_samples(run, step), step)
+            progress = dataclasses.replace(progress, pending=())
+    return progress, validation_loss
 
 
 def due(step: int, interval: int, last: bool) -> bool:
@@ -282,6 +442,26 @@ def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> di
         "skipped": len(progress.skipped),
         "tokens_per_second": meter.take(),
     }
+
+
+def note_trouble(run: Run, progress: Progress, result: StepResult) -> None:
+    """Say what is wrong with an update, and on which windows."""
+    step = progress.step
+    if result.skipped:
+        handle_skip(run, progress, result)
+    elif step in progress.spikes[-1:]:
+        before = [path.name for path in list_before(Path(run.config.training.save_dir), step)]
+        kept = f"{before[-1]} is from before and stays" if before else "no checkpoint is from before"
+        windows = run.batches.window_ids(step - 1).tolist()
+        message = (
+            f"step {step}: the loss {result.loss:g} stands out from those of the last {SPIKE_WINDOW} updates; {kept}"
+        )
+        run.tracker.log_event("spike", message, step, windows=windows)
+
+
+def list_before(folder: Path, step: int) -> list[Path]:
+    """The checkpoints of less than `step` updates."""
+    return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.step_of(path) < step]
 
 
 def handle_skip(run: Run, progress: Progress, result: StepResult) -> None:
@@ -314,14 +494,17 @@ def validate(run: Run, step: int, size: int, *, whole: bool) -> float:
 
 
 def draw_samples(run: Run, step: int) -> list[Sample]:
-    """What the model writes after each prompt, and after none; drawn from the seed and the step alone."""
-    t = run.config.training
-    prompts = [*t.sample_prompts, ""]
-    with run.runtime.autocast():
-        texts = generate(
-            run.model, run.tokenizer, prompts, max_new_tokens=t.sample_tokens, seed=(t.seed + step) % 2**63
-        )
-    return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    """What the model writes after each prompt, and after none; drawn from the seed and the step alone.
+
+    Raises Interrupted between two prompts.
+    """
+    t, samples, seed = run.config.training, [], (run.config.training.seed + step) % 2**63
+    for prompt in (*t.sample_prompts, ""):
+        run.runtime.raise_if_stopped()
+        with run.runtime.autocast():
+            text = generate(run.model, run.tokenizer, [prompt], max_new_tokens=t.sample_tokens, seed=seed)[0]
+        samples.append(Sample(prompt, text))
+    return samples
 
 
 def find_start(
@@ -547,6 +730,7 @@ def restore(run: Run, path: Path, state: State) -> Progress:
             f"{path} - its optimizer state does not fit: {error} - start afresh with another --save_dir"
         ) from None
     run.model.load_state_dict(state["model"])
+    set_learning_rate(run.optimizers, learning_rate_at(max(0, state["step"] - 1), run.config.training))
     if state["scaler"]:
         run.runtime.scaler.load_state_dict(state["scaler"])
     facts = machine_facts(run.runtime)
@@ -560,6 +744,9 @@ def restore(run: Run, path: Path, state: State) -> Progress:
         loss=state["loss"],
         best_validation_loss=state["stability"]["best_validation_loss"],
         skipped=tuple(state["stability"]["skipped"]),
+        losses=tuple(state["stability"]["losses"]),
+        spikes=tuple(state["stability"]["spikes"]),
+        pending=tuple(state["stability"]["pending"]),
     )
 
 
@@ -641,7 +828,9 @@ def write_checkpoint(
         if validation_loss is not None:
             checkpoint.note_best(folder, path, progress.step, validation_loss)
         if t.keep_last is not None:
-            checkpoint.prune_checkpoints(folder, t.keep_last, t.keep_every, protected={run.resumed_step})
+            before_spikes = {checkpoint.step_of(path) for s in progress.spikes for path in list_before(folder, s)[-1:]}
+            protected = {run.resumed_step, *before_spikes}
+            checkpoint.prune_checkpoints(folder, t.keep_last, t.keep_every, protected=protected)
     except ResourceError as error:
         run.tracker.log_event("save_failed", str(error), progress.step)
         if must_succeed:
@@ -776,7 +965,13 @@ def state_of(run: Run, progress: Progress) -> State:
             "windows": len(batches.windows),
         },
         "rng": random_state(),
-        "stability": {"skipped": list(progress.skipped), "best_validation_loss": progress.best_validation_loss},
+        "stability": {
+            "skipped": list(progress.skipped),
+            "losses": list(progress.losses),
+            "spikes": list(progress.spikes),
+            "pending": list(progress.pending),
+            "best_validation_loss": progress.best_validation_loss,
+        },
         "best": {},
         "config": run.config.model_dump_json(),
         "tokenizer": {

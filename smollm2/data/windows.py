@@ -4,6 +4,8 @@ Every token but the first of the stream is a target exactly once: where windows 
 (label -100), and the last window is padded, never dropped.
 """
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +29,7 @@ class Windows:
             )
         assert 1 <= stride <= length
         self.tokens, self.length, self.stride, self.vocab_size = tokens, length, stride, vocab_size
+        self.identity = self._identify()
 
     def __len__(self) -> int:
         return 1 + max(0, -(-(len(self.tokens) - 1 - self.length) // self.stride))
@@ -39,8 +42,12 @@ class Windows:
     def read(self, i: int) -> tuple[Ints, Ints]:
         """input_ids and labels of window i, each (length,); labels[t] is the token after input_ids[t].
 
-        Raises DataError where an id is outside the vocabulary: it is checked here, as it is read.
+        Raises DataError where an id is outside the vocabulary, or the file is no longer as it was: both are checked
+        here, as it is read. (Past the end of a file that was cut, the system would end the process with SIGBUS.)
         """
+        if (now := self._identify()) != self.identity and now[:1] == self.identity[:1]:
+            what = "it was changed while the run was reading it"
+            raise DataError(f"{self.name} - {what} - delete that folder and go on by --resume auto: it is made again")
         first = i * self.stride
         ids = self.tokens[first : first + self.length + 1].astype(np.int64)
         if ids.max() >= self.vocab_size:
@@ -52,3 +59,14 @@ class Windows:
         context = self.length - self.stride if i > 0 else 0
         labels[context : len(ids) - 1] = ids[context + 1 :]
         return input_ids, labels
+
+    def _identify(self) -> tuple[int, ...]:
+        """The file behind the tokens: inode, size, time of the last change. One that was removed or replaced is still
+        there for this process, as it was: an inode of its own."""
+        if not isinstance(self.tokens, np.memmap):
+            return ()
+        try:
+            status = Path(self.name).stat()
+        except OSError:
+            return ()
+        return status.st_ino, status.st_size, status.st_mtime_ns
