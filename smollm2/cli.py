@@ -472,7 +472,7 @@ def check_config(argv: Sequence[str]) -> int:
 def say_error(error: Smollm2Error, rank: int, local_rank: int) -> None:
     """By the one process that it names; what is wrong with the config, which ranks read before they meet, once a machine."""
     if rank == error.rank or (isinstance(error, ConfigError) and local_rank == 0):
-        where = f"error: rank {rank}: " if rank else "error: "
+        where = "" if isinstance(error, Interrupted) else f"error: rank {rank}: " if rank else "error: "
         print(error if "\n" in str(error) else f"{where}{error}", file=sys.stderr)
 
 
@@ -487,9 +487,6 @@ def run_command(argv: Sequence[str] | None) -> int:
             parser.print_help()
             return 2
         args.run(args)
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     except Smollm2Error as error:
         rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         say_error(error, rank, local_rank)

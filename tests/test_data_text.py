@@ -82,7 +82,7 @@ REFUSED = [
     (UTF16.encode("utf-16-le"), "it is UTF-16 text"),
     (UTF16.encode("utf-16-be"), "it is UTF-16 text"),
     (b"\xff\xfe\0\0" + UTF16.encode("utf-32-le"), "it is UTF-32 text"),
-    (gzip.compress(b"text"), "it is a gzip file, not UTF-8 text - unpack it with gunzip"),
+    (gzip.compress(b"text", mtime=0), "it is a gzip file, not UTF-8 text - unpack it with gunzip"),
     (b"PK\x03\x04rest", "it is a zip file"),
     (b"%PDF-1.7\nplain", "it is a PDF file"),
     (b"\x28\xb5\x2f\xfdrest", "it is a zstd file"),

@@ -123,7 +123,7 @@ def said_once(ended: list[Ended], sentence: str) -> bool:
     """Whether the ranks together wrote one line of errors, with this in it."""
     errors = "".join(rank.err for rank in ended)
     assert sentence in errors, ended
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    lines = [line for line in errors.splitlines() if line.startswith(("error: ", "stopped by "))]
     assert len(lines) == 1, errors
     assert "Traceback" not in errors
     return True

@@ -18,6 +18,7 @@ from smollm2 import checkpoint, plan, training
 from smollm2.cli import main
 from smollm2.errors import DataError, Interrupted, ResourceError
 from smollm2.model import SmolLM2
+from smollm2.runtime import Runtime
 from smollm2.step import SPIKE_WINDOW, is_spike, smaller_micro_batch
 from smollm2.training import Progress, train
 
@@ -119,9 +120,7 @@ class Cramped(nn.Module):
 
 def cramp(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> None:
     """Runs of this process get a device that small."""
-    build = training.Run
-    wrap = lambda **parts: build(**{**parts, "prepared": Cramped(parts["model"], rows, after)})  # noqa: E731
-    monkeypatch.setattr(training, "Run", wrap)
+    monkeypatch.setattr(Runtime, "prepare_model", lambda runtime, model: Cramped(model, rows, after))
 
 
 @pytest.mark.parametrize("after", [0, 1, 9], ids=["at once", "in the first step's second part", "in a later step"])
