@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from runs import TINY, WORDS, outcome, write_tiny
 
-from smollm2 import checkpoint, cli, training
+from smollm2 import checkpoint, cli, run, training
 from smollm2.runtime import Runtime
 from smollm2.tracking.base import Fanout
 
@@ -46,10 +46,10 @@ class Stage:
 
 
 STAGES = [
-    Stage("reading the text", training, "open_text"),
-    Stage("training the tokenizer", training, "train_tokenizer"),
-    Stage("tokenizing", training, "prepare_tokens"),
-    Stage("building the model", training, "build_model"),
+    Stage("reading the text", run, "open_text"),
+    Stage("training the tokenizer", run, "train_tokenizer"),
+    Stage("tokenizing", run, "prepare_tokens"),
+    Stage("building the model", run, "build_model"),
     Stage("the first update", training, "update"),
     Stage("a later update", training, "update", 7),
     Stage("a report", training, "report", 4),

@@ -16,14 +16,14 @@ FOUNDATION = ["errors", "files", "config", "config_file", "plan"]
 PARTS = ["attention", "functional", "loss", "optim", "runtime", "ranks", "checkpoint", "tokenizer", "data", "tracking"]
 """From here on torch may be imported; a part imports no other part, the files of one folder may import one another."""
 
-WHOLES = ["model", "step", "loading", "generation", "evaluation", "exporting", "training", "cli"]
+WHOLES = ["model", "step", "loading", "generation", "evaluation", "exporting", "run", "training", "cli"]
 """What is made of the parts; each may import what stands above it."""
 
 ORDER = FOUNDATION + PARTS + WHOLES
 ENTRY_FILES = {"__init__", "__main__"}
 
 NAMED_IN = {
-    "accelerate": {"runtime", "step", "training", "evaluation"},
+    "accelerate": {"runtime"},
     "transformers": {"exporting.certificate"},
     "wandb": {"tracking.wandb"},
 }
@@ -247,8 +247,8 @@ READING = {
         300,
         {
             "step": None,
+            "run": {"Progress"},
             "training": {
-                "Progress",
                 "Meter",
                 "run_steps",
                 "update_or_shrink",

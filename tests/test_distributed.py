@@ -15,7 +15,7 @@ import torch
 from runs import ROOT, metrics, write_tiny
 from two_ranks import Ended, Ranks, run_ranks, start_ranks
 
-from smollm2 import checkpoint, training
+from smollm2 import checkpoint, run, training
 from smollm2.cli import main
 from smollm2.data.batches import Batches
 from smollm2.errors import DataError, ResourceError
@@ -81,7 +81,7 @@ def noting_windows(work: Work) -> Work:
             return super().read(n, start, stop)
 
     def noted(rank: int) -> int:
-        training.Batches = Noting
+        run.Batches = Noting
         return work(rank)
 
     return noted
@@ -161,14 +161,14 @@ def change_code(rank: int) -> list[str]:
 
 def change_tokens(rank: int) -> list[str]:
     if rank:
-        training.fingerprint_tokens = lambda store: "4567"
+        run.fingerprint_tokens = lambda store: "4567"
     return []
 
 
 def change_tokenizer(rank: int) -> list[str]:
-    whole = training.tokenizer_from_text
+    whole = run.tokenizer_from_text
     if rank:
-        training.tokenizer_from_text = lambda text, end: whole(training.train_tokenizer(["a b c"] * 9, 300).text)
+        run.tokenizer_from_text = lambda text, end: whole(run.train_tokenizer(["a b c"] * 9, 300).text)
     return []
 
 

@@ -14,7 +14,7 @@ from fork_trials import STAGES
 from runs import ROOT, TINY, metrics, outcome, tiny_config, write_tiny
 from torch import nn
 
-from smollm2 import checkpoint, plan, training
+from smollm2 import checkpoint, plan, run, training
 from smollm2.cli import main
 from smollm2.errors import DataError, Interrupted, ResourceError
 from smollm2.model import SmolLM2
@@ -166,7 +166,7 @@ def test_on_a_cpu_the_planned_memory_decides_before_the_run(
     """C10: on a machine with room for so many sequences at once."""
     write_tiny(tmp_path)
     roomy = tiny_config(tmp_path, training__batch_size=room).with_vocab_size(257)
-    monkeypatch.setattr(training, "memory_limit", lambda: plan.estimate_memory(roomy, "cpu-float32").total)
+    monkeypatch.setattr(run, "memory_limit", lambda: plan.estimate_memory(roomy, "cpu-float32").total)
     train(tiny_config(tmp_path, training__train_steps=1))
     shown = capsys.readouterr().out
     assert said in shown if said else "at once" not in shown
@@ -176,7 +176,7 @@ def test_a_cpu_without_room_for_one_sequence_is_refused_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny(tmp_path)
-    monkeypatch.setattr(training, "memory_limit", lambda: 1000)
+    monkeypatch.setattr(run, "memory_limit", lambda: 1000)
     with pytest.raises(ResourceError, match=r"one sequence.* are needed, and this machine has 1 kB"):
         train(tiny_config(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
@@ -195,7 +195,7 @@ def test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last(
 ) -> None:
     """C5; the losses of the window come back on a resume (A1)."""
     write_tiny(tmp_path)
-    monkeypatch.setattr(training, "is_spike", lambda losses, loss: len(losses) == 5)
+    monkeypatch.setattr(run, "is_spike", lambda losses, loss: len(losses) == 5)
     flags = {"training__save_interval": 2, "training__keep_last": 2}
     train(tiny_config(tmp_path, **flags))
     left = [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")]
@@ -322,8 +322,8 @@ def test_a_resume_on_another_machine_says_that_it_is_not_bit_exact(
     """B4."""
     write_tiny(tmp_path)
     train(tiny_config(tmp_path, training__train_steps=2))
-    facts = training.machine_facts
-    monkeypatch.setattr(training, "machine_facts", lambda runtime: {**facts(runtime), "threads": 99})
+    facts = run.machine_facts
+    monkeypatch.setattr(run, "machine_facts", lambda runtime: {**facts(runtime), "threads": 99})
     train(tiny_config(tmp_path, training__train_steps=3), resume="auto")
     assert "not bit-exact, because of threads" in capsys.readouterr().out
 

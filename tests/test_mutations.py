@@ -103,7 +103,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "a resume begins with empty moments",
-        "training.py",
+        "run.py",
         '        load_optimizer_states(run.optimizers, state["optimizer"])\n',
         "        pass\n",
         "test_resume.py::test_a_resumed_run_ends_with_the_same_bits",
