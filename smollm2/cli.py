@@ -291,15 +291,12 @@ def run_generation(args: argparse.Namespace) -> None:
     check_range("--seed", args.seed, 0, 2**63 - args.samples)
     rows = read_prompts(args.prompts_file) if args.prompts_file else [{"prompt": args.prompt or ""}]
     write = prepare_generation(args)
-    try:
-        if args.interactive:
-            continue_prompts(args, write)
-        elif args.prompts_file or args.json:
-            write_json_lines(args, rows, write)
-        else:
-            write_texts(args, rows[0]["prompt"], write)
-    except BrokenPipeError:  # `smollm2 generate ... | head`; what is left in the buffer has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if args.interactive:
+        continue_prompts(args, write)
+    elif args.prompts_file or args.json:
+        write_json_lines(args, rows, write)
+    else:
+        write_texts(args, rows[0]["prompt"], write)
 
 
 Write = Callable[[Sequence[str], Sequence[int]], "Iterator[Piece]"]
@@ -487,6 +484,9 @@ def run_command(argv: Sequence[str] | None) -> int:
             parser.print_help()
             return 2
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `smollm2 ... | head`; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Smollm2Error as error:
         rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         say_error(error, rank, local_rank)

@@ -310,10 +310,11 @@ def find_corpus(config: Config) -> Corpus | None:
         size = Path(data.input).stat().st_size
     except (OSError, ValueError):
         return None
-    counted = [found for found in read_counts(Path(data.cache_dir)) if found[0] == size]
-    fitting = [corpus for _, corpus in counted if corpus.vocab_size <= config.model.vocab_size]
-    if fitting:
-        return max(fitting, key=lambda corpus: corpus.vocab_size)
+    vocab_size = 257 if data.tokenizer == "bytes" else config.model.vocab_size
+    for counted_size, corpus in read_counts(Path(data.cache_dir)):
+        # A count under another vocabulary is another run's: nano's 4,096 says nothing of a model of 32,000.
+        if counted_size == size and corpus.vocab_size == vocab_size:
+            return corpus
     tokens = size / bytes_per_token(config)
     return Corpus(round(tokens * (1 - data.validation_fraction)), config.model.vocab_size, False)
 
