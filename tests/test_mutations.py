@@ -47,8 +47,8 @@ SABOTAGES = [
     Sabotage(
         "older checkpoints go before the new one is saved",
         "training.py",
-        "        run.rows.sync()\n        path = checkpoint",
-        "        run.rows.sync()\n        if t.keep_last is not None:\n"
+        "        rows.sync()\n        path = checkpoint",
+        "        rows.sync()\n        if t.keep_last is not None:\n"
         "            checkpoint.prune_checkpoints(folder, t.keep_last)\n        path = checkpoint",
         "test_faults.py::test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last",
     ),
