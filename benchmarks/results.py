@@ -32,9 +32,7 @@ def machine(*packages: str) -> dict[str, object]:
     return found | {name: importlib.metadata.version(name) for name in ("torch", *packages)}
 
 
-def publish(
-    script: str, command: str, columns: Sequence[str], rows: Sequence[Sequence[object]], **more: object
-) -> None:
+def publish(script: str, columns: Sequence[str], rows: Sequence[Sequence[object]], **more: object) -> None:
     """Print the table, write `<script>.json`, and put the table between its marks in README.md."""
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows))
     command = " ".join(["python", f"benchmarks/{Path(script).name}", *map(shlex.quote, sys.argv[1:])])
