@@ -237,7 +237,7 @@ def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
     """Remove temporary files of processes that are gone. Only the holder of the folder's lock may call this."""
     for name in io_ops.listdir(folder):
         match = TEMPORARY.fullmatch(name)
-        if match and not _is_running(int(match[1])):
+        if match and not is_running(int(match[1])):
             with contextlib.suppress(OSError):
                 io_ops.unlink(folder / name)
 
@@ -246,7 +246,7 @@ def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:
     """Remove what killed exports left here; only after a day, because another machine's process may be writing it."""
     for name in io_ops.listdir(parent):
         match, path = TEMPORARY.fullmatch(name), parent / name
-        if match and name.startswith(".export.") and not _is_running(int(match[1])):
+        if match and name.startswith(".export.") and not is_running(int(match[1])):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > SECONDS_PER_DAY:
                     shutil.rmtree(path)
@@ -302,9 +302,10 @@ def _close_all(handles: list[int]) -> None:
         os.close(handles.pop())
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine is there; on Windows, where asking would end it, always true."""
     if os.name == "nt":
-        return True  # there, os.kill would end it: the file stays
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smollm2.errors import Smollm2Error, TrainingError
+from smollm2.files import is_running
 
 FOLDER = ".ranks"
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -180,14 +181,8 @@ def find_odd_replica(sums: Sequence[Sequence[int]]) -> tuple[int, int] | None:
 
 def _is_running(pid: int) -> bool:
     """Whether a process of this machine runs; one that ended and was not yet asked for its code does not."""
-    if os.name == "nt":
-        return True  # there, os.kill would end it
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not is_running(pid):
         return False
-    except PermissionError:
-        return True
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return True

@@ -25,6 +25,7 @@ from smollm2.data.batches import permute
 from smollm2.data.text import PIECE_RULE, Text, do_nothing
 from smollm2.data.windows import Tokens, Windows
 from smollm2.errors import DataError, ResourceError
+from smollm2.files import is_running
 
 STORE_VERSION = 1
 SPLIT_KEY = 0
@@ -279,20 +280,9 @@ def _describe_unknown(s: Statistics) -> str:
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed runs of this machine left behind while they made `folder`."""
     for leftover in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*"):
-        if leftover.suffix[1:].isdecimal() and not _is_alive(int(leftover.suffix[1:])):
+        pid = leftover.suffix[1:]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # there os.kill(pid, 0) would end the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
 
 
 def _sync(path: Path) -> None:
