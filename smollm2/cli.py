@@ -223,7 +223,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
     from smollm2.loading import load_for_evaluation
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, separator = load_for_evaluation(Path(args.checkpoint), device)
+    model, tokenizer, data = load_for_evaluation(Path(args.checkpoint), device)
+    separator = data.document_separator
     if args.document_separator is not None:
         separator = args.document_separator.replace("\\f", "\f").replace("\\n", "\n").replace("\\t", "\t")
     if separator == "":
@@ -236,6 +237,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
         stride=args.stride,
         separator=separator,
         per_document=args.per_document,
+        document_mask=data.document_mask,
     )
     print(json.dumps(found) if args.json else "\n".join(describe_evaluation(found)))
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smollm2.checkpoint import describe_missing, find_resumable, load_checkpoint
-from smollm2.config import Config, ModelConfig
+from smollm2.config import Config, DataConfig, ModelConfig
 from smollm2.errors import CheckpointError
 from smollm2.model import SmolLM2
 from smollm2.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text
@@ -32,13 +32,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Sm
     return model.to(device), tokenizer
 
 
-def load_for_evaluation(path: Path, device: str) -> tuple[SmolLM2, Tokenizer, str | None]:
-    """As `load_model`, and what stood between two documents of the text it was trained on, where a checkpoint says it."""
+def load_for_evaluation(path: Path, device: str) -> tuple[SmolLM2, Tokenizer, DataConfig]:
+    """As `load_model`, and how the text was read that it was trained on; the defaults where no checkpoint says it."""
     if path.is_dir():
-        return *load_model(path, device), None
+        return *load_model(path, device), DataConfig()
     state = load_checkpoint(path)
     model, tokenizer = restore_model(state, path)
-    return model.to(device), tokenizer, read_config(state, path).data.document_separator
+    return model.to(device), tokenizer, read_config(state, path).data
 
 
 def restore_model(state: Mapping[str, Any], path: Path) -> tuple[SmolLM2, Tokenizer]:

@@ -208,10 +208,12 @@ def open_run(
         check_changes(config, start, store, console)
     if runtime.rank == 0:
         check_disk(config, folder)
-    windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size)
+    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
+    windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size, end_of_text)
     validation = None
     if len(store.validation) > 1:
-        validation = Windows(store.validation, t.sequence_length, t.sequence_length, tokenizer.vocab_size)
+        length = t.sequence_length
+        validation = Windows(store.validation, length, length, tokenizer.vocab_size, end_of_text)
     console.say(store.statistics.describe(windows))
     model = build_model(config, runtime)
     trackers: list[Any] = [console]
@@ -364,12 +366,12 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
     t, m = config.training, config.model
     torch.manual_seed(t.seed)
     model = SmolLM2(m).to(runtime.device)
-    backend = choose_backend(t.attention, runtime.device.type, runtime.precision.dtype)
-    problem = check_backend(
-        backend, runtime.device, runtime.precision.dtype, (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
-    )
+    heads = (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
+    dtype, isolates = runtime.precision.dtype, config.data.document_mask
+    backend = choose_backend(t.attention, runtime.device.type, dtype, isolates=isolates)
+    problem = check_backend(backend, runtime.device, dtype, heads, isolates=isolates)
     if problem:
-        raise TrainingError(f"{problem}; use training.attention: eager")
+        raise TrainingError(f"{problem}; use training.attention: {'eager' if backend == 'sdpa' else 'sdpa'}")
     for block in model.model.layers:
         cast(Block, block).self_attn.backend = backend
     model.model.checkpointing = t.gradient_checkpointing

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import torch
-from torch import Tensor
 
 from smollm2 import checkpoint, plan
 from smollm2.config import Config
 from smollm2.data.batches import prefetched
-from smollm2.data.windows import Ints
+from smollm2.data.windows import Batch
 from smollm2.errors import (
     DataError,
     Interrupted,
@@ -62,6 +61,7 @@ from smollm2.runtime import (
 )
 from smollm2.step import (
     SPIKE_WINDOW,
+    MicroBatch,
     MicroBatchTooLarge,
     StepResult,
     micro_batch_size,
@@ -262,14 +262,14 @@ def leave_pace(run: Run, meter: Meter) -> None:
             plan.keep_pace(run.config, device, cores, seconds)
 
 
-def update_or_shrink(run: Run, step: int, batch: tuple[Ints, Ints], size: int) -> tuple[StepResult, int]:
+def update_or_shrink(run: Run, step: int, batch: Batch, size: int) -> tuple[StepResult, int]:
     """Update `step` + 1 in micro-batches of `size`, or from its beginning in smaller ones where memory runs out; and of
     how many. Raises ResourceError where one sequence at once is too much."""
     t, runtime = run.config.training, run.runtime
     while True:
         with contextlib.suppress(MicroBatchTooLarge):
             if step == run.resumed_step and runtime.world_size > 1 and runtime.device.type == "cuda":
-                rehearse(run.prepared, *split(batch, size, runtime)[0], runtime)
+                rehearse(run.prepared, split(batch, size, runtime)[0], runtime)
             result = update(
                 run.prepared,
                 run.optimizers,
@@ -280,7 +280,7 @@ def update_or_shrink(run: Run, step: int, batch: tuple[Ints, Ints], size: int) -
                 z_loss=t.z_loss,
             )
             return result, size
-        smaller = smaller_micro_batch(len(batch[0]), size)
+        smaller = smaller_micro_batch(len(batch.input_ids), size)
         if smaller is None:
             raise ResourceError(describe_out_of_memory(run.config, 1))
         run.tracker.log_event(
@@ -322,10 +322,10 @@ def due(step: int, interval: int, last: bool) -> bool:
     return last or (interval > 0 and step % interval == 0)
 
 
-def split(batch: tuple[Ints, Ints], size: int, runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
-    """This rank's input_ids and labels as micro-batches of `size` sequences, on the device."""
-    input_ids, labels = (torch.split(runtime.to_device(array), size) for array in batch)
-    return list(zip(input_ids, labels, strict=True))
+def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
+    """This rank's batch as micro-batches of `size` sequences, on the device."""
+    parts = (torch.split(runtime.to_device(array), size) for array in batch if array is not None)
+    return list(zip(*parts, strict=True))
 
 
 def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
@@ -423,7 +423,11 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
         ("precision", f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}"),
-        ("text", f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens"),
+        (
+            "text",
+            f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens"
+            f"{', documents isolated' * run.config.data.document_mask}",
+        ),
         ("batch", f"{batch} sequences = {batch * length:,} tokens an update"),
         ("updates", f"{progress.step:,} of {t.train_steps:,} done; {epochs:.1f} epochs in all"),
         (

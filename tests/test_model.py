@@ -77,12 +77,50 @@ def test_order_reaches_the_first_attention_output() -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
-def test_gradient_checkpointing_changes_no_bit_of_the_gradient() -> None:
+def model_on(backend: str) -> SmolLM2:
+    model = small_model().eval()
+    for block in model.model.layers:
+        block.self_attn.backend = backend
+    return model
+
+
+TWO_DOCUMENTS = (torch.arange(128) >= 50).long().repeat(2, 1)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
+def test_a_document_is_read_as_if_it_were_alone(backend: str) -> None:
+    model = model_on(backend)
+    ids, other = tokens(0), tokens(1)
+    with torch.no_grad():
+        packed, again = (
+            model(torch.cat((before[:, :50], ids[:, 50:]), 1), document_ids=TWO_DOCUMENTS)[:, 50:]
+            for before in (ids, other)
+        )
+        alone = model(ids[:, 50:])
+    assert torch.equal(packed, again)
+    assert (packed - alone).abs().max() <= 1e-5  # of logits up to 4; alone its rotary positions begin at 0
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
+def test_the_loss_of_a_document_has_no_gradient_in_another(backend: str) -> None:
+    model = model_on(backend)
+    embedded: list[torch.Tensor] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(out))
+    labels = tokens(1)
+    labels[:, :50] = -100
+    loss, _ = model(tokens(0), labels, TWO_DOCUMENTS)
+    (gradient,) = torch.autograd.grad(loss, embedded)
+    assert not gradient[:, :50].any()
+    assert gradient[:, 50:].any(-1).all()
+
+
+@pytest.mark.parametrize("document_ids", [None, TWO_DOCUMENTS], ids=["one document", "two"])
+def test_gradient_checkpointing_changes_no_bit_of_the_gradient(document_ids: torch.Tensor | None) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = small_model()
         model.model.checkpointing = checkpointing
-        loss, _ = model(tokens(0), tokens(1))
+        loss, _ = model(tokens(0), tokens(1), document_ids)
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -4,16 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import ROOT, WORDS, metrics, tiny_config, write_tiny
 
 from smollm2 import evaluate, generate, load_model
 from smollm2.cli import main
+from smollm2.config import TrainingConfig
 from smollm2.config_file import load_config
+from smollm2.data.windows import Batch
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.optim import learning_rate_at
-from smollm2.training import train
+from smollm2.runtime import start_runtime
+from smollm2.training import split, train
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,17 @@ def test_the_effective_config_names_the_origin_of_each_value(run: Path) -> None:
 def test_tokens_an_update_are_those_of_the_batch(run: Path) -> None:
     first = metrics(run)[0]
     assert first["tokens"] == 8 * 32
+
+
+@pytest.mark.parametrize("isolates", [False, True])
+def test_a_batch_is_cut_into_micro_batches_with_all_that_the_model_takes(isolates: bool) -> None:
+    ids = np.arange(24).reshape(4, 6)
+    batch = Batch(ids, ids + 1, ids // 3 if isolates else None)
+    parts = split(batch, 2, start_runtime(TrainingConfig(precision="float32")))
+    given = [array for array in batch if array is not None]
+    assert [len(part) for part in parts] == [len(given)] * 2
+    for column, array in zip(zip(*parts, strict=True), given, strict=True):
+        assert torch.equal(torch.cat(column), torch.from_numpy(array))
 
 
 def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_number_that_does(
