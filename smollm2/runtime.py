@@ -303,7 +303,15 @@ def weight_sums(model: nn.Module) -> Tensor:
 
 
 def compile_blocks(layers: nn.ModuleList) -> None:
-    """Compile each block in place: seconds instead of minutes, and names stay as they are."""
+    """Compile each block in place: seconds instead of minutes, and names stay as they are.
+
+    Raises ConfigError where this machine has no compiler that torch can use, before the first update finds it out.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=next(layers.parameters()).device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"training.compile: true - torch cannot compile here ({reason}) - set it to false") from None
     for layer in layers:
         layer.compile()
 

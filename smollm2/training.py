@@ -422,7 +422,11 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
             f"{estimate.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}",
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
-        ("precision", f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}"),
+        (
+            "precision",
+            f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}; "
+            f"compile: {'each block, at the first update' if t.compile else 'off'}",
+        ),
         (
             "text",
             f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens"

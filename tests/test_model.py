@@ -9,6 +9,7 @@ from twins import small_config, small_model, transformers_twin
 
 from smollm2.config_file import load_config
 from smollm2.model import SmolLM2
+from smollm2.runtime import compile_blocks
 
 VARIANTS = {
     "grouped heads, tied, theta 10,000": {},
@@ -124,6 +125,28 @@ def test_gradient_checkpointing_changes_no_bit_of_the_gradient(document_ids: tor
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_with_documents_and_checkpointing() -> None:
+    """Of every backend that runs here; compiled by torch's own compiler, as `training.compile` does it."""
+    compiled = small_model(num_hidden_layers=2)
+    compile_blocks(compiled.model.layers)
+    for backend in ("sdpa", "blocks"):
+        plain = small_model(num_hidden_layers=2)
+        results = []
+        for model in (plain, compiled):
+            model.model.checkpointing = True
+            for block in model.model.layers:
+                block.self_attn.backend = backend
+            model.zero_grad()
+            losses = [model(tokens(0), tokens(1), document_ids)[0] for document_ids in (None, TWO_DOCUMENTS)]
+            sum(losses).backward()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            results.append(([loss.item() for loss in losses], gradient))
+        (losses, gradient), (compiled_losses, compiled_gradient) = results
+        assert compiled_losses == pytest.approx(losses, rel=1e-5)
+        assert (compiled_gradient - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize(
