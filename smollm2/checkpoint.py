@@ -211,18 +211,16 @@ def prune_checkpoints(
     return removed
 
 
-def note_best(folder: Path, path: Path, step: int, validation_loss: float, io_ops: IoOps = IO_OPS) -> None:
-    """Write `best.json` where this checkpoint has a lower validation loss than the one that it names."""
+def note_best(folder: Path, path: Path, step: int, validation_loss: float, io_ops: IoOps = IO_OPS) -> bool:
+    """Write `best.json` where this checkpoint has a lower validation loss than the one that it names; whether it has."""
     best = _read_best(folder)
     if best and (folder / best["file"]).is_file() and validation_loss >= best["validation_loss"]:
-        return
-    if math.isfinite(validation_loss):
-        found: dict[str, str | int | float] = {
-            "file": path.name,
-            "step": step,
-            "validation_loss": float(validation_loss),
-        }
-        write_atomically(folder / "best.json", _to_json(found), io_ops=io_ops)
+        return False
+    if not math.isfinite(validation_loss):
+        return False
+    found: dict[str, str | int | float] = {"file": path.name, "step": step, "validation_loss": float(validation_loss)}
+    write_atomically(folder / "best.json", _to_json(found), io_ops=io_ops)
+    return True
 
 
 def set_aside_later(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Path]:

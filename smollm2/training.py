@@ -479,8 +479,7 @@ def write_checkpoint(
     try:
         rows.sync()
         path = checkpoint.save_checkpoint(folder, state_of(run, progress), step=progress.step)
-        if validation_loss is not None:
-            checkpoint.note_best(folder, path, progress.step, validation_loss)
+        is_best = validation_loss is not None and checkpoint.note_best(folder, path, progress.step, validation_loss)
         if t.keep_last is not None:
             before_spikes = {checkpoint.step_of(path) for s in progress.spikes for path in list_before(folder, s)[-1:]}
             protected = {run.resumed_step, *before_spikes}
@@ -491,6 +490,7 @@ def write_checkpoint(
             raise
         return False
     run.tracker.log_event("checkpoint", f"saved {path}", progress.step, path=str(path))
+    run.tracker.save_file(path, progress.step, is_best=is_best)
     return True
 
 
