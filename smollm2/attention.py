@@ -130,6 +130,11 @@ def compile_flex() -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], torch.compile(flex_attention))
 
 
+COLUMN_STEP = 64
+"""Columns of a cache are made, and looked at, in multiples of this. None that is empty costs much, and the shapes stay few:
+for each new one oneDNN compiles its kernels anew, 0.4 s in bf16."""
+
+
 class Slot(NamedTuple):
     """One layer's place in a cache: keys and values (B, K, S, D), the first column to write, and the mask (B, 1, T, S)
     to be added to the scores of the T queries."""
@@ -143,8 +148,7 @@ class Slot(NamedTuple):
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
     """Write k and v behind those in the cache, then attend over all of it: (B, H, T, D).
 
-    The queries of one key-value head are laid under one another: no key is copied for grouped heads. No shape depends on
-    how much the cache holds.
+    The queries of one key-value head are laid under one another: no key is copied for grouped heads.
     """
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     written = slice(slot.column, slot.column + length)
@@ -158,8 +162,7 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
 class KeyValueCache:
     """Keys and values of a batch of texts that end at the same column; `starts` (B,) are the columns where they begin.
 
-    The buffers never change their shape: for each new one oneDNN compiles its kernels anew, 0.4 s a token in bf16.
-    `buffer_shape` is (layers, B, K, S, D).
+    `buffer_shape` is (layers, B, K, S, D); the buffers are made once.
     """
 
     def __init__(self, starts: Tensor, buffer_shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
@@ -179,7 +182,9 @@ class KeyValueCache:
         first, self.length = self.length, self.length + count
         new = self.columns[first : self.length]
         mask = self._open_column(first) if count == 1 and first else self._open_columns(new)
-        slots = [Slot(keys, values, first, mask) for keys, values in zip(self.keys, self.values, strict=True)]
+        seen = min(-(-self.length // COLUMN_STEP) * COLUMN_STEP, len(self.columns))
+        keys, values, mask = self.keys[..., :seen, :], self.values[..., :seen, :], mask[..., :seen]
+        slots = [Slot(*layer, first, mask) for layer in zip(keys, values, strict=True)]
         return (new - self.starts).clamp(min=0), slots
 
     def _open_column(self, column: int) -> Tensor:

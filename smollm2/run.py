@@ -53,6 +53,7 @@ from smollm2.runtime import (
     random_state,
     restore_random_state,
 )
+from smollm2.saving import Saver
 from smollm2.step import (
     SPIKE_WINDOW,
     StepResult,
@@ -114,7 +115,7 @@ class Run:
     prepared: nn.Module  # the model as it is called in training: itself, or wrapped for several ranks
     optimizers: Mapping[str, Optimizer]
     tracker: Fanout
-    rows: JsonlTracker | None
+    saver: Saver | None  # rank 0's
     wandb_run_id: str
     resumed_step: int
 
@@ -231,6 +232,10 @@ def open_run(
         trackers += [wandb] if wandb else []
     tracker = Fanout(trackers)
     stack.callback(tracker.close)
+    saver = None
+    if rows:
+        saver = Saver(config, rows, tracker)
+        stack.callback(saver.close)
     return Run(
         config=config,
         runtime=runtime,
@@ -242,7 +247,7 @@ def open_run(
         prepared=model,
         optimizers=build_optimizers(model, t),
         tracker=tracker,
-        rows=rows,
+        saver=saver,
         wandb_run_id=run_id,
         resumed_step=start[1]["step"] if start else 0,
     )

@@ -374,6 +374,18 @@ def memory_limit() -> int | None:
     return min(found, default=None)
 
 
+def memory_free() -> int | None:
+    """Bytes of memory that can be had now, on this machine or in this container; None where the system does not say."""
+    with contextlib.suppress(OSError):
+        if match := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            free = int(match[1]) * 1024
+            with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+                limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+                free = min(free, limit - used)
+            return free
+    return None
+
+
 def environment() -> MutableMapping[str, str]:
     """The environment's variables, for the parts that are handed what they need of them."""
     return os.environ

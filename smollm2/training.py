@@ -59,6 +59,7 @@ from smollm2.runtime import (
     start_runtime,
     weight_sums,
 )
+from smollm2.saving import list_before
 from smollm2.step import (
     SPIKE_WINDOW,
     MicroBatch,
@@ -72,9 +73,7 @@ from smollm2.step import (
 )
 from smollm2.tracking.base import Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
-from smollm2.tracking.jsonl import JsonlTracker
 
-MAX_FAILED_SAVES = 3
 REPLICA_INTERVAL = 1000
 """Updates between two comparisons of the ranks' weights; each save compares them as well."""
 
@@ -217,7 +216,7 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
     t, runtime, tracker = run.config.training, run.runtime, run.tracker
     share = run.config.global_batch_size // runtime.world_size
     first_row = runtime.rank * share
-    meter, failed_saves, save_seconds = Meter(), 0, 0.0
+    meter = Meter()
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
@@ -231,16 +230,15 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
                 if progress.step == 1 or due(progress.step, t.log_interval, progress.step == t.train_steps):
                     tracker.log(report(run, progress, result, meter), progress.step)
             step, last = progress.step, progress.step == t.train_steps
+            if run.saver:
+                run.saver.note_finished()
             progress, validation_loss = do_duties(run, progress, size)
+            save_seconds = run.saver.seconds if run.saver else 0.0
             time_up = clock.is_up(2 * save_seconds) and not last
             stop = runtime.stop_requested(TIME_UP if time_up else 0)
             if stop or due(step, t.save_interval, last):
                 check_replicas(run, step)
-                began = time.monotonic()
-                must_succeed = last or bool(stop) or failed_saves + 1 == MAX_FAILED_SAVES
-                is_saved = save(run, progress, validation_loss, must_succeed=must_succeed)
-                failed_saves = 0 if is_saved else failed_saves + 1
-                save_seconds = max(save_seconds, time.monotonic() - began)
+                save(run, progress, validation_loss, must_succeed=last or bool(stop))
             elif due(step, REPLICA_INTERVAL, last):
                 check_replicas(run, step)
             if stop or last:
@@ -356,11 +354,6 @@ def note_trouble(run: Run, progress: Progress, result: StepResult) -> None:
         run.tracker.log_event("spike", message, step, windows=windows)
 
 
-def list_before(folder: Path, step: int) -> list[Path]:
-    """The checkpoints of less than `step` updates."""
-    return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.step_of(path) < step]
-
-
 def handle_skip(run: Run, progress: Progress, result: StepResult) -> None:
     """Say which update was skipped, on which windows. Raises TrainingError, with a checkpoint, where it must not go on."""
     step, fp16 = progress.step, run.runtime.scaler.is_enabled()
@@ -373,7 +366,7 @@ def handle_skip(run: Run, progress: Progress, result: StepResult) -> None:
     if reason is None and run.config.training.on_nonfinite == "stop" and not fp16:
         reason = f"step {step} was not finite ({numbers}) and training.on_nonfinite is stop"
     if reason:
-        save(run, progress, None)
+        save(run, progress, None, must_succeed=True)
         raise TrainingError(
             f"{reason}; the run is saved at step {step}. Lower training.learning_rate, or use training.precision float32"
         )
@@ -466,40 +459,13 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
     return rows
 
 
-def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool = True) -> bool:
-    """Rank 0 writes the checkpoint; whether that worked, on every rank alike.
-
-    A disk that is full is said, and the run goes on to its next save. Raises ResourceError where it must succeed.
-    """
-    is_saved = True
+def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool) -> None:
+    """Rank 0 writes the checkpoint; it fails on every rank alike. Raises ResourceError where it must succeed and cannot."""
     run.runtime.pulse.mark("a save")
     with run.runtime.together():
-        if run.rows is not None:
-            is_saved = write_checkpoint(run, run.rows, progress, validation_loss, must_succeed=must_succeed)
-    return bool(run.runtime.gather(is_saved)[0])
-
-
-def write_checkpoint(
-    run: Run, rows: JsonlTracker, progress: Progress, validation_loss: float | None, *, must_succeed: bool
-) -> bool:
-    """Write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say; whether that worked."""
-    t, folder = run.config.training, Path(run.config.training.save_dir)
-    try:
-        rows.sync()
-        path = checkpoint.save_checkpoint(folder, state_of(run, progress), step=progress.step)
-        if validation_loss is not None:
-            checkpoint.note_best(folder, path, progress.step, validation_loss)
-        if t.keep_last is not None:
-            before_spikes = {checkpoint.step_of(path) for s in progress.spikes for path in list_before(folder, s)[-1:]}
-            protected = {run.resumed_step, *before_spikes}
-            checkpoint.prune_checkpoints(folder, t.keep_last, t.keep_every, protected=protected)
-    except ResourceError as error:
-        run.tracker.log_event("save_failed", str(error), progress.step)
-        if must_succeed:
-            raise
-        return False
-    run.tracker.log_event("checkpoint", f"saved {path}", progress.step, path=str(path))
-    return True
+        if run.saver:
+            spikes, resumed = progress.spikes, run.resumed_step
+            run.saver.save(state_of(run, progress), validation_loss, spikes, resumed, must_succeed=must_succeed)
 
 
 def check_replicas(run: Run, step: int) -> None:

@@ -13,6 +13,7 @@ from twins import small_model, transformers_twin, write_hugging_face_folder
 
 from smollm2.attention import KeyValueCache
 from smollm2.cli import main
+from smollm2.decoding import Decoder
 from smollm2.errors import ConfigError, DataError
 from smollm2.generation import Sampling, Writer, generate, keep_likely, penalize, sample, stream
 from smollm2.model import SmolLM2
@@ -56,16 +57,22 @@ def test_greedy_text_of_50_prompts_is_that_of_transformers_alone_and_side_by_sid
     assert [generate(model, tokenizer, [p], max_new_tokens=24, temperature=0)[0] for p in PROMPTS] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("changes", [{"norm": "layernorm"}, {"num_key_value_heads": 4}, {"head_dim": 32}])
-def test_the_cache_gives_the_logits_of_the_whole_text(changes: dict[str, object]) -> None:
+def test_one_token_after_another_has_the_logits_of_the_whole_text(
+    changes: dict[str, object], rows: int, dtype: torch.dtype
+) -> None:
     model = small_model(**changes).eval()
-    ids = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        cache = KeyValueCache(
-            torch.tensor([0, 0]), (3, 2, model.config.num_key_value_heads, 64, model.config.head_dim), torch.float32
-        )
-        pieces = [model.lm_head(model.model.extend(part, cache)) for part in (ids[:, :30], *ids[:, 30:].split(1, 1))]
-        assert (torch.cat(pieces, 1) - model(ids)).abs().max() < 1e-5
+    ids = torch.randint(0, 320, (rows, 70), generator=torch.Generator().manual_seed(0))
+    shape = (3, rows, model.config.num_key_value_heads, 128, model.config.head_dim)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode(), autocast:
+        cache, decoder = KeyValueCache(torch.zeros(rows).long(), shape, dtype), Decoder(model, dtype, rows)
+        model.model.extend(ids[:, :60], cache)
+        logits = torch.stack([decoder.step(token, cache) for token in ids[:, 60:].unbind(1)], 1)
+        difference = (logits - model(ids)[:, 60:]).abs().max()
+    assert difference < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
 def test_the_same_seed_gives_the_same_text_whatever_stands_beside_it(model: SmolLM2, tokenizer: Tokenizer) -> None:

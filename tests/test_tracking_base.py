@@ -1,12 +1,13 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smollm2.tracking.base import Fanout, Fence, Sample, describe, escape_controls
+from smollm2.tracking.base import Diagnosis, Fanout, Fence, Landscape, Sample, describe, escape_controls
 
 
 class Recorder:
@@ -32,17 +33,39 @@ class Recorder:
     def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
         self.hear((kind, message, step, details))
 
+    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
+        self.hear((diagnosis, step))
+
+    def log_landscape(self, landscape: Landscape, step: int) -> None:
+        self.hear((landscape, step))
+
+    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
+        self.hear((path, step, is_best))
+
     def close(self) -> None:
         self.hear("closed")
 
 
-EVERYTHING = [({"loss": 1.0}, 1), ((Sample("a", "b"),), 2), ("skip", "skipped", 3, {"why": "nan"}), "closed"]
+DIAGNOSIS = Diagnosis({"w": 1.0}, {"w": 2.0}, {"w": 0.5}, {}, clipped=0.0)
+LANDSCAPE = Landscape(1.0, (-1, 0, 1), (2.0, 1.0, 2.0), (0,), ((1.0,),), seed=0, targets=8)
+EVERYTHING = [
+    ({"loss": 1.0}, 1),
+    ((Sample("a", "b"),), 2),
+    ("skip", "skipped", 3, {"why": "nan"}),
+    (DIAGNOSIS, 4),
+    (LANDSCAPE, 5),
+    (Path("step_0006.pt"), 6, True),
+    "closed",
+]
 
 
 def tell_everything(tracker: Fence | Fanout) -> None:
     tracker.log({"loss": 1.0}, 1)
     tracker.log_text([Sample("a", "b")], 2)
     tracker.log_event("skip", "skipped", 3, why="nan")
+    tracker.log_diagnosis(DIAGNOSIS, 4)
+    tracker.log_landscape(LANDSCAPE, 5)
+    tracker.save_file(Path("step_0006.pt"), 6, is_best=True)
     tracker.close()
 
 
@@ -50,6 +73,18 @@ def test_a_fanout_tells_each_tracker_everything() -> None:
     trackers = [Recorder(), Recorder()]
     tell_everything(Fanout(trackers))
     assert [tracker.heard for tracker in trackers] == [EVERYTHING, EVERYTHING]
+
+
+def test_the_seconds_spent_in_trackers_are_counted() -> None:
+    class Slow(Recorder):
+        def hear(self, what: object) -> None:
+            time.sleep(0.01)
+
+    tracker = Fanout([Slow()])
+    tracker.log({"loss": 1.0}, 1)
+    with tracker.counted():
+        time.sleep(0.01)
+    assert 0.02 <= tracker.seconds < 1
 
 
 def test_a_fenced_tracker_hears_everything_in_order() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smollm2.errors import ResourceError
-from smollm2.tracking.base import Sample
+from smollm2.tracking.base import Diagnosis, Histogram, Landscape, Sample
 from smollm2.tracking.jsonl import JsonlTracker
 
 
@@ -45,6 +45,30 @@ def test_an_event_has_its_details_and_the_time(tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path / "events.jsonl")
     assert row.pop("time") > 1e9  # type: ignore[operator]
     assert row == {"step": 3, "kind": "skip", "message": "skipped", "ids": [1, 2], "norm": None, "path": "a"}
+
+
+def test_a_diagnosis_is_a_row_of_rounded_numbers_without_histograms(tmp_path: Path) -> None:
+    histogram = {"w": Histogram((1,), (0.0, 1.0))}
+    diagnosis = Diagnosis({"w": 1.23456}, {"w": 2.0}, {"w": math.inf}, {"b": {"rms": 0.5}}, 0.25, histogram, histogram)
+    JsonlTracker(tmp_path, 0, print).log_diagnosis(diagnosis, 3)
+    assert rows_of(tmp_path / "diagnostics.jsonl") == [
+        {
+            "step": 3,
+            "gradient_norms": {"w": 1.235},
+            "weight_norms": {"w": 2.0},
+            "update_ratios": {"w": None},
+            "activations": {"b": {"rms": 0.5}},
+            "clipped": 0.25,
+        }
+    ]
+
+
+def test_a_landscape_is_kept_whole_and_the_newest_stays(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path, 0, print)
+    for loss in (2.0, 1.0):
+        tracker.log_landscape(Landscape(loss, (0,), (loss,), (0,), ((math.nan,),), seed=7, targets=8), 5)
+    found = json.loads((tmp_path / "landscape.json").read_text())
+    assert (found["step"], found["loss"], found["grid"]) == (5, 1.0, [[None]])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

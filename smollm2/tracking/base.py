@@ -4,12 +4,14 @@ A fenced tracker lives on its own daemon thread and hears of things through a bo
 costs the run nothing: what the queue cannot hold is dropped and counted, and the local files have it all.
 """
 
+import contextlib
 import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 FAILURES_ALLOWED = 3
@@ -32,50 +34,132 @@ class Sample:
     text: str
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """How often a number fell between `edges[i]` and `edges[i + 1]`: one count fewer than edges."""
+
+    counts: Sequence[int]
+    edges: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One look inside the model, at one update.
+
+    By parameter: the norms of its gradient (before clipping) and of its weights, and how far the update moved it over that
+    weight norm. By block: its activations (`rms`, `max_abs`, `max_attention_logit`, `dead_units`: a share). `clipped` is the
+    share of updates since the last look whose gradient was clipped. The histograms are for mirrors that draw them.
+    """
+
+    gradient_norms: Mapping[str, float]
+    weight_norms: Mapping[str, float]
+    update_ratios: Mapping[str, float]
+    activations: Mapping[str, Mapping[str, float]]
+    clipped: float
+    gradient_histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    weight_histograms: Mapping[str, Histogram] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """The loss around the weights of one step, along two random filter-normalized directions (Li et al. 2018).
+
+    `loss` is that of the weights themselves. `line[i]` is the loss at `line_at[i]` along the first direction; `grid[i][j]`
+    that at `grid_at[i]` along the first and `grid_at[j]` along the second. Drawn from `seed`, measured on `targets` tokens.
+    """
+
+    loss: float
+    line_at: Sequence[float]
+    line: Sequence[float]
+    grid_at: Sequence[float]
+    grid: Sequence[Sequence[float]]
+    seed: int
+    targets: int
+
+
 class Tracker(Protocol):
-    """Hears of a run. `step` is the number of updates done."""
+    """Hears of a run, and does nothing about what it does not override. `step` is the number of updates done."""
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
         """Numbers: one report, or one validation."""
+        return
 
     def log_text(self, samples: Sequence[Sample], step: int) -> None:
         """One round of samples."""
+        return
 
     def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
         """Something that happened once: a resume, a skipped step, a checkpoint; `details` are plain JSON values."""
+        return
+
+    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
+        """One look inside the model."""
+        return
+
+    def log_landscape(self, landscape: Landscape, step: int) -> None:
+        """The loss around the weights."""
+        return
+
+    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
+        """A checkpoint that was written and verified; `is_best` by its validation loss. It may be removed after the call."""
+        return
 
     def close(self) -> None:
         """The run is over."""
+        return
 
 
-class Fanout:
-    """Passes everything on to several trackers, in order."""
+class Fanout(Tracker):
+    """Passes everything on to several trackers, in order, and counts the seconds that the run spends on them."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = tuple(trackers)
+        self.seconds = 0.0
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
         """To each tracker."""
-        for tracker in self.trackers:
-            tracker.log(metrics, step)
+        self._tell(lambda tracker: tracker.log(metrics, step))
 
     def log_text(self, samples: Sequence[Sample], step: int) -> None:
         """To each tracker."""
-        for tracker in self.trackers:
-            tracker.log_text(samples, step)
+        self._tell(lambda tracker: tracker.log_text(samples, step))
 
     def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
         """To each tracker."""
-        for tracker in self.trackers:
-            tracker.log_event(kind, message, step, **details)
+        self._tell(lambda tracker: tracker.log_event(kind, message, step, **details))
+
+    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
+        """To each tracker."""
+        self._tell(lambda tracker: tracker.log_diagnosis(diagnosis, step))
+
+    def log_landscape(self, landscape: Landscape, step: int) -> None:
+        """To each tracker."""
+        self._tell(lambda tracker: tracker.log_landscape(landscape, step))
+
+    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
+        """To each tracker."""
+        self._tell(lambda tracker: tracker.save_file(path, step, is_best=is_best))
 
     def close(self) -> None:
         """To each tracker."""
-        for tracker in self.trackers:
-            tracker.close()
+        self._tell(lambda tracker: tracker.close())
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what the block takes among the seconds spent on watching the run."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        with self.counted():
+            for tracker in self.trackers:
+                call(tracker)
 
 
-class Fence:
+class Fence(Tracker):
     """A tracker that cannot hurt: opened, called and closed on a thread of its own, off after three failures."""
 
     def __init__(
@@ -109,6 +193,18 @@ class Fence:
     def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
         """Queue it; never waits."""
         self._queue(lambda tracker: tracker.log_event(kind, message, step, **details))
+
+    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
+        """Queue it; never waits."""
+        self._queue(lambda tracker: tracker.log_diagnosis(diagnosis, step))
+
+    def log_landscape(self, landscape: Landscape, step: int) -> None:
+        """Queue it; never waits."""
+        self._queue(lambda tracker: tracker.log_landscape(landscape, step))
+
+    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
+        """Queue it; never waits."""
+        self._queue(lambda tracker: tracker.save_file(path, step, is_best=is_best))
 
     def close(self) -> None:
         """Let the thread finish, for `close_seconds` at most, and say what it could not send."""

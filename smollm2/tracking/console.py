@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from smollm2.tracking.base import Sample, escape_controls
+from smollm2.tracking.base import Sample, Tracker, escape_controls
 
 FORMATS = {
     "loss": "{:.4f}",
@@ -50,7 +50,7 @@ SECRET_VALUE = re.compile(rf"\b({SECRET_NAME})(\b[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[
 URL_CREDENTIALS = re.compile(r"\b(\w+://)[^/\s@]+@")
 
 
-class ConsoleTracker:
+class ConsoleTracker(Tracker):
     """Shows one run. A stream that nobody reads any more (a closed pipe) silences it and ends nothing."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The local truth: metrics.jsonl, events.jsonl and samples.jsonl in the run folder, one JSON object a line.
+"""The local truth: metrics, events, samples and diagnostics as .jsonl in the run folder, one JSON object a line.
 
 Rows are only ever appended, each handed to the system before the call returns, so that a kill costs at most the end of
 the last line. A resume at step N first removes what came after N and what is torn: the run then writes those rows again,
@@ -6,6 +6,7 @@ and none is missing or double. That holds where everything about step N is logge
 checkpoint is written. A number that is not finite becomes null: JSON has no NaN, and readers make null into one.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -16,23 +17,23 @@ from pathlib import Path
 
 from smollm2.errors import ResourceError
 from smollm2.files import write_atomically
-from smollm2.tracking.base import Sample, Say
+from smollm2.tracking.base import Diagnosis, Landscape, Sample, Say, Tracker
 
-FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
+FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl", "diagnostics.jsonl")
 
 LINE_SEPARATORS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 """JSON allows them raw, but Python's splitlines would cut a row there. Other letters stay readable."""
 
 
-class JsonlTracker:
-    """Writes the three files of one run folder. A disk that is full holds rows back in memory and ends nothing."""
+class JsonlTracker(Tracker):
+    """Writes the four files of one run folder. A disk that is full holds rows back in memory and ends nothing."""
 
     def __init__(self, folder: Path, resumed_step: int, say: Say) -> None:
         """Repair the files of `folder` for a run that goes on after `resumed_step`; 0 is a new run and keeps nothing.
 
         Raises ResourceError where the folder cannot be written.
         """
-        self.say = say
+        self.folder, self.say = folder, say
         try:
             for name in FILES:
                 repair_rows(folder / name, resumed_step, say)
@@ -59,6 +60,19 @@ class JsonlTracker:
         """A row of events.jsonl, with the clock's time in seconds since 1970."""
         row = {"step": step, "kind": kind, "message": message, **details, "time": round(time.time(), 3)}
         self._append("events.jsonl", row)
+
+    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
+        """A row of diagnostics.jsonl, to four significant digits, without the histograms."""
+        row = dataclasses.asdict(dataclasses.replace(diagnosis, gradient_histograms={}, weight_histograms={}))
+        del row["gradient_histograms"], row["weight_histograms"]
+        self._append("diagnostics.jsonl", {"step": step, **round_numbers(row)})
+
+    def log_landscape(self, landscape: Landscape, step: int) -> None:
+        """landscape.json, whole: the newest takes the place of the one before."""
+        try:
+            write_atomically(self.folder / "landscape.json", landscape_json(landscape, step))
+        except (OSError, ResourceError) as error:
+            self.say(f"landscape.json - {error} - the landscape of step {step} is not kept")
 
     def sync(self) -> None:
         """Onto the disk; call it before a checkpoint is written, or a power cut could leave the checkpoint ahead."""
@@ -101,6 +115,19 @@ class JsonlTracker:
             self.say(
                 f"{name} - {error.strerror or error} - rows wait in memory until it can be written; free some space"
             )
+
+
+def landscape_json(landscape: Landscape, step: int) -> bytes:
+    """What landscape.json holds: the fields of Landscape, and the step of its weights."""
+    row = replace_nonfinite({"step": step, **dataclasses.asdict(landscape)})
+    return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+def round_numbers(row: Mapping[str, object]) -> dict[str, object]:
+    """Each number of nested mappings to four significant digits: a file of many rows that nobody computes with."""
+    return {
+        key: round_numbers(value) if isinstance(value, Mapping) else float(f"{value:.4g}") for key, value in row.items()
+    }
 
 
 def replace_nonfinite(value: object) -> object:

@@ -200,7 +200,7 @@ def open_run(
     return WandbTracker(run, say)
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """One W&B run; lives behind a fence."""
 
     def __init__(self, run: "wandb.Run", say: Say) -> None:
