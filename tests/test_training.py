@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import ROOT, WORDS, metrics, tiny_config, write_tiny
 
-from smollm2 import evaluate, generate, load_model
+from smollm2 import attention, evaluate, generate, load_model
 from smollm2.cli import main
 from smollm2.config import TrainingConfig
 from smollm2.config_file import load_config
@@ -105,6 +105,18 @@ def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_number_that_does
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8_000_000))
     with pytest.raises(ResourceError, match=r"12 checkpoints need .* are free - set training.keep_last: \d+"):
         train(tiny_config(tmp_path, training__save_interval=1, model__hidden_size=64))
+
+
+def test_a_backend_that_mixes_documents_stops_the_run_before_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path, text="\f".join([WORDS] * 40))
+    real = attention.F.scaled_dot_product_attention
+    leaking = lambda q, k, v, mask, is_causal, **rest: real(q, k, v, is_causal=True, **rest)  # noqa: E731
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", leaking)
+    isolated = {"data__document_separator": "\f", "data__document_mask": "true"}
+    with pytest.raises(TrainingError, match=r"sdpa differs from the reference.*; use training\.attention: eager"):
+        train(tiny_config(tmp_path, **isolated))
 
 
 def test_weights_that_break_stop_the_run_after_ten_skips(tmp_path: Path) -> None:
