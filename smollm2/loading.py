@@ -67,7 +67,7 @@ def read_config(state: Mapping[str, Any], path: Path) -> Config:
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> SmolLM2:
-    """A model of this shape with these weights, in float32. Raises CheckpointError naming what does not fit."""
+    """A model of this shape with these weights, in float32. Raises CheckpointError naming what does not fit, or is not finite."""
     with torch.device("meta"):
         model = SmolLM2(config)
     check_shapes(model.state_dict(), weights, path)
@@ -75,6 +75,9 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        if not all(map(torch.isfinite, parameter.detach().aminmax())):  # NaN spreads to both
+            raise CheckpointError(f"{path} - {name} holds NaN or infinite values - take a copy that is sound")
     return model
 
 
