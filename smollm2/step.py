@@ -106,7 +106,8 @@ def accumulate_gradients(
     """Add to every parameter's `grad` the gradient of the global mean loss; returns that loss and the target count.
 
     Raises MicroBatchTooLarge, with no gradient left behind, on all ranks where one ran out of memory before the last
-    micro-batch, in whose backward pass they meet; alone, in any of them.
+    micro-batch; alone, in any of them. In the last one's backward pass the ranks meet, and who runs out there can tell the
+    others nothing but by ending: OutOfMemoryError.
     """
     local = torch.stack([(labels != -100).sum() for _, labels, *_ in micro_batches]).sum()
     count = runtime.sum(local)

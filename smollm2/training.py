@@ -191,10 +191,12 @@ def train(
             if isinstance(error, TrainingError):
                 raise TrainingError(f"{error} ({log.path})") from None
             if isinstance(error, torch.OutOfMemoryError):
-                raise ResourceError(
+                short = ResourceError(
                     f"training.batch_size: {config.training.batch_size} - out of memory - lower it, and raise "
                     "training.gradient_accumulation_steps by as much; the checkpoints are intact"
-                ) from None
+                )
+                short.rank = runtime.rank
+                raise short from None
             raise
         console.show_page("Done", end_page(run, progress, time.perf_counter() - started))
         stack.close()

@@ -208,6 +208,19 @@ def test_the_command_reads_documents_as_the_checkpoint_was_trained(
     assert found == json.loads(json.dumps(wanted))
 
 
+@pytest.mark.parametrize("flags", [[], ["--best"]])
+def test_the_command_takes_the_newest_or_the_best_checkpoint_of_a_run_folder(
+    flags: list[str], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, text = run_folder / "checkpoints", str(run_folder / "input.txt")
+    name = json.loads((folder / "best.json").read_text())["file"] if flags else "step_0012.pt"
+    answers = []
+    for model in ([str(folder), *flags], [str(folder / name)]):
+        assert main(["evaluate", *model, "--input_file", text, "--json", "--device", "cpu"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
 def test_the_table_has_the_interval_and_a_row_for_each_document(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +239,7 @@ MISTAKES = {
     "a folder as text": (["checkpoints/step_0012.pt", "--input_file", "."], 3),
     "an empty separator": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--document_separator", ""], 2),
     "a stride that is too long": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--stride", "99"], 2),
+    "a run folder that is none": ([".", "--input_file", "input.txt"], 4),
     "no batch": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--batch_size", "0"], 2),
 }
 
