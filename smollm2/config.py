@@ -208,6 +208,14 @@ class TrainingConfig(Section):
     )
     sample_tokens: int = key(64, "Tokens in one sample; 0: no samples.", resume="free", ge=0, le=10**6)
 
+    diagnostics_interval: int = key(
+        50,
+        "Updates between two looks inside the model: norms, update ratios, activations (diagnostics.jsonl); 0: never.",
+        resume="free",
+        ge=0,
+        le=10**9,
+    )
+
     rank_timeout: int = key(
         600,
         "Seconds that the processes of a run wait for one of them that does not answer; then the run ends and names it.",

@@ -25,6 +25,7 @@ from smollm2 import checkpoint, plan
 from smollm2.config import Config
 from smollm2.data.batches import prefetched
 from smollm2.data.windows import Ints
+from smollm2.diagnostics import Look, measure_activations
 from smollm2.errors import (
     DataError,
     Interrupted,
@@ -223,8 +224,10 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
             runtime.pulse.step = progress.step + 1
             clock.begin_step()
             if not progress.pending:  # else a signal cut this step's duties short, and they come first
-                result, size = update_or_shrink(run, progress.step, next(batches), size)
+                batch, look = next(batches), begin_look(run, progress.step + 1)
+                result, size = update_or_shrink(run, progress.step, batch, size, look)
                 progress = progress.after(result)
+                progress = end_look(run, progress, look, batch, size)
                 progress = dataclasses.replace(progress, pending=duties_of(run, progress.step))
                 meter.add(result)
                 note_trouble(run, progress, result)
@@ -262,7 +265,9 @@ def leave_pace(run: Run, meter: Meter) -> None:
             plan.keep_pace(run.config, device, cores, seconds)
 
 
-def update_or_shrink(run: Run, step: int, batch: tuple[Ints, Ints], size: int) -> tuple[StepResult, int]:
+def update_or_shrink(
+    run: Run, step: int, batch: tuple[Ints, Ints], size: int, look: Look | None
+) -> tuple[StepResult, int]:
     """Update `step` + 1 in micro-batches of `size`, or from its beginning in smaller ones where memory runs out; and of
     how many. Raises ResourceError where one sequence at once is too much."""
     t, runtime = run.config.training, run.runtime
@@ -278,17 +283,13 @@ def update_or_shrink(run: Run, step: int, batch: tuple[Ints, Ints], size: int) -
                 learning_rate=learning_rate_at(step, t),
                 max_grad_norm=t.max_grad_norm,
                 z_loss=t.z_loss,
+                look=look,
             )
             return result, size
         smaller = smaller_micro_batch(len(batch[0]), size)
         if smaller is None:
             raise ResourceError(describe_out_of_memory(run.config, 1))
-        run.tracker.log_event(
-            "out_of_memory",
-            f"step {step + 1}: out of memory with {size} sequences at once; from here on {smaller} at once, as many an update. "
-            f"To begin that way: {describe_out_of_memory(run.config, smaller)}",
-            step + 1,
-        )
+        note_out_of_memory(run, step + 1, size, smaller)
         size = smaller
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -328,6 +329,27 @@ def split(batch: tuple[Ints, Ints], size: int, runtime: Runtime) -> list[tuple[T
     return list(zip(input_ids, labels, strict=True))
 
 
+def begin_look(run: Run, step: int) -> Look | None:
+    """A look inside the model at update `step`, where one is due; rank 0's."""
+    t = run.config.training
+    is_due = t.diagnostics_interval > 0 and due(step, t.diagnostics_interval, step == t.train_steps)
+    if not is_due or run.runtime.rank:
+        return None
+    return Look(run.model, run.tracker.counted, histograms=run.config.wandb.enabled)
+
+
+def end_look(run: Run, progress: Progress, look: Look | None, batch: tuple[Ints, Ints], size: int) -> Progress:
+    """Tell what the look saw, with the activations of rank 0's first micro-batch; the clipped updates count anew."""
+    if look is None:
+        return progress
+    with run.tracker.counted(), run.runtime.autocast():
+        activations = measure_activations(run.model, split(batch, size, run.runtime)[0][0])
+    clipped, updates = progress.clipped
+    diagnosis = dataclasses.replace(look.diagnosis, activations=activations, clipped=clipped / updates)
+    run.tracker.log_diagnosis(diagnosis, progress.step)
+    return dataclasses.replace(progress, clipped=(0, 0))
+
+
 def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
     """The row of one update; everything but tokens_per_second is the same whenever and wherever it is computed again."""
     return {
@@ -354,6 +376,15 @@ def note_trouble(run: Run, progress: Progress, result: StepResult) -> None:
             f"step {step}: the loss {result.loss:g} stands out from those of the last {SPIKE_WINDOW} updates; {kept}"
         )
         run.tracker.log_event("spike", message, step, windows=windows)
+
+
+def note_out_of_memory(run: Run, step: int, size: int, smaller: int) -> None:
+    """Say that an update begins anew in smaller micro-batches, and how to begin that way."""
+    message = (
+        f"step {step}: out of memory with {size} sequences at once; from here on {smaller} at once, as many an update. "
+        f"To begin that way: {describe_out_of_memory(run.config, smaller)}"
+    )
+    run.tracker.log_event("out_of_memory", message, step)
 
 
 def list_before(folder: Path, step: int) -> list[Path]:
