@@ -210,7 +210,7 @@ class TrainingConfig(Section):
 
     diagnostics_interval: int = key(
         50,
-        "Updates between two looks inside the model: norms, update ratios, activations (diagnostics.jsonl); 0: never.",
+        "Updates between two looks inside the model: norms, update ratios, activations (diagnostics.jsonl); 0: never, and no landscape.",
         resume="free",
         ge=0,
         le=10**9,
@@ -258,6 +258,13 @@ class WandbConfig(Section):
         None, "Name of the run; default: chosen by W&B.", resume="free", min_length=1, max_length=128
     )
     tags: tuple[str, ...] = key((), "Tags of the run.", resume="free", max_length=64)
+    landscape_interval: int = key(
+        0,
+        "Updates between two loss landscapes, each at most 1.5 % of the run; 0: one, at the end.",
+        resume="free",
+        ge=0,
+        le=10**9,
+    )
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -36,6 +36,7 @@ from smollm2.errors import (
 from smollm2.evaluation import evaluate_on_ranks, spread
 from smollm2.files import lock_folder, probe_folder
 from smollm2.generation import generate
+from smollm2.landscape import choose_side, choose_windows, list_points, measure_landscape
 from smollm2.model import Block
 from smollm2.optim import learning_rate_at
 from smollm2.ranks import find_odd_replica
@@ -226,8 +227,7 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
             if not progress.pending:  # else a signal cut this step's duties short, and they come first
                 batch, look = next(batches), begin_look(run, progress.step + 1)
                 result, size = update_or_shrink(run, progress.step, batch, size, look)
-                progress = progress.after(result)
-                progress = end_look(run, progress, look, batch, size)
+                progress = end_look(run, progress.after(result), look, batch, size)
                 progress = dataclasses.replace(progress, pending=duties_of(run, progress.step))
                 meter.add(result)
                 note_trouble(run, progress, result)
@@ -300,21 +300,23 @@ def duties_of(run: Run, step: int) -> tuple[str, ...]:
     t, last = run.config.training, step == run.config.training.train_steps
     validation = run.validation is not None and due(step, t.eval_interval, last)
     samples = t.sample_tokens > 0 and due(step, t.sample_interval, last)
-    return ("validation",) * validation + ("samples",) * samples
+    landscape = t.diagnostics_interval > 0 and due(step, run.config.wandb.landscape_interval, last)
+    return ("validation",) * validation + ("samples",) * samples + ("landscape",) * landscape
 
 
 def do_duties(run: Run, progress: Progress, size: int) -> tuple[Progress, float | None]:
-    """Validation and samples; what a signal cuts short stays pending and is done again. And the validation loss."""
-    step, validation_loss = progress.step, None
+    """What is pending, in order; what a signal cuts short stays so and is done again. And the validation loss."""
+    step, best, validation_loss = progress.step, progress.best_validation_loss, None
     with contextlib.suppress(Interrupted):
-        if "validation" in progress.pending:
-            validation_loss = validate(run, step, size, whole=step == run.config.training.train_steps)
-            best = min(progress.best_validation_loss, validation_loss)
-            rest = tuple(duty for duty in progress.pending if duty != "validation")
-            progress = dataclasses.replace(progress, best_validation_loss=best, pending=rest)
-        if "samples" in progress.pending:
-            run.tracker.log_text(draw_samples(run, step), step)
-            progress = dataclasses.replace(progress, pending=())
+        while progress.pending:
+            if progress.pending[0] == "validation":
+                validation_loss = validate(run, step, size, whole=step == run.config.training.train_steps)
+                best = min(best, validation_loss)
+            elif progress.pending[0] == "samples":
+                run.tracker.log_text(draw_samples(run, step), step)
+            else:
+                log_landscape(run, step, size)
+            progress = dataclasses.replace(progress, best_validation_loss=best, pending=progress.pending[1:])
     return progress, validation_loss
 
 
@@ -433,6 +435,31 @@ def draw_samples(run: Run, step: int) -> list[Sample]:
             text = generate(run.model, run.tokenizer, [prompt], max_new_tokens=t.sample_tokens, seed=seed)[0]
         samples.append(Sample(prompt, text))
     return samples
+
+
+def log_landscape(run: Run, step: int, size: int) -> None:
+    """Measure the loss around the weights, on all ranks, and tell it. Raises Interrupted, the weights as they were."""
+    kind = run.runtime.device.type
+    device = kind if kind != "cpu" else "cpu-bf16" if run.runtime.precision.name == "bf16" else "cpu-float32"
+    side = choose_side(run.config, device)
+    if not side:
+        why = "the run is short or its memory full; smollm2 landscape draws one from the checkpoint"
+        run.tracker.log_event("landscape", f"no loss landscape: {why}", step)
+        return
+    windows, indices, targets = choose_windows(run.validation, run.batches.windows)
+    run.tracker.log_event(
+        "landscape", f"the loss around the weights: {len(list_points(side))} points on {targets:,} tokens each", step
+    )
+
+    def measure_loss() -> float:
+        bytes_per_token = run.tokenizer.bytes_per_token
+        return evaluate_on_ranks(
+            run.model, windows, indices, bytes_per_token, batch_size=size, runtime=run.runtime
+        ).loss
+
+    seed = run.config.training.seed
+    landscape = measure_landscape(run.model, measure_loss, side=side, seed=seed, targets=targets)
+    run.tracker.log_landscape(landscape, step)
 
 
 def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
