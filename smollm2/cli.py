@@ -289,6 +289,8 @@ def run_landscape(args: argparse.Namespace) -> None:
         raise ConfigError(f"--points - {args.points} has no point in the middle - give an odd number")
     if args.seed is not None:
         check_range("--seed", args.seed, 0, 2**63 - 1)
+    if args.output is not None and not Path(args.output).name:
+        raise ConfigError(f"--output - {args.output!r} is no name of a file - give one")
     import torch
 
     from smollm2.landscape import draw_landscape, open_source
@@ -296,7 +298,7 @@ def run_landscape(args: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = open_source(Path(args.checkpoint), args.input_file, device, remark)
-    output = Path(args.output or source.path.parent / "landscape.json")
+    output = Path(args.output or source.path.parent / "landscape").with_suffix(".json")
     seed = source.config.training.seed if args.seed is None else args.seed
     console = ConsoleTracker(0, 0, sys.stderr)
     try:

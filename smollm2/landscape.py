@@ -53,13 +53,15 @@ SECONDS_BETWEEN_NOTES = 2.0
 Point = tuple[int, int]
 
 
-def choose_side(config: Config, device: str) -> int:
+def choose_side(config: Config, device: str, sequences: int) -> int:
     """Points on a side of the plane that a run draws; 0 where it is too short, or an update needs less memory.
 
     By arithmetic, not by the clock, so that a resumed run draws the same: a forward pass is a third of an update's work,
-    and the copies take the place of gradients and activations. `device` as in plan.
+    and the copies take the place of gradients and of the activations of so many sequences. `device` as in plan.
     """
-    t, memory = config.training, plan.estimate_memory(config, device)
+    t = config.training
+    at_once = config.model_copy(update={"training": t.model_copy(update={"batch_size": sequences})})
+    memory = plan.estimate_memory(at_once, device)
     if COPIES * 4 * plan.count_parameters(config.model) > memory.gradients + memory.activations + memory.loss:
         return 0
     affordable = 3 * SHARE * config.global_batch_size * t.train_steps / WINDOWS
@@ -140,11 +142,10 @@ def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
     return direction.mul_(matrix.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
 
 
-def choose_windows(validation: Windows | None, train: Windows) -> tuple[Windows, list[int], int]:
-    """The windows on which a landscape is measured, their numbers, and how many targets they hold."""
-    windows = validation or train
+def choose_windows(windows: Windows) -> tuple[list[int], int]:
+    """The windows on which a landscape is measured, and how many targets they hold."""
     indices = spread(len(windows), WINDOWS)
-    return windows, indices, sum(int((windows.read(index)[1] != IGNORED).sum()) for index in indices)
+    return indices, sum(int((windows.read(index)[1] != IGNORED).sum()) for index in indices)
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,10 @@ def open_source(path: Path, input_file: str | None, device: str, say: Callable[[
     config = read_config(state, path)
     model, tokenizer = restore_model(state, path)
     store = open_store(config, state, tokenizer, input_file)
-    length, vocab_size = config.training.sequence_length, tokenizer.vocab_size
-    train, validation = (
-        Windows(tokens, length, length, vocab_size) if len(tokens) > 1 else None
-        for tokens in (store.train, store.validation)
-    )
-    windows, indices, targets = choose_windows(validation, train or Windows(store.train, length, length, vocab_size))
+    length = config.training.sequence_length
+    tokens, stride = (store.validation, length) if len(store.validation) > 1 else (store.train, config.data.stride)
+    windows = Windows(tokens, length, stride, tokenizer.vocab_size)
+    indices, targets = choose_windows(windows)
     return Source(path, state, config, tokenizer, windows, indices, targets, model.to(device))
 
 

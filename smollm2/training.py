@@ -441,12 +441,13 @@ def log_landscape(run: Run, step: int, size: int) -> None:
     """Measure the loss around the weights, on all ranks, and tell it. Raises Interrupted, the weights as they were."""
     kind = run.runtime.device.type
     device = kind if kind != "cpu" else "cpu-bf16" if run.runtime.precision.name == "bf16" else "cpu-float32"
-    side = choose_side(run.config, device)
+    side, seed = choose_side(run.config, device, size), run.config.training.seed
+    advice = "smollm2 landscape draws one from the checkpoint"
     if not side:
-        why = "the run is short or its memory full; smollm2 landscape draws one from the checkpoint"
-        run.tracker.log_event("landscape", f"no loss landscape: {why}", step)
+        run.tracker.log_event("landscape", f"no loss landscape: the run is short, or its memory full; {advice}", step)
         return
-    windows, indices, targets = choose_windows(run.validation, run.batches.windows)
+    windows = run.validation or run.batches.windows
+    indices, targets = choose_windows(windows)
     run.tracker.log_event(
         "landscape", f"the loss around the weights: {len(list_points(side))} points on {targets:,} tokens each", step
     )
@@ -457,8 +458,13 @@ def log_landscape(run: Run, step: int, size: int) -> None:
             run.model, windows, indices, bytes_per_token, batch_size=size, runtime=run.runtime
         ).loss
 
-    seed = run.config.training.seed
-    landscape = measure_landscape(run.model, measure_loss, side=side, seed=seed, targets=targets)
+    try:
+        landscape = measure_landscape(run.model, measure_loss, side=side, seed=seed, targets=targets)
+    except torch.OutOfMemoryError:
+        if run.runtime.world_size > 1:  # the others wait for its share
+            raise
+        run.tracker.log_event("landscape", f"no loss landscape: out of memory; {advice}", step)
+        return
     run.tracker.log_landscape(landscape, step)
 
 

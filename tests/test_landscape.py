@@ -149,15 +149,15 @@ def test_weights_are_the_same_bits_where_it_is_interrupted(stop_at: int) -> None
 )
 def test_a_run_affords_as_many_points_as_its_arithmetic_allows(preset: str, steps: int, side: int) -> None:
     config = load_config(preset=preset, **{"training.train_steps": steps})
-    assert choose_side(config, "cpu-bf16") == side
+    assert choose_side(config, "cpu-bf16", config.training.batch_size) == side
     if side:
         work = len(list_points(side)) * 8 / 3 / (config.global_batch_size * steps)
         assert work <= 0.015
 
 
 def test_a_run_without_memory_for_the_copies_draws_none() -> None:
-    values = {"training": {"batch_size": 1, "sequence_length": 2, "train_steps": 10**7}}
-    assert choose_side(Config.model_validate(values), "cuda") == 0
+    config = Config.model_validate({"training": {"sequence_length": 128, "train_steps": 10**7}})
+    assert [choose_side(config, "cuda", sequences) for sequences in (12, 1)] == [25, 0]
 
 
 def config_of(folder: Path, **flags: object) -> Config:
@@ -284,6 +284,25 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_landscape(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_run_without_memory_for_its_landscape_says_so_and_ends_well(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_0100.pt").unlink()
+    calls = itertools.count()
+
+    def without_memory(*arguments: object, **named: object) -> object:
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError
+        return evaluate_on_ranks(*arguments, **named)
+
+    monkeypatch.setattr("smollm2.training.evaluate_on_ranks", without_memory)
+    assert train(config_of(tmp_path / "run"), resume="auto").step == 100
+    assert "no loss landscape: out of memory" in capsys.readouterr().out
+    left = weights(tmp_path / "run" / "checkpoints", 100)
+    assert all(torch.equal(weight, left[name]) for name, weight in weights(trained / "checkpoints", 100).items())
+
+
 def test_points_of_another_landscape_are_not_taken(tmp_path: Path) -> None:
     path, of = tmp_path / "x.partial", {"seed": 1}
     write_points(path, of, {(0, 1): 2.5, (4, 4): math.inf})
@@ -303,6 +322,7 @@ def test_positions_reach_from_minus_one_to_one() -> None:
         (["--points", "6"], "--points - 6 has no point in the middle"),
         (["--points", "1"], "--points - 1 will not do - give 3 to 401"),
         (["--seed", "-1"], "--seed - -1 will not do"),
+        (["--output", "."], "--output - '.' is no name of a file"),
     ],
 )
 def test_an_impossible_flag_is_one_line(
