@@ -273,7 +273,7 @@ def render_page(landscape: Landscape, step: int) -> str:
     at, grid = list(landscape.grid_at), [keep_finite(row) for row in landscape.grid]
     # grid[i][j] lies at i along the first direction; plotly's z[row][column] wants the column there.
     across = [list(column) for column in zip(*grid, strict=True)]
-    figure.add_trace(graph_objects.Surface(x=at, y=at, z=across, colorscale="Viridis", name="loss"), 1, 1)
+    figure.add_trace(graph_objects.Surface(x=at, y=at, z=across, colorscale="Viridis", showscale=False), 1, 1)
     line = graph_objects.Scatter(x=list(landscape.line_at), y=keep_finite(landscape.line), name="along the first")
     figure.add_trace(line, 1, 2)
     axes = {"xaxis_title": "first direction", "yaxis_title": "second direction", "zaxis_title": "loss"}

@@ -155,6 +155,19 @@ def test_no_hook_is_left_where_the_pass_fails() -> None:
     assert hooks_of(model) == 0
 
 
+def test_compiled_blocks_are_read_and_not_compiled_again() -> None:
+    """With dynamo alone, which is what a hook would set off; the compiler behind it takes a minute."""
+    model, input_ids = small_model(num_hidden_layers=1), micro_batches()[0][0]
+    plain = measure_activations(model, input_ids)
+    model.model.layers[0].compile(backend="eager")
+    model(input_ids)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    assert measure_activations(model, input_ids) == plain
+    model(input_ids)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
 def test_a_histogram_counts_every_number_once() -> None:
     tensor = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     found = make_histograms({"a": tensor, "flat": torch.ones(7), "odd": torch.tensor([1.0, math.inf])})
