@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -297,19 +298,19 @@ def run_landscape(args: argparse.Namespace) -> None:
     from smollm2.tracking.console import ConsoleTracker
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = open_source(Path(args.checkpoint), args.input_file, device, remark)
-    output = Path(args.output or source.path.parent / "landscape").with_suffix(".json")
-    seed = source.config.training.seed if args.seed is None else args.seed
     console = ConsoleTracker(0, 0, sys.stderr)
     try:
-        landscape = draw_landscape(
-            source,
-            output,
-            side=args.points,
-            seed=seed,
-            say=console.say,
-            show=lambda fraction: console.show_progress("landscape", fraction),
-        )
+        with tempfile.TemporaryDirectory() as spool:
+            source = open_source(Path(args.checkpoint), args.input_file, Path(spool), device, remark)
+            output = Path(args.output or source.path.parent / "landscape").with_suffix(".json")
+            landscape = draw_landscape(
+                source,
+                output,
+                side=args.points,
+                seed=source.config.training.seed if args.seed is None else args.seed,
+                say=console.say,
+                show=lambda fraction: console.show_progress("landscape", fraction),
+            )
     except KeyboardInterrupt:
         console.say("the points that were measured are kept; the same command goes on")
         raise

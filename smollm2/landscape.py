@@ -162,16 +162,16 @@ class Source:
     model: nn.Module
 
 
-def open_source(path: Path, input_file: str | None, device: str, say: Callable[[str], None]) -> Source:
-    """A `.pt`, or the newest valid one of a run folder, and the tokens of its run: from the cache, else from its text or
-    `input_file`. Raises CheckpointError, DataError."""
+def open_source(path: Path, input_file: str | None, spool: Path, device: str, say: Callable[[str], None]) -> Source:
+    """A `.pt`, or the newest valid one of a run folder, and the tokens of its run: from the cache, else made in `spool` of
+    its text or `input_file`. Raises CheckpointError, DataError."""
     found = find_resumable(path, say) if path.is_dir() else (path, load_checkpoint(path))
     if found is None:
         raise CheckpointError(describe_missing(path))
     path, state = found
     config = read_config(state, path)
     model, tokenizer = restore_model(state, path)
-    store = open_store(config, state, tokenizer, input_file)
+    store = open_store(config, state, tokenizer, input_file, spool)
     length = config.training.sequence_length
     tokens, stride = (store.validation, length) if len(store.validation) > 1 else (store.train, config.data.stride)
     windows = Windows(tokens, length, stride, tokenizer.vocab_size)
@@ -179,13 +179,15 @@ def open_source(path: Path, input_file: str | None, device: str, say: Callable[[
     return Source(path, state, config, tokenizer, windows, indices, targets, model.to(device))
 
 
-def open_store(config: Config, state: Mapping[str, Any], tokenizer: Tokenizer, input_file: str | None) -> TokenStore:
-    """The tokens that the run of a checkpoint saw, or those of another text."""
-    data, cache = config.data, Path(config.data.cache_dir)
-    if input_file is None and (store := open_tokens(cache / state["data"]["tokens_fingerprint"])):
+def open_store(
+    config: Config, state: Mapping[str, Any], tokenizer: Tokenizer, input_file: str | None, spool: Path
+) -> TokenStore:
+    """The tokens that the run of a checkpoint saw, or those of another text. Nothing is written where a checkpoint says."""
+    data = config.data
+    if input_file is None and (store := open_tokens(Path(data.cache_dir) / state["data"]["tokens_fingerprint"])):
         return store
-    text = open_text(input_file or data.input, cache, data.document_separator)
-    return prepare_tokens(text, tokenizer, cache, data.validation_fraction)
+    text = open_text(input_file or data.input, spool, data.document_separator)
+    return prepare_tokens(text, tokenizer, spool, data.validation_fraction)
 
 
 def draw_landscape(

@@ -183,7 +183,7 @@ def landscape_of(folder: Path) -> dict[str, object]:
 def test_a_run_leaves_the_landscape_of_its_last_weights(trained: Path) -> None:
     found = landscape_of(trained / "checkpoints")
     assert (found["step"], found["seed"], len(found["grid"]), len(found["line"])) == (100, 1337, 5, 9)
-    source = open_source(trained / "checkpoints" / "step_0100.pt", None, "cpu", print)
+    source = open_source(trained / "checkpoints" / "step_0100.pt", None, trained / "spool", "cpu", print)
     model, tokenizer = load_model(trained / "checkpoints" / "step_0100.pt")
     loss = score_windows(model, source.windows, source.indices, tokenizer.bytes_per_token, batch_size=3)
     assert found["targets"] == loss.tokens
@@ -330,6 +330,16 @@ def test_an_impossible_flag_is_one_line(
 ) -> None:
     assert draw(trained, *flags) == 2
     assert said in capsys.readouterr().err
+
+
+def test_another_text_is_tokenized_and_nothing_is_left_of_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("nothing of the kind. " * 100)
+    assert draw(trained, "--input_file", "other.txt", "--output", "other.page") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.html", "other.json", "other.txt"]
+    assert landscape_of(trained / "checkpoints")["loss"] != json.loads((tmp_path / "other.json").read_text())["loss"]
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
