@@ -72,6 +72,9 @@ ENTRIES: dict[str, tuple[type, ...]] = {
 """What every checkpoint holds, by dotted name, and as what. `tied` is written and taken out again here: pairs of names
 in `model` that are one tensor, which is stored once, under the second name."""
 
+LATER_ENTRIES: dict[str, tuple[type, ...]] = {"stability.clipped": (list,)}
+"""What older checkpoints of this format lack, and no weight depends on: of this type where it is there."""
+
 SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype)
 MAX_DEPTH = 16
 MAX_RECORDS = 100_000
@@ -404,13 +407,13 @@ def _find_wrong_value(state: State, tensor_bytes: int) -> str | None:
 
 def _find_wrong_entry(state: State) -> str | None:
     """The first entry that is absent, or is not what it must be; None where there is none."""
-    for name, kinds in ENTRIES.items():
+    for name, kinds in {**ENTRIES, **LATER_ENTRIES}.items():
         value: object = state
         for part in name.split("."):
             value = value.get(part, ...) if isinstance(value, dict) else ...
-        if value is ...:
+        if value is ... and name in ENTRIES:
             return f"{name} is missing"
-        if type(value) not in kinds:
+        if value is not ... and type(value) not in kinds:
             return f"{name} is a {type(value).__name__} and must be a {kinds[0].__name__}"
     for name, optimizer in state["optimizer"].items():
         if not isinstance(optimizer, dict):

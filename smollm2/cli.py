@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,6 +45,7 @@ def build_parser() -> Parser:
     add_evaluate(commands)
     add_export(commands)
     add_generate(commands)
+    add_landscape(commands)
     return parser
 
 
@@ -135,6 +137,27 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default: {default}")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], help="default: float32; bf16 on a GPU")
+
+
+def add_landscape(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """`smollm2 landscape`."""
+    parser = commands.add_parser(
+        "landscape",
+        help="the loss around the weights of a checkpoint",
+        description="Measure the loss along random directions from the weights, on windows of the run's own text, and draw it. "
+        "A call that was stopped goes on where it stood.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a run folder (its newest checkpoint)")
+    parser.add_argument(
+        "--points", type=int, default=25, metavar="N", help="on a side of the plane, an odd number; default: 25"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of the directions; default: the run's")
+    parser.add_argument("--input_file", metavar="FILE", help="another text than the run's")
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: landscape.json beside the checkpoint; the page ends with .html"
+    )
+    parser.set_defaults(run=run_landscape)
 
 
 GENERATE_NUMBERS: list[tuple[str, type[int] | type[float], float, str]] = [
@@ -265,6 +288,44 @@ def describe_evaluation(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{number:>8}{row['loss']:>12.4f}{row['perplexity']:>14.4f}{row['bits_per_byte']:>15.4f}{row['tokens']:>12,}"
     if len(documents) > SHOWN_DOCUMENTS:
         yield f"and {len(documents) - SHOWN_DOCUMENTS:,} more; --json lists all"
+
+
+def run_landscape(args: argparse.Namespace) -> None:
+    """`smollm2 landscape`."""
+    check_range("--points", args.points, 3, 401)
+    if args.points % 2 == 0:
+        raise ConfigError(f"--points - {args.points} has no point in the middle - give an odd number")
+    if args.seed is not None:
+        check_range("--seed", args.seed, 0, 2**63 - 1)
+    if args.output is not None and not Path(args.output).name:
+        raise ConfigError(f"--output - {args.output!r} is no name of a file - give one")
+    import torch
+
+    from smollm2.landscape import draw_landscape, open_source
+    from smollm2.tracking.console import ConsoleTracker
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = ConsoleTracker(0, 0, sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory() as spool:
+            source = open_source(Path(args.checkpoint), args.input_file, Path(spool), device, remark)
+            output = Path(args.output or source.path.parent / "landscape").with_suffix(".json")
+            landscape = draw_landscape(
+                source,
+                output,
+                side=args.points,
+                seed=source.config.training.seed if args.seed is None else args.seed,
+                say=console.say,
+                show=lambda fraction: console.show_progress("landscape", fraction),
+            )
+    except KeyboardInterrupt:
+        console.say("the points that were measured are kept; the same command goes on")
+        raise
+    finally:
+        console.close()
+    lowest = min(min(row) for row in landscape.grid)
+    print(f"loss {landscape.loss:.4f} at the centre, {lowest:.4f} at the lowest point")
+    print(f"{output} and {output.with_suffix('.html')}")
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -219,6 +219,14 @@ class TrainingConfig(Section):
     )
     sample_tokens: int = key(64, "Tokens in one sample; 0: no samples.", resume="free", ge=0, le=10**6)
 
+    diagnostics_interval: int = key(
+        50,
+        "Updates between two looks inside the model: norms, update ratios, activations (diagnostics.jsonl); 0: never, and no landscape.",
+        resume="free",
+        ge=0,
+        le=10**9,
+    )
+
     rank_timeout: int = key(
         600,
         "Seconds that the processes of a run wait for one of them that does not answer; then the run ends and names it.",
@@ -261,6 +269,13 @@ class WandbConfig(Section):
         None, "Name of the run; default: chosen by W&B.", resume="free", min_length=1, max_length=128
     )
     tags: tuple[str, ...] = key((), "Tags of the run.", resume="free", max_length=64)
+    landscape_interval: int = key(
+        0,
+        "Updates between two loss landscapes, each at most 1.5 % of the run; 0: one, at the end.",
+        resume="free",
+        ge=0,
+        le=10**9,
+    )
 
 
 SECTIONS: dict[str, type[Section]] = {

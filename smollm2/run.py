@@ -77,6 +77,7 @@ class Progress:
 
     `loss` is that of the last update, `losses` the last 128 that were finite; `skipped` are the updates that were not,
     `spikes` those whose loss stood out, `pending` the duties of this step that are not done: validation, samples.
+    `clipped` counts the updates since the last look inside the model whose gradient was clipped, and all of them.
     """
 
     step: int = 0
@@ -87,6 +88,7 @@ class Progress:
     losses: tuple[float, ...] = ()
     spikes: tuple[int, ...] = ()
     pending: tuple[str, ...] = ()
+    clipped: tuple[int, int] = (0, 0)
 
     def after(self, result: StepResult) -> "Progress":
         """One update further; a skipped one counts."""
@@ -97,8 +99,8 @@ class Progress:
         else:  # what is not finite stays out of the statistics, which it would spoil for 128 steps
             spikes = (*spikes, step) if is_spike(losses, result.loss) else spikes
             losses = (*losses, result.loss)[-SPIKE_WINDOW:]
-        tokens = self.tokens + result.tokens
-        return Progress(step, tokens, result.loss, self.best_validation_loss, skipped, losses, spikes)
+        tokens, clipped = self.tokens + result.tokens, (self.clipped[0] + result.clipped, self.clipped[1] + 1)
+        return Progress(step, tokens, result.loss, self.best_validation_loss, skipped, losses, spikes, (), clipped)
 
 
 @dataclass(frozen=True)
@@ -412,6 +414,7 @@ def restore(run: Run, path: Path, state: State) -> Progress:
         losses=tuple(state["stability"]["losses"]),
         spikes=tuple(state["stability"]["spikes"]),
         pending=tuple(state["stability"]["pending"]),
+        clipped=tuple(state["stability"].get("clipped", (0, 0))),
     )
 
 
@@ -532,6 +535,7 @@ def state_of(run: Run, progress: Progress) -> State:
             "losses": list(progress.losses),
             "spikes": list(progress.spikes),
             "pending": list(progress.pending),
+            "clipped": list(progress.clipped),
             "best_validation_loss": progress.best_validation_loss,
         },
         "best": {},

@@ -4,6 +4,7 @@ The unit is the global batch. How it is cut into micro-batches and over ranks ch
 micro-batch's loss sum is divided by the number of targets in the whole batch, known before the first forward pass.
 """
 
+import contextlib
 import math
 import statistics
 import time
@@ -42,6 +43,7 @@ class StepResult:
     tokens: int
     seconds: float
     skipped: bool
+    clipped: bool = False
 
 
 def micro_batch_size(global_batch: int, world_size: int, batch_size: int) -> int:
@@ -74,11 +76,12 @@ def update(
     learning_rate: float,
     max_grad_norm: float,
     z_loss: float = 0.0,
+    look: contextlib.AbstractContextManager[object] | None = None,
 ) -> StepResult:
     """One update from this rank's micro-batches.
 
-    Weights and moments move only where the loss and the gradient's norm are finite, on every rank or on none. Raises
-    MicroBatchTooLarge as `accumulate_gradients` does.
+    Weights and moments move only where the loss and the gradient's norm are finite, on every rank or on none; `look` is
+    entered before. Raises MicroBatchTooLarge as `accumulate_gradients` does.
     """
     started = time.perf_counter()
     set_learning_rate(optimizers, learning_rate)
@@ -89,15 +92,17 @@ def update(
     norm = torch.nn.utils.get_total_norm(gradients)
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()  # the one wait for the device
     finite = runtime.all_agree(math.isfinite(loss_value) and math.isfinite(norm_value))
-    if finite:
-        if max_grad_norm and norm_value > max_grad_norm:
+    clipped = finite and 0 < max_grad_norm < norm_value
+    with look or contextlib.nullcontext():
+        if clipped:
             torch._foreach_mul_(gradients, max_grad_norm / (norm_value + 1e-6))
-        for optimizer in optimizers.values():
-            optimizer.step()
+        if finite:
+            for optimizer in optimizers.values():
+                optimizer.step()
     adjust_scale(runtime.scaler)
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, norm_value, learning_rate, tokens, time.perf_counter() - started, not finite)
+    return StepResult(loss_value, norm_value, learning_rate, tokens, time.perf_counter() - started, not finite, clipped)
 
 
 def accumulate_gradients(

@@ -24,6 +24,7 @@ from smollm2 import checkpoint, plan
 from smollm2.config import Config
 from smollm2.data.batches import prefetched
 from smollm2.data.windows import Batch
+from smollm2.diagnostics import Look, measure_activations
 from smollm2.errors import (
     DataError,
     Interrupted,
@@ -34,6 +35,7 @@ from smollm2.errors import (
 from smollm2.evaluation import evaluate_on_ranks, spread
 from smollm2.files import lock_folder, probe_folder
 from smollm2.generation import generate
+from smollm2.landscape import choose_side, choose_windows, list_points, measure_landscape
 from smollm2.model import Block
 from smollm2.optim import learning_rate_at
 from smollm2.ranks import find_odd_replica
@@ -224,8 +226,9 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
             runtime.pulse.step = progress.step + 1
             clock.begin_step()
             if not progress.pending:  # else a signal cut this step's duties short, and they come first
-                result, size = update_or_shrink(run, progress.step, next(batches), size)
-                progress = progress.after(result)
+                batch, look = next(batches), begin_look(run, progress.step + 1)
+                result, size = update_or_shrink(run, progress.step, batch, size, look)
+                progress = end_look(run, progress.after(result), look, batch, size)
                 progress = dataclasses.replace(progress, pending=duties_of(run, progress.step))
                 meter.add(result)
                 note_trouble(run, progress, result)
@@ -262,7 +265,7 @@ def leave_pace(run: Run, meter: Meter) -> None:
             plan.keep_pace(run.config, device, cores, seconds)
 
 
-def update_or_shrink(run: Run, step: int, batch: Batch, size: int) -> tuple[StepResult, int]:
+def update_or_shrink(run: Run, step: int, batch: Batch, size: int, look: Look | None) -> tuple[StepResult, int]:
     """Update `step` + 1 in micro-batches of `size`, or from its beginning in smaller ones where memory runs out; and of
     how many. Raises ResourceError where one sequence at once is too much."""
     t, runtime = run.config.training, run.runtime
@@ -278,17 +281,13 @@ def update_or_shrink(run: Run, step: int, batch: Batch, size: int) -> tuple[Step
                 learning_rate=learning_rate_at(step, t),
                 max_grad_norm=t.max_grad_norm,
                 z_loss=t.z_loss,
+                look=look,
             )
             return result, size
         smaller = smaller_micro_batch(len(batch.input_ids), size)
         if smaller is None:
             raise ResourceError(describe_out_of_memory(run.config, 1))
-        run.tracker.log_event(
-            "out_of_memory",
-            f"step {step + 1}: out of memory with {size} sequences at once; from here on {smaller} at once, as many an update. "
-            f"To begin that way: {describe_out_of_memory(run.config, smaller)}",
-            step + 1,
-        )
+        note_out_of_memory(run, step + 1, size, smaller)
         size = smaller
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -299,21 +298,23 @@ def duties_of(run: Run, step: int) -> tuple[str, ...]:
     t, last = run.config.training, step == run.config.training.train_steps
     validation = run.validation is not None and due(step, t.eval_interval, last)
     samples = t.sample_tokens > 0 and due(step, t.sample_interval, last)
-    return ("validation",) * validation + ("samples",) * samples
+    landscape = t.diagnostics_interval > 0 and due(step, run.config.wandb.landscape_interval, last)
+    return ("validation",) * validation + ("samples",) * samples + ("landscape",) * landscape
 
 
 def do_duties(run: Run, progress: Progress, size: int) -> tuple[Progress, float | None]:
-    """Validation and samples; what a signal cuts short stays pending and is done again. And the validation loss."""
-    step, validation_loss = progress.step, None
+    """What is pending, in order; what a signal cuts short stays so and is done again. And the validation loss."""
+    step, best, validation_loss = progress.step, progress.best_validation_loss, None
     with contextlib.suppress(Interrupted):
-        if "validation" in progress.pending:
-            validation_loss = validate(run, step, size, whole=step == run.config.training.train_steps)
-            best = min(progress.best_validation_loss, validation_loss)
-            rest = tuple(duty for duty in progress.pending if duty != "validation")
-            progress = dataclasses.replace(progress, best_validation_loss=best, pending=rest)
-        if "samples" in progress.pending:
-            run.tracker.log_text(draw_samples(run, step), step)
-            progress = dataclasses.replace(progress, pending=())
+        while progress.pending:
+            if progress.pending[0] == "validation":
+                validation_loss = validate(run, step, size, whole=step == run.config.training.train_steps)
+                best = min(best, validation_loss)
+            elif progress.pending[0] == "samples":
+                run.tracker.log_text(draw_samples(run, step), step)
+            else:
+                log_landscape(run, step, size)
+            progress = dataclasses.replace(progress, best_validation_loss=best, pending=progress.pending[1:])
     return progress, validation_loss
 
 
@@ -326,6 +327,28 @@ def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
     """This rank's batch as micro-batches of `size` sequences, on the device."""
     parts = (torch.split(runtime.to_device(array), size) for array in batch if array is not None)
     return list(zip(*parts, strict=True))
+
+
+def begin_look(run: Run, step: int) -> Look | None:
+    """A look inside the model at update `step`, where one is due; rank 0's."""
+    t = run.config.training
+    is_due = t.diagnostics_interval > 0 and due(step, t.diagnostics_interval, step == t.train_steps)
+    if not is_due or run.runtime.rank:
+        return None
+    return Look(run.model, run.tracker.counted, histograms=run.config.wandb.enabled)
+
+
+def end_look(run: Run, progress: Progress, look: Look | None, batch: Batch, size: int) -> Progress:
+    """Tell what the look saw, with the activations of rank 0's first micro-batch; the clipped updates count anew."""
+    if look is None:
+        return progress
+    with run.tracker.counted(), run.runtime.autocast():
+        input_ids, _, *documents = split(batch, size, run.runtime)[0]
+        activations = measure_activations(run.model, input_ids, *documents)
+    clipped, updates = progress.clipped
+    diagnosis = dataclasses.replace(look.diagnosis, activations=activations, clipped=clipped / updates)
+    run.tracker.log_diagnosis(diagnosis, progress.step)
+    return dataclasses.replace(progress, clipped=(0, 0))
 
 
 def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
@@ -354,6 +377,15 @@ def note_trouble(run: Run, progress: Progress, result: StepResult) -> None:
             f"step {step}: the loss {result.loss:g} stands out from those of the last {SPIKE_WINDOW} updates; {kept}"
         )
         run.tracker.log_event("spike", message, step, windows=windows)
+
+
+def note_out_of_memory(run: Run, step: int, size: int, smaller: int) -> None:
+    """Say that an update begins anew in smaller micro-batches, and how to begin that way."""
+    message = (
+        f"step {step}: out of memory with {size} sequences at once; from here on {smaller} at once, as many an update. "
+        f"To begin that way: {describe_out_of_memory(run.config, smaller)}"
+    )
+    run.tracker.log_event("out_of_memory", message, step)
 
 
 def handle_skip(run: Run, progress: Progress, result: StepResult) -> None:
@@ -397,6 +429,37 @@ def draw_samples(run: Run, step: int) -> list[Sample]:
             text = generate(run.model, run.tokenizer, [prompt], max_new_tokens=t.sample_tokens, seed=seed)[0]
         samples.append(Sample(prompt, text))
     return samples
+
+
+def log_landscape(run: Run, step: int, size: int) -> None:
+    """Measure the loss around the weights, on all ranks, and tell it. Raises Interrupted, the weights as they were."""
+    kind = run.runtime.device.type
+    device = kind if kind != "cpu" else "cpu-bf16" if run.runtime.precision.name == "bf16" else "cpu-float32"
+    side, seed = choose_side(run.config, device, size), run.config.training.seed
+    advice = "smollm2 landscape draws one from the checkpoint"
+    if not side:
+        run.tracker.log_event("landscape", f"no loss landscape: the run is short, or its memory full; {advice}", step)
+        return
+    windows = run.validation or run.batches.windows
+    indices, targets = choose_windows(windows)
+    run.tracker.log_event(
+        "landscape", f"the loss around the weights: {len(list_points(side))} points on {targets:,} tokens each", step
+    )
+
+    def measure_loss() -> float:
+        bytes_per_token = run.tokenizer.bytes_per_token
+        return evaluate_on_ranks(
+            run.model, windows, indices, bytes_per_token, batch_size=size, runtime=run.runtime
+        ).loss
+
+    try:
+        landscape = measure_landscape(run.model, measure_loss, side=side, seed=seed, targets=targets)
+    except torch.OutOfMemoryError:
+        if run.runtime.world_size > 1:  # the others wait for its share
+            raise
+        run.tracker.log_event("landscape", f"no loss landscape: out of memory; {advice}", step)
+        return
+    run.tracker.log_landscape(landscape, step)
 
 
 def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:

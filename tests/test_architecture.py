@@ -23,6 +23,8 @@ WHOLES = [
     "decoding",
     "generation",
     "evaluation",
+    "diagnostics",
+    "landscape",
     "exporting",
     "saving",
     "run",

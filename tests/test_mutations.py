@@ -90,8 +90,8 @@ SABOTAGES = [
     Sabotage(
         "gradients are not clipped",
         "step.py",
-        "if max_grad_norm and norm_value > max_grad_norm:",
-        "if False:",
+        "        if clipped:\n",
+        "        if False:\n",
         "test_step.py::test_clipping_scales_to_the_limit_and_never_up",
     ),
     Sabotage(
