@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from smollm2.report.curves import CURVES, POINTS, POINTS_OF_A_PAGE, Curve, make_curve
+from smollm2.report.curves import CURVES, POINTS, POINTS_OF_A_PAGE, WORDS, Curve, make_curve
 from smollm2.report.markup import choices, figure, folded, note, show_number, table
 from smollm2.report.reading import RunFolder
 
@@ -35,8 +35,7 @@ def draw_curves(runs: Sequence[RunFolder]) -> str:
 
 def draw_metric(run: RunFolder, metric: str, points: int, *, is_alone: bool) -> Curve:
     """A curve under the name that its legend shows."""
-    words = metric.replace("_", " ")
-    name = words if is_alone else f"{run.name}, validation" if metric == "validation_loss" else run.name
+    name = WORDS[metric] if is_alone else f"{run.name}, validation" if metric == "validation_loss" else run.name
     return {**make_curve(run, metric, points), "name": name, "metric": metric, "run": run.name}
 
 
@@ -48,12 +47,14 @@ def summarize(run: RunFolder, metrics: Sequence[str], is_one_of_several: bool) -
         if points:
             (first_step, first), (last_step, last) = points[0], points[-1]
             low_step, low = min(points, key=lambda point: point[1])
-            lowest = "" if low_step == last_step else f"; lowest {low:.4g} at {low_step:,}"
-            said.append(
-                f"{metric.replace('_', ' ')} {first:.4g} at update {first_step:,}, {last:.4g} at {last_step:,}{lowest}"
-            )
-    name = f"{run.name}: " if is_one_of_several else ""
-    return f"{name}{'. '.join(said)}." if said else ""
+            lowest = "" if low_step == last_step else f", lowest {low:.4g} at {low_step:,}"
+            said.append(f"{WORDS[metric]} {first:.4g} at update {first_step:,}, {last:.4g} at {last_step:,}{lowest}")
+    sentence = "; ".join(said)
+    return (
+        f"{run.name}: {sentence}."
+        if is_one_of_several and said
+        else f"{sentence[:1].upper()}{sentence[1:]}." * bool(said)
+    )
 
 
 def list_rows(run: RunFolder) -> str:

@@ -15,9 +15,19 @@ CURVES = {
     "bits per byte": ("validation_bpb",),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
-    "tokens per second": ("tokens_per_second",),
+    "tokens a second": ("tokens_per_second",),
 }
 """What stands in one chart together."""
+
+WORDS = {
+    "loss": "loss",
+    "validation_loss": "validation loss",
+    "validation_bpb": "bits per byte",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+}
+"""What a person calls them."""
 
 
 def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:

@@ -51,6 +51,11 @@ class Setting:
     value: str
     origin: str
 
+    @property
+    def is_default(self) -> bool:
+        """Whether nobody set it: it is the default, or follows from another value."""
+        return self.origin in ("", "default") or self.origin.startswith("from ")
+
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -70,12 +70,13 @@
         line: { color: own, width: checks ? 1.5 : 2, dash: checks && runs.length > 1 ? "dot" : dash }, marker: { size: 5, color: own },
       });
     }
+    const far = Math.max(...data.curves.map((curve) => curve[axis].at(-1)));
     const isLog = bar.elements.log.checked && LOOSE.includes(data.title);
     draw(plot, traces, layout(data.title, {
       showlegend: traces.filter((trace) => trace.showlegend !== false).length > 1, hovermode: "x unified",
       hoverlabel: { bgcolor: color("panel"), bordercolor: color("line"), font: { family: color("sans"), color: color("text") } },
-      xaxis: { title: { text: AXES[axis] }, hoverformat: ",.6~g", rangemode: "tozero" },
-      yaxis: { type: isLog ? "log" : "linear", tickformat: data.title === "learning rate" ? "~e" : data.title === "tokens per second" ? "~s" : "" },
+      xaxis: { title: { text: AXES[axis] }, hoverformat: ",.6~g", range: [0, far * 1.01] },
+      yaxis: { type: isLog ? "log" : "linear", tickformat: data.title === "learning rate" ? "~e" : data.title === "tokens a second" ? "~s" : "" },
     }));
   }
 
@@ -93,7 +94,7 @@
     const [low, high] = [Math.min(...z.flat().filter((value) => value !== null)), Math.max(...z.flat().filter((value) => value !== null))];
     const marks = [0, 1, 2, 3, 4].map((part) => low + ((high - low) * part) / 4);
     draw(plot, [{
-      type: "heatmap", x: data.steps, y: shown.rows.map(plain), z, customdata: shown.values, colorscale: scale(), xgap: data.steps.length > 60 ? 0 : 1, ygap: shown.rows.length > 40 ? 0 : 1,
+      type: "heatmap", x: data.steps, y: shown.rows.map(plain), z, customdata: shown.values, colorscale: scale(), xgap: plot.clientWidth / data.steps.length < 14 ? 0 : 1, ygap: shown.rows.length > 40 ? 0 : 1,
       hovertemplate: "%{y}, update %{x:,}<br>%{customdata:.4~g}<extra></extra>",
       colorbar: { thickness: 10, outlinewidth: 0, tickvals: marks, ticktext: marks.map((mark) => Number((isLog ? 10 ** mark : mark).toPrecision(2)).toString()) },
     }], layout("heat", {
@@ -115,7 +116,7 @@
          { type: "scatter3d", x: [0], y: [0], z: [data.loss], mode: "markers", marker: { size: 4, color: color("text") }, hovertemplate: `the weights: loss ${data.loss.toFixed(4)}<extra></extra>`, showlegend: false }];
     const shape = layout("surface", {
       margin: isMap ? { l: 8, r: 12, t: 8, b: 8 } : { l: 0, r: 0, t: 0, b: 0 },
-      scene: { xaxis: axis, yaxis: axis, zaxis: { ...axis, title: { text: "loss" } }, camera: { eye: { x: 1.35, y: 1.35, z: 0.9 } }, uirevision: "kept" },
+      scene: { xaxis: axis, yaxis: axis, zaxis: { ...axis, title: { text: plot.clientWidth < 480 ? "" : "loss" } }, camera: { eye: { x: 1.5, y: 1.5, z: 0.95 }, center: { x: 0, y: 0, z: -0.12 } }, uirevision: "kept" },
     });
     if (!isMap) for (const name of ["xaxis", "yaxis"]) delete shape[name];
     draw(plot, traces, shape);
@@ -128,7 +129,7 @@
   }
 
   const DRAW = { curves: drawCurves, heat: drawHeat, surface: drawSurface, line: drawLine };
-  const drawAll = (kinds = Object.keys(DRAW)) => figures.filter((one) => kinds.includes(one.kind)).forEach((one) => DRAW[one.kind](one));
+  const drawAll = (kinds) => figures.filter((one) => kinds.includes(one.kind)).forEach((one) => DRAW[one.kind](one));
 
   for (const form of document.querySelectorAll("form")) form.addEventListener("submit", (event) => event.preventDefault());
   if (bar) {
@@ -197,7 +198,8 @@
   const setTheme = (name) => {
     root.dataset.theme = name;
     toggle.setAttribute("aria-pressed", String(name === "dark"));
-    drawAll();
+    drawAll(["curves", "heat", "line"]);
+    setTimeout(() => drawAll(["surface"])); // it takes as long as all else together
   };
   toggle.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
   dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));

@@ -100,10 +100,11 @@ def samples_section(run: RunFolder) -> str:
         for prompt, text in rounds[steps[-1]][:SHOWN_PROMPTS]
     )
     slider = (
-        '<form class="toolbar" aria-label="Which samples are shown"><button type="button" data-move="-1">Earlier</button>'
+        '<form class="toolbar" aria-label="Which samples are shown">'
         f'<label class="slider">Update<input type="range" name="round" min="0" max="{len(steps) - 1}" step="1" '
         f'value="{len(steps) - 1}"><output name="shown" aria-live="polite">{steps[-1]:,}</output></label>'
-        '<button type="button" data-move="1">Later</button></form>'
+        '<span><button type="button" data-move="-1">Earlier</button> '
+        '<button type="button" data-move="1">Later</button></span></form>'
     )
     return f'<p>{show(intro)}</p><div data-samples>{slider}<div class="cards">{cards}</div>{data_of(data)}</div>'
 
@@ -240,13 +241,15 @@ def config_section(run: RunFolder) -> str:
     """Every value, where it came from, and which are the defaults."""
     if not run.settings:
         return note("There is no config.yaml to read.")
-    given = sum(bool(setting.origin) for setting in run.settings.values())
+    given = sum(not setting.is_default for setting in run.settings.values())
     rows = list_settings(run.settings)
     form = (
         '<form class="toolbar" aria-label="Which values are shown"><label class="check">'
         '<input type="checkbox" name="given"><span>Only what was set</span></label></form>'
     )
-    intro = f"{len(run.settings)} values: {given} were set, {len(run.settings) - given} are the defaults."
+    intro = (
+        f"{len(run.settings)} values: {given} were set, {len(run.settings) - given} are defaults or follow from others."
+    )
     return (
         f"<p>{show(intro)}</p><div data-settings>{form}{table(('Key', 'Value', 'From'), rows, 'Configuration')}</div>"
     )
@@ -266,7 +269,8 @@ def list_settings(settings: Mapping[str, Setting]) -> list[Sequence[object]]:
 
 def show_origin(setting: Setting) -> Markup:
     """Where a value came from."""
-    return Markup(f"<b>{show(setting.origin, 500)}</b>" if setting.origin else '<span class="default">default</span>')
+    origin = show(setting.origin or "default", 500)
+    return Markup(f'<span class="default">{origin}</span>' if setting.is_default else origin)
 
 
 def sessions_of(run: RunFolder) -> list[tuple[float, float]]:

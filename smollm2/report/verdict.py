@@ -9,6 +9,9 @@ from smollm2.report.reading import LIFE, RunFolder
 RISE = 1.01
 """A validation loss this many times the lowest has risen: less is the noise of a few windows."""
 
+GAP = 0.1
+"""A training loss this much below the validation loss is told: the distance of two texts of one kind is less."""
+
 
 def status_of(run: RunFolder) -> str:
     """`running`, `finished`, `stopped`, `failed` or `broken off`: by the last of the events that say so."""
@@ -26,17 +29,17 @@ def describe_status(run: RunFolder) -> str:
     total = f" of {run.train_steps:,}" if run.train_steps else ""
     match status_of(run):
         case "finished":
-            return f"Finished: all {run.last_step:,} updates are done."
+            return f"All {run.last_step:,} updates are done."
         case "running":
-            return f"Running: update {run.last_step:,}{total}."
+            return f"It is at update {run.last_step:,}{total}."
         case "stopped":
-            return f"Stopped at update {run.last_step:,}{total}; it can go on from there."
+            return f"It was stopped at update {run.last_step:,}{total} and can go on from there."
         case "failed":
             last = run.latest(*LIFE) or {}
-            return f"Failed at update {run.last_step:,}{total}: {last.get('reason', 'no reason was left')}"
+            return f"It failed at update {run.last_step:,}{total}: {last.get('reason', 'no reason was left')}"
     if not run.last_step:
         return "Nothing was reported yet."
-    return f"Broken off after update {run.last_step:,}{total}, without a word: killed, or the machine went down."
+    return f"It ended after update {run.last_step:,}{total} without a word: killed, or the machine went down."
 
 
 def describe_loss(run: RunFolder) -> str:
@@ -70,8 +73,11 @@ def describe_fit(run: RunFolder) -> str:
     if len(points) < 3:
         return ""
     best_step, best = min(points, key=lambda point: point[1])
+    losses = [loss for _, loss in run.points("loss")]
     if points[-1][1] <= best * RISE:
-        return "It does not overfit: the validation loss is at its lowest at the end, so more updates may help."
+        gap = 1 - tail_mean(losses) / points[-1][1] if losses else 0.0
+        more = f"; the training loss is {gap:.0%} lower, so part of the text is learned by heart" if gap > GAP else ""
+        return f"It does not overfit: the validation loss has not risen from its lowest{more}."
     risen = f"the validation loss has risen by {points[-1][1] / best - 1:.0%} since update {best_step:,}"
     before = [loss for step, loss in run.points("loss") if step <= best_step]
     after = [loss for step, loss in run.points("loss") if step > best_step]
