@@ -7,6 +7,7 @@ from smollm2.report.reading import RunFolder
 
 POINTS = 2000
 POINTS_OF_A_PAGE = 24_000
+SLOWEST = 1e-9
 Curve = dict[str, object]
 """`name`, `step`, `tokens`, `seconds` and `y`, lists of one length; `mean`, that of each point's bucket, where thinned."""
 
@@ -68,7 +69,7 @@ def axes_of(run: RunFolder) -> dict[str, list[float]]:
     tokens, seconds = 0.0, 0.0
     for total, rate in zip(run.metrics["tokens"], run.metrics["tokens_per_second"], strict=True):
         if not math.isnan(total):
-            if rate > 0:
+            if rate > SLOWEST:
                 seconds += max(0.0, total - tokens) / rate
             tokens = total
         axes["tokens"].append(tokens)

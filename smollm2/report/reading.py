@@ -36,6 +36,7 @@ COLUMNS = (
 LINE_BYTES = 4 * 2**20
 CONFIG_BYTES = 2**20
 LARGEST_STEP = 2**53
+LARGEST_NUMBER = 1e100
 LARGEST_GRID = 201
 LIFE = ("start", "stopped", "failed", "done")
 """Kinds of events that say whether a run goes on."""
@@ -185,12 +186,12 @@ def is_step(value: object) -> bool:
 
 
 def to_number(value: object) -> float:
-    """A number of a row; NaN where it is null, absent or not finite. Raises ValueError where it is something else."""
+    """A number of a row; NaN where it is null, absent or beyond all sense. Raises ValueError where it is something else."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(value)
-    return float(value) if math.isfinite(value) else math.nan
+    return float(value) if abs(value) < LARGEST_NUMBER else math.nan
 
 
 def to_numbers(value: Any) -> dict[str, float]:

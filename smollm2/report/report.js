@@ -66,7 +66,7 @@
         traces.push({ ...base, y: curve.y, mode: "lines", line: { color: own, width: 1, dash }, opacity: 0.3, showlegend: false, hoverinfo: "skip", hovertemplate: null });
       }
       traces.push({
-        ...base, y: isSmooth ? smooth(curve.mean || curve.y, weight) : curve.y, mode: checks || curve.y.length < 3 ? "lines+markers" : "lines",
+        ...base, y: isSmooth ? smooth(curve.mean || curve.y, weight) : curve.y, mode: (checks && curve.y.length <= 100) || curve.y.length < 3 ? "lines+markers" : "lines",
         line: { color: own, width: checks ? 1.5 : 2, dash: checks && runs.length > 1 ? "dot" : dash }, marker: { size: 5, color: own },
       });
     }
