@@ -246,7 +246,7 @@ def test_names_of_runs_are_text_in_a_legend(browser: Any, tmp_path: Path) -> Non
 
 
 def test_a_hundred_thousand_rows_are_drawn_in_seconds(browser: Any, tmp_path: Path) -> None:
-    """Measured on two idle cores: see docs; here the machine may be busy."""
+    """On two idle cores in under 3 s; here the machine may be busy."""
     run = write_many_rows(tmp_path, 100_000)
     (run / "report.html").write_text(build_page(read_runs([run])), encoding="utf-8")
     visit = Visit(browser, run / "report.html")

@@ -27,7 +27,7 @@ def draw_curves(runs: Sequence[RunFolder]) -> str:
         drawn = [draw_metric(run, metric, points, is_alone=len(runs) == 1) for run in runs for metric in metrics]
         drawn = [curve for curve in drawn if curve["y"]]
         if drawn:
-            summary = " ".join(filter(None, (summarize(run, metrics, len(runs) > 1) for run in runs[:8])))
+            summary = summarize(runs[0], metrics) if len(runs) == 1 else compare_ends(runs, metrics)
             charts.append(figure("curves", title.capitalize(), summary, {"title": title, "curves": drawn}))
     numbers = "".join(folded(f"Numbers of {run.name}" if len(runs) > 1 else "Numbers", list_rows(run)) for run in runs)
     return f'{controls}<div class="charts">{"".join(charts)}</div>{numbers}'
@@ -39,7 +39,7 @@ def draw_metric(run: RunFolder, metric: str, points: int, *, is_alone: bool) -> 
     return {**make_curve(run, metric, points), "name": name, "metric": metric, "run": run.name}
 
 
-def summarize(run: RunFolder, metrics: Sequence[str], is_one_of_several: bool) -> str:
+def summarize(run: RunFolder, metrics: Sequence[str]) -> str:
     """A chart in a sentence: where each of its curves begins, ends and is lowest."""
     said = []
     for metric in metrics:
@@ -49,12 +49,22 @@ def summarize(run: RunFolder, metrics: Sequence[str], is_one_of_several: bool) -
             low_step, low = min(points, key=lambda point: point[1])
             lowest = "" if low_step == last_step else f", lowest {low:.4g} at {low_step:,}"
             said.append(f"{WORDS[metric]} {first:.4g} at update {first_step:,}, {last:.4g} at {last_step:,}{lowest}")
-    sentence = "; ".join(said)
-    return (
-        f"{run.name}: {sentence}."
-        if is_one_of_several and said
-        else f"{sentence[:1].upper()}{sentence[1:]}." * bool(said)
-    )
+    return begin_sentence("; ".join(said))
+
+
+def compare_ends(runs: Sequence[RunFolder], metrics: Sequence[str]) -> str:
+    """A chart of several runs in a sentence: where the first of them end."""
+    said = []
+    for metric in metrics:
+        ends = [(run.name, points[-1][1]) for run in runs if (points := run.points(metric))]
+        named = ", ".join(f"{name} {value:.4g}" for name, value in ends[:8])
+        said += [f"{WORDS[metric]} at the end: {named}"] if ends else []
+    return begin_sentence("; ".join(said))
+
+
+def begin_sentence(text: str) -> str:
+    """With a capital, and a full stop."""
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def list_rows(run: RunFolder) -> str:

@@ -19,10 +19,11 @@ def overview_section(runs: Sequence[RunFolder]) -> str:
         name = Markup(f"<b>{show(run.name)}</b> (best)") if score and score[1] == best else run.name
         rows.append((name, status_of(run), f"{run.last_step:,}", *(value for _, value in key_figures(run))))
     names = [name for name, _ in key_figures(runs[0])]
-    sentences = "".join(f"<li><b>{show(run.name)}</b> {show(describe_status(run))}</li>" for run in runs)
-    return (
-        f"<ul>{sentences}</ul>{table(('Run', 'State', 'Updates', *names), rows, 'The runs')}{list_problems(problems)}"
-    )
+    unfinished = [run for run in runs if status_of(run) != "finished"]
+    sentences = "".join(f"<li><b>{show(run.name)}</b> {show(describe_status(run))}</li>" for run in unfinished)
+    listed = f"<ul>{sentences}</ul>" if sentences else ""
+    header = ("Run", "State", "Updates", *names)
+    return f"{table(header, rows, 'The runs', numeric=True)}{listed}{list_problems(problems)}"
 
 
 def differences_section(runs: Sequence[RunFolder]) -> str:

@@ -3,8 +3,11 @@
 (() => {
   const root = document.documentElement;
   const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-  // Of Okabe and Ito: told apart with any colour vision. A single run has the accent alone.
-  const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#a6761d"];
+  // After Okabe and Ito: told apart with any colour vision. A single run has the accent alone.
+  const PALETTES = {
+    light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07c00", "#56b4e9", "#6f6f6f", "#8c5a14"],
+    dark: ["#56b4e9", "#ff9248", "#2fcf9b", "#f0a3cc", "#f0c04d", "#8fa8ff", "#b8b8b8", "#d0a878"],
+  };
   const DASHES = ["solid", "dash", "dot"];
   const AXES = { step: "update", tokens: "tokens", seconds: "seconds of training" };
   const WORDS = { rms: "rms", max_abs: "largest activation", max_attention_logit: "largest attention logit", dead_units: "dead units" };
@@ -54,12 +57,13 @@
     const axis = chosen(bar, "axis");
     const weight = Number(bar.elements.smoothing.value);
     const runs = [...new Set(data.curves.map((curve) => curve.run))];
+    const palette = PALETTES[root.dataset.theme];
     const traces = [];
     for (const curve of data.curves) {
       const number = runs.indexOf(curve.run);
       const checks = curve.metric.startsWith("validation");
-      const own = runs.length > 1 ? PALETTE[number % PALETTE.length] : checks && data.curves.length > 1 ? color("text") : color("accent");
-      const dash = runs.length > 1 ? DASHES[Math.floor(number / PALETTE.length) % 3] : "solid";
+      const own = runs.length > 1 ? palette[number % palette.length] : checks && data.curves.length > 1 ? color("text") : color("accent");
+      const dash = runs.length > 1 ? DASHES[Math.floor(number / palette.length) % 3] : "solid";
       const base = { x: curve[axis], name: plain(curve.name), legendgroup: plain(curve.name), type: "scatter", hovertemplate: "%{y:.5~g}<extra>" + plain(curve.name) + "</extra>" };
       const isSmooth = weight > 0 && SMOOTHED.includes(curve.metric) && curve.y.length > 2;
       if (isSmooth) {

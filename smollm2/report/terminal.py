@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 
 from smollm2.report.reading import RunFolder
@@ -17,8 +18,8 @@ CHARTS = (("loss", "loss"), ("validation_loss", "validation loss"), ("grad_norm"
 
 def draw_run(run: RunFolder, width: int, encoding: str) -> list[str]:
     """The verdict and the curves as lines of at most `width` characters."""
-    lines = [escape_controls(run.name, keep_newlines=False), *map(escape_controls, verdict_of(run))]
-    lines += [escape_controls(problem) for problem in run.problems]
+    said = [run.name, *verdict_of(run), *run.problems]
+    lines = [part for one in said for part in textwrap.wrap(escape_controls(one, keep_newlines=False), max(20, width))]
     for metric, title in CHARTS:
         points = run.points(metric)
         if len(points) > 1:
@@ -43,13 +44,14 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int, braille: bool) -
     margin = max(map(len, labels))
     across, down = (2, 4) if braille else (1, 1)
     columns = column_means(points, (width - margin - 3) * across)
-    known = [value for value in columns if not math.isnan(value)]
-    low, high = min(known), max(known)
+    low, high = min(columns), max(columns)
     labels = [f"{high:.4g}", f"{low:.4g}"]
     grid = [[0] * len(columns) for _ in range(ROWS * down)]
-    for column, value in enumerate(columns):
-        if not math.isnan(value):
-            grid[round((high - value) / ((high - low) or 1.0) * (ROWS * down - 1))][column] = 1
+    depths = [round((high - value) / ((high - low) or 1.0) * (ROWS * down - 1)) for value in columns]
+    for column, (before, depth) in enumerate(itertools.pairwise([depths[0], *depths])):
+        # From beside the dot before, so that a steep curve stays one line.
+        for row in range(min(depth, before + 1), max(depth, before - 1) + 1):
+            grid[row][column] = 1
     bar = "\u2502" if braille else "|"
     rows = (encode_row(grid[row * down : (row + 1) * down], across, braille) for row in range(ROWS))
     names = {0: labels[0], ROWS - 1: labels[1]}
