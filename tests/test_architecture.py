@@ -26,7 +26,6 @@ NAMED_IN = {
     "accelerate": {"runtime"},
     "transformers": {"exporting.certificate"},
     "wandb": {"tracking.wandb"},
-    "plotly": {"report.page"},
 }
 """Outside packages that only these files import."""
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from smollm2.cli import main
 from smollm2.errors import DataError
 from smollm2.report.compare import COMPARISON
 from smollm2.report.curves import thin
-from smollm2.report.page import build_page
-from smollm2.report.reading import read_run, read_runs
+from smollm2.report.page import page_parts
+from smollm2.report.reading import RunFolder, read_run, read_runs
 from smollm2.report.sections import SECTIONS
 from smollm2.report.terminal import draw_run
 from smollm2.report.tracker import ReportTracker
@@ -65,6 +65,10 @@ class Page(HTMLParser):
     @property
     def ids(self) -> list[str]:
         return [str(attrs["id"]) for tag, attrs in self.tags if tag == "section"]
+
+
+def build_page(runs: Sequence[RunFolder]) -> str:
+    return b"".join(page_parts(runs)).decode()
 
 
 def page_of(*runs: Path) -> Page:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from run_folders import write_run
-from test_report import HOSTILE, plant, write_many_rows
+from test_report import HOSTILE, build_page, plant, write_many_rows
 
-from smollm2.report.page import build_page
 from smollm2.report.reading import read_runs
 from smollm2.report.sections import SECTIONS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
+DRAWN = "document.querySelectorAll('.plot:not(:has(.main-svg))').length === 0"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -46,10 +46,14 @@ class Visit:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("dialog", lambda dialog: self.errors.append(dialog.message))
+        tools = self.context.new_cdp_session(self.page)
+        tools.send("Performance.enable")
         began = time.perf_counter()
         self.page.goto(path.as_uri())
-        self.page.wait_for_function("document.querySelectorAll('.plot:not(:has(.main-svg))').length === 0")
+        self.page.wait_for_function(DRAWN)
         self.seconds = time.perf_counter() - began
+        measured = {one["name"]: one["value"] for one in tools.send("Performance.getMetrics")["metrics"]}
+        self.cpu_seconds = float(measured["ThreadTime"])
 
     def points(self, figure: int, trace: int) -> dict[str, Any]:
         """What a chart is drawn from."""
@@ -72,9 +76,12 @@ def shared(browser: Any, path: Path) -> Visit:
 
 @pytest.fixture
 def visit(shared: Visit) -> Visit:
-    """The page as it is on its first load."""
-    shared.page.reload()
-    shared.page.wait_for_function("document.querySelectorAll('.plot:not(:has(.main-svg))').length === 0")
+    """The page with its controls as they are on the first load: loading it anew would take seconds a test."""
+    shared.page.evaluate(
+        "for (const form of document.querySelectorAll('form')) {"
+        " form.reset(); form.querySelectorAll('input').forEach(e => e.dispatchEvent(new Event('input', {bubbles: true}))); }"
+        "if (document.documentElement.dataset.theme === 'dark') document.querySelector('#theme').click();"
+    )
     return shared
 
 
@@ -92,6 +99,7 @@ def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(shared: Vi
 def test_it_fits_every_width_and_takes_the_systems_theme(shared: Visit, width: int, theme: str) -> None:
     shared.page.set_viewport_size({"width": width, "height": 900})
     shared.page.emulate_media(color_scheme=theme)
+    shared.page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
     assert shared.page.evaluate("document.documentElement.scrollWidth") <= width
     shade = shared.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(shade.removeprefix("rgb(").split(",")[0]) < 128) == (theme == "dark")
@@ -181,6 +189,8 @@ def test_a_command_is_copied_or_selected(visit: Visit) -> None:
 
 def test_the_keyboard_reaches_every_control_and_it_is_seen(visit: Visit) -> None:
     page = visit.page
+    page.reload()
+    page.wait_for_function(DRAWN)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
     seen = set()
@@ -245,12 +255,13 @@ def test_names_of_runs_are_text_in_a_legend(browser: Any, tmp_path: Path) -> Non
     visit.context.close()
 
 
-def test_a_hundred_thousand_rows_are_drawn_in_seconds(browser: Any, tmp_path: Path) -> None:
-    """On two idle cores in under 3 s; here the machine may be busy."""
+def test_a_hundred_thousand_rows_are_drawn_in_three_seconds(browser: Any, tmp_path: Path) -> None:
+    """Counted in the seconds that the page's thread worked, since other programs may keep it waiting."""
     run = write_many_rows(tmp_path, 100_000)
     (run / "report.html").write_text(build_page(read_runs([run])), encoding="utf-8")
     visit = Visit(browser, run / "report.html")
-    print(json.dumps({"seconds": round(visit.seconds, 2), "bytes": (run / "report.html").stat().st_size}))
-    assert visit.seconds < 15
+    size = (run / "report.html").stat().st_size
+    print(json.dumps({"seconds": round(visit.seconds, 2), "cpu_seconds": round(visit.cpu_seconds, 2), "bytes": size}))
+    assert visit.cpu_seconds < 3
     assert visit.errors == []
     visit.context.close()

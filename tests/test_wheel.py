@@ -48,4 +48,5 @@ def test_the_wheel_alone_trains_on_the_sample_corpus_in_an_empty_folder(tmp_path
     assert Path(where.strip()).is_relative_to(tmp_path / "bare")
     call(scripts / "smollm2", "train", "--preset", "nano", "--train_steps", "5")
     assert (tmp_path / "empty" / "checkpoints" / "step_0005.pt").exists()
+    assert (tmp_path / "empty" / "checkpoints" / "report.html").exists()
     assert (tmp_path / "empty" / "input.txt").stat().st_size > 10**6

@@ -49,7 +49,7 @@
     };
   }
 
-  const draw = (plot, traces, shape) => Plotly.react(plot, traces, shape, { displayModeBar: false, responsive: true });
+  const draw = (plot, traces, shape) => Plotly.react(plot, traces, shape, { displayModeBar: false, responsive: true, scrollZoom: false });
 
   const bar = document.querySelector("#curves > form.toolbar");
 
@@ -120,7 +120,7 @@
          { type: "scatter3d", x: [0], y: [0], z: [data.loss], mode: "markers", marker: { size: 4, color: color("text") }, hovertemplate: `the weights: loss ${data.loss.toFixed(4)}<extra></extra>`, showlegend: false }];
     const shape = layout("surface", {
       margin: isMap ? { l: 8, r: 12, t: 8, b: 8 } : { l: 0, r: 0, t: 0, b: 0 },
-      scene: { xaxis: axis, yaxis: axis, zaxis: { ...axis, title: { text: plot.clientWidth < 480 ? "" : "loss" } }, camera: { eye: { x: 1.5, y: 1.5, z: 0.95 }, center: { x: 0, y: 0, z: -0.12 } }, uirevision: "kept" },
+      scene: { xaxis: axis, yaxis: axis, zaxis: { ...axis, title: { text: plot.clientWidth < 480 ? "" : "loss" } }, camera: { eye: { x: 1.6, y: 1.6, z: 1 }, center: { x: 0, y: 0, z: -0.16 } }, uirevision: "kept" },
     });
     if (!isMap) for (const name of ["xaxis", "yaxis"]) delete shape[name];
     draw(plot, traces, shape);
@@ -213,7 +213,8 @@
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     root.dataset.theme = "light";
-    for (const one of figures) Plotly.relayout(one.plot, { width: 640, "font.color": color("muted") });
+    drawAll(Object.keys(DRAW));
+    for (const one of figures) Plotly.relayout(one.plot, { width: 640 });
   });
   addEventListener("afterprint", () => {
     for (const one of figures) Plotly.relayout(one.plot, { width: null });

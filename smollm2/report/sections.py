@@ -132,7 +132,7 @@ def landscape_section(run: RunFolder) -> str:
     charts = ""
     if around:
         low, high = min(around), max(around)
-        summary = f"Lowest {low:.4g}, highest {high:.4g}. Drag to turn it, scroll to come closer."
+        summary = f"Lowest {low:.4g}, highest {high:.4g}. Drag it to turn it."
         grid = [[None if math.isnan(value) else shorten(value) for value in row] for row in land.grid]
         form = (
             '<form class="toolbar" aria-label="How the landscape is drawn">'
