@@ -471,7 +471,9 @@ def note_start(run: Run, progress: Progress) -> None:
 
 def note_stop(run: Run, error: Exception) -> None:
     """Leave in events.jsonl why the run ends early, at the step from which it can go on; the command says it."""
-    saved = checkpoint.list_checkpoints(Path(run.config.training.save_dir))
+    saved: list[Path] = []
+    with contextlib.suppress(ResourceError):  # what ends the run is said, not what follows from it
+        saved = checkpoint.list_checkpoints(Path(run.config.training.save_dir))
     kind = "stopped" if isinstance(error, Interrupted) else "failed"
     reason = str(error) if isinstance(error, Smollm2Error) else type(error).__name__
     run.tracker.log_event(kind, "", checkpoint.step_of(saved[-1]) if saved else 0, reason=reason)

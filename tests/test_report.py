@@ -18,7 +18,7 @@ from run_folders import write_run
 from runs import tiny_config, write_tiny
 
 from smollm2.cli import main
-from smollm2.errors import DataError
+from smollm2.errors import DataError, Interrupted
 from smollm2.report.compare import COMPARISON
 from smollm2.report.curves import thin
 from smollm2.report.page import page_parts
@@ -603,6 +603,18 @@ def test_a_run_leaves_its_page_and_names_it(tmp_path: Path, capsys: pytest.Captu
     assert "All 12 updates are done." in page.text
     assert "Not everything could be read" not in page.text
     assert f"report                {tmp_path / 'checkpoints' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_says_so_on_its_page(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, training__train_steps=10**6, training__save_interval=10**6, training__time_limit=1))
+    run = read_run(tmp_path / "checkpoints")
+    assert status_of(run) == "stopped"
+    page = Page((run.path / "report.html").read_text(encoding="utf-8"))
+    assert f"It was stopped at update {run.last_step:,} of 1,000,000 and can go on from there." in page.text
+    assert f"training.time_limit is reached after step {run.last_step}" in page.text
+    assert "--resume auto" in page.text
 
 
 def test_the_page_is_written_at_evaluations_but_seldom(run: Path, copy: Path) -> None:
