@@ -92,7 +92,7 @@ def log_inside(tracker: JsonlTracker, step: int, steps: int, noise: random.Rando
             weight_norms={n: 11 + 6 * done * (1 + 0.2 * depth[n]) for n in names},
             update_ratios={n: 4e-3 * (1.05 - done) * noise.uniform(0.6, 1.4) for n in names},
             activations={
-                f"layer {layer}": {
+                f"model.layers.{layer}": {
                     "rms": 0.6 + 0.4 * layer + done,
                     "max_abs": 4 + 9 * done * (layer + 1),
                     "max_attention_logit": 3 + 12 * done + layer,

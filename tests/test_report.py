@@ -159,7 +159,9 @@ def test_the_heat_map_has_a_layers_norm_over_its_parameters(run: Path) -> None:
     mine = [norm for name, norm in look["gradient_norms"].items() if ".layers.2." in name]
     row = measures["gradient norm"]["rows"].index("layer 2")
     assert measures["gradient norm"]["values"][row][-1] == pytest.approx(math.hypot(*mine), rel=1e-3)
-    assert measures["max_abs"]["values"][3][-1] == pytest.approx(look["activations"]["layer 3"]["max_abs"], rel=1e-3)
+    assert measures["max_abs"]["values"][3][-1] == pytest.approx(
+        look["activations"]["model.layers.3"]["max_abs"], rel=1e-3
+    )
 
 
 # The verdict
@@ -496,7 +498,7 @@ def test_a_folder_with_much_of_everything_is_a_page_under_6_megabytes(copy: Path
     tracker.close()
     names = {f"model.layers.{layer}.{part}.weight": 0.123456 for layer in range(80) for part in range(9)}
     look = {"gradient_norms": names, "weight_norms": names, "update_ratios": names, "clipped": 0.1}
-    blocks = {f"layer {layer}": {"rms": 1.234, "max_abs": 2.345, "dead_units": 0.5} for layer in range(80)}
+    blocks = {f"model.layers.{layer}": {"rms": 1.234, "max_abs": 2.345, "dead_units": 0.5} for layer in range(80)}
     with (copy / "diagnostics.jsonl").open("a") as file:
         for step in range(400, 700):
             file.write(json.dumps({"step": step, **look, "activations": blocks}) + "\n")

@@ -12,7 +12,7 @@ from smollm2.tracking.base import Diagnosis
 SHOWN_PARAMETERS = 400
 SHOWN_LOOKS = 240
 CELLS_OF_A_PAGE = 60_000
-LAYER = re.compile(r"\.layers\.([0-9]+)\.")
+LAYER = re.compile(r"\.layers\.([0-9]+)(?:\.|$)")
 
 LOOKS = {
     "gradient norm": "of the gradient, before clipping",
@@ -31,7 +31,7 @@ def inside_section(run: RunFolder) -> str:
     if not run.diagnoses:
         return note("Nothing was looked at inside this run: the config says how often diagnostics are taken.")
     layers = list(dict.fromkeys(layer_of(name) for _, one in run.diagnoses[-1:] for name in one.gradient_norms))
-    blocks = list(run.diagnoses[-1][1].activations)
+    blocks = list(dict.fromkeys(map(layer_of, run.diagnoses[-1][1].activations)))
     columns = max(2, min(SHOWN_LOOKS, CELLS_OF_A_PAGE // max(1, 3 * len(layers) + 4 * len(blocks))))
     looks = thin_looks(run.diagnoses, columns)
     measures = [
@@ -55,7 +55,7 @@ def inside_section(run: RunFolder) -> str:
 
 
 def layer_of(name: str) -> str:
-    """The row of the heat map in which a parameter counts."""
+    """The row of the heat map in which a parameter or a block counts."""
     found = LAYER.search(name)
     return f"layer {found[1]}" if found else name.removeprefix("model.").removesuffix(".weight")[:60]
 
@@ -108,7 +108,7 @@ def sum_squares(norms: Mapping[str, float]) -> dict[str, float]:
 
 def by_block(one: Diagnosis, name: str) -> dict[str, float]:
     """One number of each block's activations."""
-    return {block: values.get(name, math.nan) for block, values in one.activations.items()}
+    return {layer_of(block): values.get(name, math.nan) for block, values in one.activations.items()}
 
 
 def summarize_look(look: tuple[int, Diagnosis]) -> str:

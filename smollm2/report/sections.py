@@ -142,12 +142,10 @@ def landscape_section(run: RunFolder) -> str:
         charts += figure("surface", "Along two directions", summary, data, form)
     if line:
         at, low = min(line, key=lambda point: point[1])
-        summary = (
-            f"Lowest {low:.4g} at {at:g}; {line[0][1]:.4g} at {line[0][0]:g} and {line[-1][1]:.4g} at {line[-1][0]:g}."
-        )
+        summary = f"Lowest {low:.4g} at {at:.3g}; {line[0][1]:.4g} at {line[0][0]:.3g} and {line[-1][1]:.4g} at {line[-1][0]:.3g}."
         data = {"at": [shorten(at) for at, _ in line], "line": [shorten(value) for _, value in line], "loss": land.loss}
         charts += figure("line", "Along the first direction", summary, data)
-    rows = [(f"{at:g}", f"{value:.4f}") for at, value in line]
+    rows = [(f"{at:.3g}", f"{value:.4f}") for at, value in line]
     numbers = folded("Numbers of the line", table(("Distance", "Loss"), rows, "Loss along the line", numeric=True))
     return f'<p>{show(intro)}</p><div class="charts">{charts}</div>{numbers}'
 
