@@ -10,7 +10,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STARTED_AGAIN = "SMOLLM2_STARTED_AGAIN"
-DEPENDENCIES = ["accelerate", "numpy", "pydantic", "yaml", "rich", "safetensors", "tiktoken", "tokenizers", "torch"]
+DEPENDENCIES = [
+    "accelerate",
+    "numpy",
+    "plotly",
+    "pydantic",
+    "yaml",
+    "rich",
+    "safetensors",
+    "tiktoken",
+    "tokenizers",
+    "torch",
+]
 
 
 def name_what_is_missing() -> str:

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ def build_parser() -> Parser:
     add_export(commands)
     add_generate(commands)
     add_landscape(commands)
+    add_report(commands)
     return parser
 
 
@@ -158,6 +160,23 @@ def add_landscape(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--output", metavar="FILE", help="default: landscape.json beside the checkpoint; the page ends with .html"
     )
     parser.set_defaults(run=run_landscape)
+
+
+def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """`smollm2 report`."""
+    parser = commands.add_parser(
+        "report",
+        help="a page about a run, or about several side by side",
+        description="Write one HTML file that opens from the disk: verdict, curves, samples, events, configuration. It is "
+        "built from the run folder alone. A run also writes its own while it goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder: the --save_dir of a training")
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the run folder; comparison.html here for several runs"
+    )
+    parser.add_argument("--terminal", action="store_true", help="draw the curves in this terminal instead")
+    parser.set_defaults(run=run_report)
 
 
 GENERATE_NUMBERS: list[tuple[str, type[int] | type[float], float, str]] = [
@@ -352,6 +371,29 @@ def run_export(args: argparse.Namespace) -> None:
     if len(certificate["readers"]) == 1:
         print("transformers is not installed here, so it has not read the folder: pip install transformers")
     print(f"{args.folder}: the same model, in {certificate['dtype']}; parity.json and README.md hold the proof")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """`smollm2 report`."""
+    if args.terminal and args.output:
+        raise ConfigError("--terminal and --output are two places for the report; give one of them")
+    from smollm2.report.reading import read_runs
+
+    runs = read_runs([Path(run) for run in args.runs])
+    if args.terminal:
+        from smollm2.report.terminal import draw_run
+
+        width = shutil.get_terminal_size().columns
+        print("\n\n".join("\n".join(draw_run(run, width, sys.stdout.encoding)) for run in runs))
+        return
+    from smollm2.report.page import write_page
+
+    output = Path(args.output or (runs[0].path / "report.html" if len(runs) == 1 else "comparison.html"))
+    write_page(runs, output)
+    for run in runs:
+        for problem in run.problems:
+            remark(f"{run.path}: {problem}")
+    print(f"{output}: open it in a browser")
 
 
 def run_generation(args: argparse.Namespace) -> None:

@@ -233,6 +233,15 @@ def lock_folder(folder: Path) -> Iterator[bool]:
         _close_all(held)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether the process that last took the folder's lock is there, as far as this machine can say. Takes nothing."""
+    try:
+        holder = json.loads((folder / ".lock").read_bytes())
+        return bool(holder["boot_id"] == _read_boot_id() and is_running(int(holder["pid"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
     """Remove temporary files of processes that are gone. Only the holder of the folder's lock may call this."""
     for name in io_ops.listdir(folder):
@@ -277,16 +286,21 @@ def _take_lock(handle: int) -> bool | None:
 
 
 def _write_holder(handle: int) -> None:
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "boot_id": boot_id.read_text().strip() if boot_id.exists() else "",
+        "boot_id": _read_boot_id(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
     os.write(handle, json.dumps(holder).encode())
+
+
+def _read_boot_id() -> str:
+    """What tells this start of the machine from the one before; empty where the system does not say."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
 
 
 def _read_holder(path: Path) -> str:

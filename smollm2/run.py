@@ -43,6 +43,7 @@ from smollm2.loading import check_shapes
 from smollm2.model import Block, SmolLM2
 from smollm2.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states, set_learning_rate
 from smollm2.ranks import Watch, find_disagreement
+from smollm2.report.tracker import ReportTracker
 from smollm2.runtime import (
     Runtime,
     compile_blocks,
@@ -62,7 +63,7 @@ from smollm2.step import (
     smaller_micro_batch,
 )
 from smollm2.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
-from smollm2.tracking.base import Fanout
+from smollm2.tracking.base import Fanout, Fence
 from smollm2.tracking.console import ConsoleTracker, RunLog
 from smollm2.tracking.jsonl import JsonlTracker
 from smollm2.tracking.wandb import make_run_id, prepare_environment, start_wandb
@@ -232,6 +233,8 @@ def open_run(
         found = prepare_environment(environment())
         wandb = start_wandb(config.wandb, config.model_dump(mode="json"), folder, run_id, found, console.say)
         trackers += [wandb] if wandb else []
+    if runtime.rank == 0:
+        trackers.append(Fence("report.html", lambda: ReportTracker(folder), console.say))
     tracker = Fanout(trackers)
     stack.callback(tracker.close)
     saver = None

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import platform
 import shutil
 import signal
 import statistics
@@ -58,6 +59,7 @@ from smollm2.run import (
 from smollm2.runtime import (
     Runtime,
     environment,
+    machine_facts,
     start_runtime,
     weight_sums,
 )
@@ -184,10 +186,12 @@ def train(
             console.say(f"set aside, since the run goes on from before them: {', '.join(path.name for path in aside)}")
         started = time.perf_counter()
         console.show_page("SmolLM2 Training", start_page(run, progress))
+        note_start(run, progress)
         try:
             progress = run_steps(run, progress, size, clock)
         except Exception as error:
             log.write_error(error)
+            note_stop(run, error)
             if isinstance(error, DataError):  # each rank reads windows of its own
                 error.rank = runtime.rank
             if isinstance(error, TrainingError):
@@ -200,7 +204,9 @@ def train(
                 short.rank = runtime.rank
                 raise short from None
             raise
-        console.show_page("Done", end_page(run, progress, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        console.show_page("Done", end_page(run, progress, seconds))
+        run.tracker.log_event("done", "", progress.step, seconds=round(seconds, 3))
         stack.close()
         if runtime.stop.number:  # it came during the last save, or while the trackers closed
             raise_stopped(runtime.stop.number, progress.step)
@@ -509,6 +515,36 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
     ]
 
 
+def note_start(run: Run, progress: Progress) -> None:
+    """Leave in events.jsonl what the report says of data and machine; the console's start page has said it."""
+    windows, config = run.batches.windows, run.config
+    run.tracker.log_event(
+        "data",
+        "",
+        progress.step,
+        input=config.data.input,
+        tokenizer=config.data.tokenizer,
+        vocab_size=run.tokenizer.vocab_size,
+        **dataclasses.asdict(run.store.statistics),
+        windows=len(windows),
+        window_tokens=windows.length,
+        tokens_used=windows.tokens_used,
+        epochs=float(run.batches.epoch_of(config.training.train_steps)),
+    )
+    facts = {"system": f"{platform.system()} {platform.machine()}", **machine_facts(run.runtime)}
+    run.tracker.log_event("start", "", progress.step, **facts)
+
+
+def note_stop(run: Run, error: Exception) -> None:
+    """Leave in events.jsonl why the run ends early, at the step from which it can go on; the command says it."""
+    saved: list[Path] = []
+    with contextlib.suppress(ResourceError):  # what ends the run is said, not what follows from it
+        saved = checkpoint.list_checkpoints(Path(run.config.training.save_dir))
+    kind = "stopped" if isinstance(error, Interrupted) else "failed"
+    reason = str(error) if isinstance(error, Smollm2Error) else type(error).__name__
+    run.tracker.log_event(kind, "", checkpoint.step_of(saved[-1]) if saved else 0, reason=reason)
+
+
 def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, str]]:
     """What the run left behind."""
     folder = Path(run.config.training.save_dir)
@@ -518,6 +554,7 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
         ("model", str(folder / f"step_{progress.step:04d}.pt")),
         ("samples", str(folder / "samples.jsonl")),
         ("metrics", str(folder / "metrics.jsonl")),
+        ("report", str(folder / "report.html")),
     ]
     if run.validation:
         rows.insert(2, ("best validation loss", f"{progress.best_validation_loss:.4f}"))

@@ -26,6 +26,7 @@ WHOLES = [
     "diagnostics",
     "landscape",
     "exporting",
+    "report",
     "saving",
     "run",
     "training",

@@ -19,7 +19,7 @@ from io_faults import (
 )
 
 from smollm2.errors import ResourceError
-from smollm2.files import IoOps, Target, lock_folder, probe_folder, write_atomically
+from smollm2.files import IoOps, Target, is_held, lock_folder, probe_folder, write_atomically
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -226,6 +226,16 @@ def test_a_folder_that_vanished_is_told_at_the_write(tmp_path: Path) -> None:
     """Promise A5."""
     with pytest.raises(ResourceError, match="gone/file - it was not saved: No such file"):
         write_atomically(tmp_path / "gone" / "file", b"text")
+
+
+def test_a_folder_is_held_while_its_process_is_there(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with lock_folder(tmp_path):
+        assert is_held(tmp_path)
+    holder = json.loads((tmp_path / ".lock").read_bytes())
+    for changed in ({"boot_id": "another start"}, {"pid": 2**22 + 1}, {"pid": "none"}):
+        (tmp_path / ".lock").write_text(json.dumps({**holder, **changed}))
+        assert not is_held(tmp_path)
 
 
 def test_a_held_folder_refuses_a_second_run_and_names_the_first(tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ def test_a_validation_is_one_plain_line_off_a_terminal() -> None:
     )
 
 
+def test_an_event_without_a_message_is_for_the_files_alone() -> None:
+    assert printed(lambda console: console.log_event("start", "", 0, device="cpu")) == ""
+
+
 def test_a_loss_that_is_no_number_is_shown_as_such() -> None:
     assert printed(lambda console: console.log({"loss": math.nan}, 1)) == "step 1/1000  loss nan  smoothed_loss nan\n"
 

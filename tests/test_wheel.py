@@ -50,6 +50,7 @@ def test_the_wheel_in_an_empty_environment_trains_on_the_sample_corpus_in_an_emp
     assert all(Path(line).is_relative_to(folder / "bare") for line in where.splitlines())
     call(scripts / "smollm2", "train", "--preset", "nano", "--train_steps", "5")
     assert (folder / "empty" / "checkpoints" / "step_0005.pt").exists()
+    assert (folder / "empty" / "checkpoints" / "report.html").exists()
     assert (folder / "empty" / "input.txt").stat().st_size > 10**6
     text = call(scripts / "smollm2", "generate", "checkpoints", "--prompt", "The", "--max_new_tokens", "8")
     assert text.startswith("The") and len(text) > 4

@@ -100,8 +100,9 @@ class ConsoleTracker(Tracker):
             self._write(f"step {step}/{self.train_steps}  sample: {text}")
 
     def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
-        """The message; `details` are for events.jsonl."""
-        self.say(message)
+        """The message, where it has one; `details` are for events.jsonl."""
+        if message:
+            self.say(message)
 
     def say(self, message: str) -> None:
         """Put a message before the user; it may have several lines."""

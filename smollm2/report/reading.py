@@ -1,0 +1,317 @@
+"""What lies in a run folder, read by someone who trusts none of it.
+
+A file may be absent, torn, damaged or another program's: what can be used is used, the rest is named and counted in
+`problems`, and nothing is raised. Metrics are kept as columns of 8 bytes a number, so that 100,000 rows cost megabytes.
+"""
+
+import json
+import math
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from smollm2.errors import DataError
+from smollm2.files import is_held
+from smollm2.tracking.base import Diagnosis, Landscape
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "skipped",
+    "tokens_per_second",
+    "validation_loss",
+    "validation_bpb",
+)
+"""The metrics that a page shows."""
+
+LINE_BYTES = 4 * 2**20
+CONFIG_BYTES = 2**20
+LARGEST_STEP = 2**53
+LARGEST_NUMBER = 1e100
+LARGEST_GRID = 201
+LIFE = ("start", "stopped", "failed", "done")
+"""Kinds of events that say whether a run goes on."""
+
+Row = Mapping[str, Any]
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of config.yaml as it stands there; `origin` is empty where it is the default."""
+
+    value: str
+    origin: str
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nobody set it: it is the default, or follows from another value."""
+        return self.origin in ("", "default") or self.origin.startswith("from ")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What could be read of one run. Metrics are columns of one length, NaN where a row lacks the number."""
+
+    path: Path
+    name: str
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    metrics: Mapping[str, Sequence[float]] = field(default_factory=lambda: dict.fromkeys(COLUMNS, ()))
+    events: Sequence[Row] = ()
+    samples: Sequence[Row] = ()
+    diagnoses: Sequence[tuple[int, Diagnosis]] = ()
+    landscape: tuple[int, Landscape] | None = None
+    best: Row | None = None
+    checkpoints: Sequence[tuple[int, Path, int]] = ()
+    problems: Sequence[str] = ()
+    is_held: bool = False
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of each row that has the metric."""
+        pairs = zip(self.metrics["step"], self.metrics[name], strict=True)
+        return [(int(step), value) for step, value in pairs if not math.isnan(value)]
+
+    def number(self, key: str) -> float | None:
+        """A setting that is a number."""
+        setting = self.settings.get(key)
+        return parse_number(setting.value) if setting else None
+
+    def latest(self, *kinds: str) -> Row | None:
+        """The last event of these kinds."""
+        return next((event for event in reversed(self.events) if event["kind"] in kinds), None)
+
+    @property
+    def train_steps(self) -> int | None:
+        """Updates of the whole run, as its config says."""
+        steps = self.number("training.train_steps")
+        return int(steps) if steps is not None else None
+
+    @property
+    def last_step(self) -> int:
+        """The last update that was reported; 0 before the first."""
+        return int(max(self.metrics["step"], default=0))
+
+
+def read_run(path: Path) -> RunFolder:
+    """Everything that a page is made of. Raises DataError where the folder is no run's at all."""
+    if not (path / "metrics.jsonl").exists() and not (path / "config.yaml").exists():
+        what = "it has neither metrics.jsonl nor config.yaml" if path.is_dir() else "it is no folder"
+        raise DataError(f"{path} - {what} - name the --save_dir of a run")
+    problems: list[str] = []
+    return RunFolder(
+        path=path,
+        name=path.resolve().name or str(path),
+        settings=read_settings(path / "config.yaml", problems),
+        metrics=read_metrics(path / "metrics.jsonl", problems),
+        events=sorted(read_rows(path / "events.jsonl", problems, parse_event), key=lambda row: row["step"]),
+        samples=sorted(read_rows(path / "samples.jsonl", problems, parse_sample), key=lambda row: row["step"]),
+        diagnoses=sorted(read_rows(path / "diagnostics.jsonl", problems, parse_diagnosis), key=lambda row: row[0]),
+        landscape=read_landscape(path / "landscape.json", problems),
+        best=read_object(path / "best.json", problems),
+        checkpoints=list_checkpoints(path),
+        problems=problems,
+        is_held=is_held(path),
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """Each run, under a name of its own: as much of its path as tells it from the others."""
+    runs = [read_run(path) for path in paths]
+    names = [run.name for run in runs]
+    parts = [run.path.resolve().parts for run in runs]
+    return [
+        replace(run, name="/".join(part[-2:]) if names.count(run.name) > 1 else run.name)
+        for run, part in zip(runs, parts, strict=True)
+    ]
+
+
+def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, bytes]]:
+    """The numbered lines of a file; a torn last one is left out, since its row is being written or will be again."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+                if line.endswith(b"\n") or len(line) == LINE_BYTES:
+                    yield number, line
+    except OSError as error:
+        problems.append(f"{path.name} - it cannot be read: {error.strerror or error} - what it holds is missing here")
+
+
+def read_rows(path: Path, problems: list[str], parse: Callable[[Row], Parsed]) -> list[Parsed]:
+    """What `parse` makes of each line; lines that are no such rows are counted and the first is named."""
+    rows: list[Parsed] = []
+    damaged: list[int] = []
+    for number, line in read_lines(path, problems):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not is_step(row.get("step")):
+                raise ValueError(row)
+            rows.append(parse(row))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            damaged.append(number)
+    if damaged:
+        lines = "1 line is no row" if len(damaged) == 1 else f"{len(damaged):,} lines are no rows"
+        problems.append(f"{path.name}:{damaged[0]} - {lines} - left out here")
+    return rows
+
+
+def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
+    """The columns, in the order of their steps."""
+    columns = {name: array("d") for name in COLUMNS}
+
+    def keep(row: Row) -> None:
+        numbers = [to_number(row.get(name)) for name in COLUMNS]
+        for column, number in zip(columns.values(), numbers, strict=True):
+            column.append(number)
+
+    read_rows(path, problems, keep)
+    steps = columns["step"]
+    if any(steps[i] > steps[i + 1] for i in range(len(steps) - 1)):
+        order = sorted(range(len(steps)), key=steps.__getitem__)
+        columns = {name: array("d", (column[i] for i in order)) for name, column in columns.items()}
+    return columns
+
+
+def is_step(value: object) -> bool:
+    """Whether it counts updates."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_STEP
+
+
+def to_number(value: object) -> float:
+    """A number of a row; NaN where it is null, absent or beyond all sense. Raises ValueError where it is something else."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(value)
+    return float(value) if abs(value) < LARGEST_NUMBER else math.nan
+
+
+def to_numbers(value: Any) -> dict[str, float]:
+    """A mapping from names to numbers. Raises ValueError or AttributeError."""
+    return {str(name): to_number(number) for name, number in value.items()}
+
+
+def to_list(value: Any) -> list[float]:
+    """A list of numbers, of bounded length. Raises ValueError."""
+    if not isinstance(value, list) or len(value) > LARGEST_GRID:
+        raise ValueError(value)
+    return [to_number(number) for number in value]
+
+
+def to_text(value: object) -> str:
+    """A text. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(value)
+    return value
+
+
+def parse_event(row: Row) -> Row:
+    """An event with the texts that every event has, and a time that is a number."""
+    return {**row, "kind": to_text(row["kind"]), "message": to_text(row["message"]), "time": to_number(row.get("time"))}
+
+
+def parse_sample(row: Row) -> Row:
+    """One sample."""
+    return {"step": row["step"], "prompt": to_text(row["prompt"]), "text": to_text(row["text"])}
+
+
+def parse_diagnosis(row: Row) -> tuple[int, Diagnosis]:
+    """One look inside, with its step."""
+    return row["step"], Diagnosis(
+        gradient_norms=to_numbers(row["gradient_norms"]),
+        weight_norms=to_numbers(row["weight_norms"]),
+        update_ratios=to_numbers(row["update_ratios"]),
+        activations={str(block): to_numbers(values) for block, values in row["activations"].items()},
+        clipped=to_number(row.get("clipped")),
+    )
+
+
+def read_object(path: Path, problems: list[str]) -> Row | None:
+    """The JSON object of a small file that need not be there."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(LINE_BYTES))
+        if isinstance(found, dict):
+            return found
+        problems.append(f"{path.name} - it is no JSON object - left out here")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        problems.append(f"{path.name} - it cannot be read: {error.strerror or error} - left out here")
+    except (ValueError, RecursionError):
+        problems.append(f"{path.name} - it is not JSON - left out here")
+    return None
+
+
+def read_landscape(path: Path, problems: list[str]) -> tuple[int, Landscape] | None:
+    """landscape.json with the step of its weights, where it is whole."""
+    row = read_object(path, problems)
+    if row is None:
+        return None
+    try:
+        grid_at, line_at = to_list(row["grid_at"]), to_list(row["line_at"])
+        grid, line = [to_list(one) for one in row["grid"]], to_list(row["line"])
+        if len(line) != len(line_at) or [len(one) for one in grid] != [len(grid_at)] * len(grid_at):
+            raise ValueError(path)
+        loss, seed, targets = (to_number(row[name]) for name in ("loss", "seed", "targets"))
+        if not is_step(row.get("step")) or math.isnan(loss + seed + targets):
+            raise ValueError(path)
+        return row["step"], Landscape(loss, line_at, line, grid_at, grid, int(seed), int(targets))
+    except (ValueError, TypeError, KeyError, OverflowError):
+        problems.append(f"{path.name} - it is no landscape - left out here")
+        return None
+
+
+def read_settings(path: Path, problems: list[str]) -> dict[str, Setting]:
+    """The values of config.yaml by dotted key, each with the comment behind it."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(CONFIG_BYTES)
+        root = yaml.compose(text, yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(path)
+        return dict(list_settings(root, text))
+    except OSError as error:
+        problems.append(f"{path.name} - it cannot be read: {error.strerror or error} - what it holds is missing here")
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        problems.append(f"{path.name} - it is no config of a run - left out here")
+    return {}
+
+
+def list_settings(root: yaml.MappingNode, text: str) -> Iterator[tuple[str, Setting]]:
+    """Each key of each section."""
+    for section, body in root.value:
+        for key, value in body.value:
+            rest = text[value.end_mark.index :].partition("\n")[0]
+            _, found, origin = rest.partition("# ")
+            shown = text[value.start_mark.index : value.end_mark.index]
+            yield f"{section.value}.{key.value}", Setting(shown.strip(), origin.strip() if found else "")
+
+
+def parse_number(text: str) -> float | None:
+    """The number that a setting's text is."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
+    """(step, path, bytes) of each step_XXXX.pt, the oldest first."""
+    found = []
+    try:
+        for path in folder.iterdir():
+            if match := re.fullmatch(r"step_([0-9]{1,15})\.pt", path.name):
+                found.append((int(match[1]), path, path.stat().st_size))
+    except OSError:
+        pass
+    return sorted(found)

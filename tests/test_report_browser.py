@@ -1,0 +1,267 @@
+"""The report in a browser: opened from the disk with the network off, looked at and used. Skips where there is no browser."""
+
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import write_run
+from test_report import HOSTILE, build_page, plant, write_many_rows
+
+from smollm2.report.reading import read_runs
+from smollm2.report.sections import SECTIONS
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
+DRAWN = "document.querySelectorAll('.plot:not(:has(.main-svg))').length === 0"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One for all tests."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """A page that was opened, and what it did that it should not."""
+
+    def __init__(self, browser: Any, path: Path, width: int = 1440, theme: str = "light") -> None:
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=theme, offline=True, reduced_motion="reduce"
+        )
+        self.page = self.context.new_page()
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("dialog", lambda dialog: self.errors.append(dialog.message))
+        tools = self.context.new_cdp_session(self.page)
+        tools.send("Performance.enable")
+        began = time.perf_counter()
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function(DRAWN)
+        self.seconds = time.perf_counter() - began
+        measured = {one["name"]: one["value"] for one in tools.send("Performance.getMetrics")["metrics"]}
+        self.cpu_seconds = float(measured["ThreadTime"])
+
+    def points(self, figure: int, trace: int) -> dict[str, Any]:
+        """What a chart is drawn from."""
+        plot = "document.querySelectorAll('.plot')"
+        return dict(self.page.evaluate(f"(({{x, y, type}}) => ({{x, y, type}}))({plot}[{figure}].data[{trace}])"))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run that has everything."""
+    run = write_run(tmp_path_factory.mktemp("runs"))
+    (run / "report.html").write_text(build_page(read_runs([run])), encoding="utf-8")
+    return run / "report.html"
+
+
+@pytest.fixture(scope="module")
+def shared(browser: Any, path: Path) -> Visit:
+    return Visit(browser, path)
+
+
+@pytest.fixture
+def visit(shared: Visit) -> Visit:
+    """The page with its controls as they are on the first load: loading it anew would take seconds a test."""
+    shared.page.evaluate(
+        "for (const form of document.querySelectorAll('form')) {"
+        " form.reset(); form.querySelectorAll('input').forEach(e => e.dispatchEvent(new Event('input', {bubbles: true}))); }"
+        "if (document.documentElement.dataset.theme === 'dark') document.querySelector('#theme').click();"
+    )
+    return shared
+
+
+def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(shared: Visit, path: Path) -> None:
+    assert shared.errors == []
+    assert set(shared.requests) == {path.as_uri()}
+    assert shared.page.locator(".plot .main-svg").count() >= 8
+    assert shared.page.locator("main > section").evaluate_all("all => all.map(one => one.id)") == [
+        s.id for s in SECTIONS
+    ]
+    assert shared.page.locator("main > section").evaluate_all("all => all.every(one => one.offsetHeight > 60)")
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1440, "dark"), (390, "light"), (390, "dark"), (1440, "light")])
+def test_it_fits_every_width_and_takes_the_systems_theme(shared: Visit, width: int, theme: str) -> None:
+    shared.page.set_viewport_size({"width": width, "height": 900})
+    shared.page.emulate_media(color_scheme=theme)
+    shared.page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+    assert shared.page.evaluate("document.documentElement.scrollWidth") <= width
+    shade = shared.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(shade.removeprefix("rgb(").split(",")[0]) < 128) == (theme == "dark")
+    assert shared.errors == []
+
+
+def test_the_curves_stand_on_what_is_chosen(visit: Visit) -> None:
+    page = visit.page
+    assert visit.points(0, 1)["x"][-1] == 400
+    page.get_by_label("tokens", exact=True).check(force=True)
+    assert visit.points(0, 1)["x"][-1] == 400 * 2048
+    page.get_by_label("seconds", exact=True).check(force=True)
+    assert 50 < visit.points(0, 1)["x"][-1] < 100
+    page.get_by_label("Log axis").check()
+    assert page.evaluate("document.querySelectorAll('.plot')[0].layout.yaxis.type") == "log"
+
+
+def test_smoothing_draws_the_mean_over_the_rows(visit: Visit) -> None:
+    slider = visit.page.get_by_label("Smoothing")
+    raw, smooth = visit.points(0, 0)["y"], visit.points(0, 1)["y"]
+    total, weight = 0.0, 0.0
+    for value, shown in zip(raw, smooth, strict=True):
+        total, weight = 0.6 * total + 0.4 * value, 0.6 * weight + 0.4
+        assert shown == pytest.approx(total / weight)
+    slider.fill("0")
+    assert visit.points(0, 0)["y"] == raw
+    assert visit.page.locator("#curves output").text_content() == "0.00"
+
+
+def test_the_samples_move_with_the_slider_and_the_buttons(visit: Visit) -> None:
+    page = visit.page
+    last = page.locator("#samples .card .text").first.text_content()
+    assert page.get_by_role("button", name="Later").is_disabled()
+    page.get_by_role("button", name="Earlier").click()
+    assert page.locator("#samples output").text_content() == "350"
+    assert page.locator("#samples .card .text").first.text_content() != last
+    page.locator("#samples input[type=range]").fill("0")
+    assert page.locator("#samples output").text_content() == "50"
+    assert page.get_by_role("button", name="Earlier").is_disabled()
+    assert page.locator("#samples .card").count() == 2
+
+
+def test_the_heat_map_shows_what_is_chosen(visit: Visit) -> None:
+    page = visit.page
+    heat = "document.querySelector('[data-chart=heat] .plot')"
+    assert page.evaluate(f"{heat}.data[0].y.length") == 6
+    page.get_by_label("largest attention logit").check(force=True)
+    assert page.evaluate(f"{heat}.data[0].y") == [f"layer {layer}" for layer in range(4)]
+    assert page.evaluate(f"{heat}.data[0].customdata[0][0]") == pytest.approx(4.5)
+
+
+def test_the_landscape_is_a_surface_or_a_map(visit: Visit) -> None:
+    page = visit.page
+    surface = "document.querySelector('[data-chart=surface] .plot')"
+    assert page.evaluate(f"{surface}.data[0].type") == "surface"
+    assert page.locator("[data-chart=surface] canvas").count() > 0
+    page.get_by_label("map", exact=True).check(force=True)
+    assert page.evaluate(f"{surface}.data[0].type") == "contour"
+    assert visit.errors == []
+
+
+def test_the_theme_button_says_its_state_and_redraws(visit: Visit) -> None:
+    button = visit.page.get_by_role("button", name="Dark")
+    assert button.get_attribute("aria-pressed") == "false"
+    ink = "document.querySelectorAll('.plot')[0].layout.font.color"
+    before = visit.page.evaluate(ink)
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert visit.page.evaluate(ink) != before
+
+
+def test_the_defaults_can_be_left_out_of_the_configuration(visit: Visit) -> None:
+    rows = visit.page.locator("#config tbody tr:visible")
+    everything = rows.count()
+    visit.page.get_by_label("Only what was set").check()
+    assert rows.count() == 2 < everything
+
+
+def test_a_command_is_copied_or_selected(visit: Visit) -> None:
+    page = visit.page
+    command = page.locator("#next code").nth(1).text_content()
+    page.get_by_role("button", name="Copy: Let it write").click()
+    page.wait_for_function("document.querySelector('[data-said]').textContent !== ''")
+    if "selected" in str(page.locator("[data-said]").text_content()):
+        assert page.evaluate("getSelection().toString()") == command
+
+
+def test_the_keyboard_reaches_every_control_and_it_is_seen(visit: Visit) -> None:
+    page = visit.page
+    page.reload()
+    page.wait_for_function(DRAWN)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
+    seen = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name, width = page.evaluate(
+            "(({activeElement: e}) => [e.id || e.name || e.dataset.move || e.textContent.slice(0, 20), "
+            "parseFloat(getComputedStyle(e.matches('.choices input') ? e.nextElementSibling : e).outlineWidth)])(document)"
+        )
+        seen.add(name)
+        assert width >= 2 or name == "", name
+    assert {"theme", "axis", "smoothing", "log", "round", "measure", "form", "given", "Copy"} <= seen
+    page.locator("[name=axis]").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert visit.points(0, 1)["x"][-1] == 400 * 2048
+
+
+def test_every_control_and_landmark_has_a_name(visit: Visit) -> None:
+    unnamed = visit.page.evaluate(
+        "[...document.querySelectorAll('input, button, meter, form, nav, section, [role=region], [role=img]')].filter(e => "
+        "!(e.labels?.length || e.ariaLabel || e.getAttribute('aria-labelledby') || e.textContent.trim())).length"
+    )
+    assert unnamed == 0
+    assert visit.page.evaluate("['header', 'nav', 'main', 'footer'].every(name => document.querySelector(name))")
+    levels = visit.page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(one => Number(one.tagName[1]))")
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 or after == 4 for before, after in itertools.pairwise(levels))
+
+
+@pytest.fixture(scope="module")
+def hostile(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    """The page of a run whose every text is out for harm."""
+    run = write_run(tmp_path_factory.mktemp("hostile"), reports=8)
+    for text in HOSTILE:
+        plant(run, text)
+    (run / "report.html").write_bytes(build_page(read_runs([run])).encode("utf-8", "backslashreplace"))
+    return Visit(browser, run / "report.html")
+
+
+@pytest.mark.parametrize("text", HOSTILE[:6])
+def test_hostile_text_is_shown_as_it_stands(hostile: Visit, text: str) -> None:
+    assert hostile.page.locator("#samples .card h4", has_text=text).count() > 0
+    assert text in hostile.page.locator("#config").text_content()
+    labels = hostile.page.locator("[data-chart=heat] .ytick text").all_text_contents()
+    assert any(text == label for label in labels)
+
+
+def test_hostile_text_does_nothing(hostile: Visit) -> None:
+    assert hostile.errors == []
+    assert hostile.page.evaluate("document.querySelectorAll('script:not([type])').length") == 2
+    assert hostile.page.locator("img, iframe, object, [onload], [onerror], [onclick], [onmouseover]").count() == 0
+
+
+def test_names_of_runs_are_text_in_a_legend(browser: Any, tmp_path: Path) -> None:
+    name = "<b>bold<b><a href='#x'>link"
+    runs = [write_run(tmp_path, name=name, reports=8), write_run(tmp_path, name="other", reports=8)]
+    (tmp_path / "comparison.html").write_text(build_page(read_runs(runs)), encoding="utf-8")
+    visit = Visit(browser, tmp_path / "comparison.html")
+    legend = visit.page.locator(".legendtext").all_text_contents()
+    assert name in legend and "other" in legend
+    assert visit.errors == []
+    visit.context.close()
+
+
+def test_a_hundred_thousand_rows_are_drawn_in_three_seconds(browser: Any, tmp_path: Path) -> None:
+    """Counted in the seconds that the page's thread worked, since other programs may keep it waiting."""
+    run = write_many_rows(tmp_path, 100_000)
+    (run / "report.html").write_text(build_page(read_runs([run])), encoding="utf-8")
+    visit = Visit(browser, run / "report.html")
+    size = (run / "report.html").stat().st_size
+    print(json.dumps({"seconds": round(visit.seconds, 2), "cpu_seconds": round(visit.cpu_seconds, 2), "bytes": size}))
+    assert visit.cpu_seconds < 3
+    assert visit.errors == []
+    visit.context.close()
