@@ -9,7 +9,6 @@ import http.server
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +38,7 @@ class WandbServer:
         self.url = ""
         self.stopping = threading.Event()
         self.artifacts: list[dict[str, Any]] = []
+        self.known_runs: dict[str, Any] = {}
 
     def received(self) -> bytes:
         """Every byte: paths, headers, bodies."""
@@ -62,6 +62,7 @@ class WandbServer:
         v, operation = request.variables, request.operation
         project = {"id": "p", "name": "smollm2", "entity": {"id": "e", "name": "me"}}
         if operation == "UpsertBucket":
+            self.known_runs.setdefault(v["name"], None)
             bucket = {"id": "b", "name": v.get("name") or "run1", "displayName": "r", "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if operation == "CreateRunFiles":
@@ -72,7 +73,12 @@ class WandbServer:
             artifact = {"id": f"a{len(self.artifacts)}", "state": "PENDING", "artifactSequence": {"id": "s"}}
             return {"createArtifact": {"artifact": artifact}}
         if operation == "CreateArtifactManifest" or operation == "UpdateArtifactManifest":
-            file = {"id": "f", "name": v.get("name"), "uploadUrl": f"{self.url}/upload/manifest-{len(self.requests)}", "uploadHeaders": []}
+            file = {
+                "id": "f",
+                "name": v.get("name"),
+                "uploadUrl": f"{self.url}/upload/manifest-{len(self.requests)}",
+                "uploadHeaders": [],
+            }
             manifest = {"id": "m", "file": file}
             return {operation[0].lower() + operation[1:]: {"artifactManifest": manifest}}
         if operation == "CreateArtifactFiles":
@@ -95,10 +101,35 @@ class WandbServer:
         if operation == "ArtifactType":
             return {"project": None}
         if operation == "ArtifactByID":
-            return {"artifact": None}
+            return {"artifact": describe_artifact(v["id"], self.artifacts[int(v["id"][1:]) - 1])}
+        if operation == "RunResumeStatus":
+            return {"model": self.known_runs.get(v["name"])}
         if operation == "Viewer":
             return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
         return {}
+
+
+def describe_artifact(name: str, created: dict[str, Any]) -> dict[str, Any]:
+    """What the service asks of an artifact that has arrived."""
+    return {
+        "id": name,
+        "artifactSequence": {"name": created["artifactCollectionName"], "project": None},
+        "versionIndex": 0,
+        "artifactType": {"name": created["artifactTypeName"]},
+        "description": None,
+        "metadata": None,
+        "ttlDurationSeconds": -2,
+        "ttlIsInherited": True,
+        "tags": [],
+        "historyStep": None,
+        "state": "COMMITTED",
+        "size": 1,
+        "digest": "d",
+        "commitHash": None,
+        "fileCount": 1,
+        "createdAt": "2026-11-24T00:00:00Z",
+        "updatedAt": None,
+    }
 
 
 @contextlib.contextmanager
@@ -127,14 +158,16 @@ def wandb_server() -> Iterator[WandbServer]:
                 server.stopping.wait()
                 self.close_connection = True
                 return
-            content = json.dumps({"data": server.reply(request)} if request.operation and status == 200 else {}).encode()
+            content = json.dumps(
+                {"data": server.reply(request)} if request.operation and status == 200 else {}
+            ).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = do_PUT = handle_request  # noqa: N815
+        do_GET = do_POST = do_PUT = handle_request
 
         def log_message(self, *arguments: object) -> None:
             pass

@@ -45,6 +45,7 @@ TABLE_ROWS = 1000
 BEST = {"validation/loss": "min", "validation/bpb": "min", "train/loss": "min", "train/tokens_per_second": "max"}
 """What the summary of a run shows of its metrics; of the others the last."""
 
+OWN_FOLDER = Path("wandb", "smollm2")
 OWN_FOLDERS = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
 """Variables that name where wandb puts copies and logs, in the home folder by default; and where they go instead."""
 
@@ -70,7 +71,7 @@ def prepare_environment(variables: MutableMapping[str, str], folder: Path) -> Wa
     """
     variables.setdefault("WANDB_ERROR_REPORTING", "false")
     for name, place in OWN_FOLDERS.items():
-        ending = str(Path("wandb", "smollm2", place))
+        ending = str(OWN_FOLDER / place)
         if variables.get(name, ending).endswith(ending):  # or from an earlier run of this process
             variables[name] = str(folder.absolute() / ending)
     home = Path(variables.get("HOME") or Path.home())
@@ -132,6 +133,7 @@ def start_wandb(
         say(f"W&B: offline, {reason}")
     if config.wandb.log_checkpoints != "none":
         say(f"W&B: {describe_upload(config, done)}")
+    remove_links(folder)
     links = CheckpointLinks(folder, config.wandb, say)
     return Fence("W&B", lambda: open_run(config, folder, run_id, mode, say), say, keep_file=links.keep)
 
@@ -147,18 +149,23 @@ def describe_upload(config: Config, done: int) -> str:
     )
 
 
+def links_folder(folder: Path) -> Path:
+    """Where the second names of checkpoints lie."""
+    return folder.absolute() / OWN_FOLDER / "checkpoints"
+
+
+def remove_links(folder: Path) -> None:
+    """All of a run folder. What a run that was cut short left there may hold gigabytes of checkpoints thinned out since."""
+    for path in links_folder(folder).glob("*.pt"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 class CheckpointLinks:
     """Second names of checkpoints that are to be uploaded, in the run's wandb folder, on the same disk."""
 
     def __init__(self, folder: Path, config: WandbConfig, say: Say) -> None:
-        self.folder, self.chosen, self.say = (
-            folder.absolute() / "wandb" / "smollm2" / "checkpoints",
-            config.log_checkpoints,
-            say,
-        )
-        for left in self.folder.glob("*.pt"):  # by a run that was killed: they may hold gigabytes that are thinned out
-            with contextlib.suppress(OSError):
-                left.unlink()
+        self.folder, self.chosen, self.say = links_folder(folder), config.log_checkpoints, say
 
     def keep(self, path: Path, is_best: bool) -> Path | None:
         """The second name, or None where this one is not wanted; or where the disk knows no such names, and it is said."""
@@ -282,8 +289,7 @@ class WandbTracker(Tracker):
     def __init__(self, run: "wandb.Run", config: Config, folder: Path, say: Say) -> None:
         self.run, self.config, self.folder, self.say = run, config, folder.absolute(), say
         self.table: Any = None
-        self.uploads: list[tuple[wandb.Artifact, Path]] = []
-        self.has_said_thinned = False
+        self.is_closing, self.has_said_thinned = False, False
 
     def log_files(self) -> None:
         """The effective config, the tokenizer and the code, as artifacts."""
@@ -347,22 +353,22 @@ class WandbTracker(Tracker):
                     "W&B: offline, and training.keep_last removes checkpoints, so none will be uploaded by wandb sync"
                 )
             return
-        self._release_uploaded()
         try:
-            self.uploads.append((self._log_checkpoint(path, step, is_best), path))
+            artifact = self._log_checkpoint(path, step, is_best)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+        threading.Thread(target=self._release, args=(artifact, path), name=f"W&B {path.name}", daemon=True).start()
 
     def close(self) -> None:
         """Send the rest, for a bounded time; say how an offline run, or what is left of an online one, is uploaded."""
         import wandb
 
         where = shlex.quote(str(Path(self.run.dir).parent))
+        self.is_closing = True
         try:
             self.run.finish()
-            for _, path in self.uploads:
-                path.unlink(missing_ok=True)
+            remove_links(self.folder)
         except TimeoutError:
             self.say(f"W&B: not all was uploaded within {FINISH_SECONDS:g} s; send the rest with: wandb sync {where}")
         finally:
@@ -391,21 +397,15 @@ class WandbTracker(Tracker):
             artifact.add_file(str(path), name=entry, skip_cache=True)
         self.run.log_artifact(artifact)
 
-    def _release_uploaded(self) -> None:
-        """Remove the second names of the checkpoints that have arrived."""
-        self.uploads = [(artifact, path) for artifact, path in self.uploads if not self._has_ended(artifact, path)]
-
-    def _has_ended(self, artifact: "wandb.Artifact", path: Path) -> bool:
-        from wandb.sdk.artifacts.exceptions import WaitTimeoutError
-
+    def _release(self, artifact: "wandb.Artifact", path: Path) -> None:
+        """A thread for each upload: asking wandb whether one has ended, with a timeout, would cancel it."""
         try:
-            artifact.wait(timeout=0)
-        except WaitTimeoutError:
-            return False
+            artifact.wait()
         except Exception as error:
-            self.say(f"W&B: {path.name} is not uploaded: {describe(error)}")
+            if self.is_closing:  # its service has gone; `close` decides
+                return
+            self.say(f"W&B: {path.name} may not have arrived: {describe(error)}")
         path.unlink(missing_ok=True)
-        return True
 
 
 def draw_flow(diagnosis: Diagnosis) -> Any:
