@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TINY, WORDS, outcome, tiny_config, write_tiny
+from runs import ROOT, TINY, WORDS, outcome, write_tiny
 from test_tracking_wandb import history, records
-
-from smollm2.training import train
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 CANARY = "canary"

@@ -425,6 +425,24 @@ def test_online_the_second_names_of_checkpoints_are_gone_at_the_end(online: tupl
     assert all(path.stat().st_nlink == 1 for path in folder.glob("*.pt"))
 
 
+def test_online_a_resume_goes_on_in_the_same_run_and_its_table(
+    online: tuple[WandbServer, Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E4."""
+    server, told = online
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    before = len(server.rows())
+    tracker = start(told.folder, [])
+    assert tracker is not None
+    tracker.log({"loss": 1.5}, 11)  # behind the last row
+    tracker.log_text([Sample("<i>", "again")], 12)
+    tracker.close()
+    redone, samples = server.rows()[before:]
+    assert redone == {"train/step": 11, "train/loss": 1.5}
+    assert (samples["train/step"], samples["samples/table"]["increment_num"]) == (12, 2)
+
+
 def said_but_the_upload(said: list[str]) -> list[str]:
     return [line for line in said if "will be uploaded" not in line]
 

@@ -38,7 +38,7 @@ class WandbServer:
         self.url = ""
         self.stopping = threading.Event()
         self.artifacts: list[dict[str, Any]] = []
-        self.known_runs: dict[str, Any] = {}
+        self.known_runs = set[str]()
 
     def received(self) -> bytes:
         """Every byte: paths, headers, bodies."""
@@ -48,13 +48,38 @@ class WandbServer:
         """Uploaded files by the name under which they were announced."""
         return {r.path.removeprefix("/upload/"): r.body for r in self.requests if r.path.startswith("/upload/")}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the history that the file stream brought, without wandb's own columns."""
+    def streamed(self, name: str) -> list[dict[str, Any]]:
+        """The lines of one of a run's files that the file stream brought."""
         found = []
         for request in self.requests:
             if request.path.endswith("/file_stream"):
-                content = json.loads(request.body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+                content = json.loads(request.body).get("files", {}).get(name, {}).get("content", [])
                 found += [json.loads(line) for line in content]
+        return found
+
+    def describe_run(self, name: str) -> dict[str, Any]:
+        """What a resume asks of a run that is known."""
+        rows, summaries = self.streamed("wandb-history.jsonl"), self.streamed("wandb-summary.json")
+        bucket = {
+            "id": "b",
+            "name": name,
+            "summaryMetrics": json.dumps(summaries[-1] if summaries else {}),
+            "displayName": "r",
+            "logLineCount": 0,
+            "historyLineCount": len(rows),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "eventsTail": "[]",
+            "config": "{}",
+            "tags": [],
+            "notes": "",
+            "wandbConfig": json.dumps({"t": 1}),
+        }
+        return {"id": "p", "name": "smollm2", "entity": {"id": "e", "name": "me"}, "bucket": bucket}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the history, without wandb's own columns."""
+        found = self.streamed("wandb-history.jsonl")
         return [{name: value for name, value in row.items() if not name.startswith("_")} for row in found]
 
     def reply(self, request: Request) -> dict[str, Any]:
@@ -62,7 +87,7 @@ class WandbServer:
         v, operation = request.variables, request.operation
         project = {"id": "p", "name": "smollm2", "entity": {"id": "e", "name": "me"}}
         if operation == "UpsertBucket":
-            self.known_runs.setdefault(v["name"], None)
+            self.known_runs.add(v["name"])
             bucket = {"id": "b", "name": v.get("name") or "run1", "displayName": "r", "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if operation == "CreateRunFiles":
@@ -103,7 +128,7 @@ class WandbServer:
         if operation == "ArtifactByID":
             return {"artifact": describe_artifact(v["id"], self.artifacts[int(v["id"][1:]) - 1])}
         if operation == "RunResumeStatus":
-            return {"model": self.known_runs.get(v["name"])}
+            return {"model": self.describe_run(v["name"]) if v["name"] in self.known_runs else None}
         if operation == "Viewer":
             return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
         return {}

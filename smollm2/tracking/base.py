@@ -183,13 +183,15 @@ class Fence(Tracker):
         say: Say,
         *,
         keep_file: KeepFile = keep_as_it_is,
+        leave: Callable[[], None] = lambda: None,
         capacity: int = QUEUE_CAPACITY,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
-        """`keep_file` is asked in-line for each file that is saved: it may be removed before the thread hears of it."""
+        """`keep_file` is asked in-line for each file that is saved: it may be removed before the thread hears of it.
+        `leave` is called where the thread did not finish within `close_seconds`."""
         self.name = name
         self.seconds = 0.0  # of this thread's computing; of the interpreter's lock the run has as little as of a core
-        self.keep_file = keep_file
+        self.keep_file, self.leave = keep_file, leave
         self.say = say
         self.close_seconds = close_seconds
         self.dropped = 0
@@ -241,6 +243,7 @@ class Fence(Tracker):
             self.say(
                 f"{self.name} - did not finish within {self.close_seconds:g} s - it is left behind; the run folder has every row"
             )
+            self.leave()
         elif self.dropped:
             self.say(f"{self.name} - {self.dropped} calls found its queue full - the run folder has every row")
 

@@ -15,11 +15,14 @@ import contextlib
 import importlib.util
 import math
 import netrc
+import os
 import secrets
 import shlex
+import signal
 import socket
 import string
 import threading
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +40,12 @@ if TYPE_CHECKING:
 DEFAULT_HOST = "https://api.wandb.ai"
 PROBE_SECONDS = 2.0
 INIT_SECONDS = 10.0
-FINISH_SECONDS = 20.0
+FINISH_SECONDS = 15.0
+CLOSE_SECONDS = 21.0
+"""For what waits in the queue and the finish together; with LEAVE_SECONDS the end of a run is held up for less than 30."""
+
+LEAVE_SECONDS = 3.0
+"""After that its service is killed: at the end of Python wandb waits for it, and for as long as a host hangs."""
 
 TABLE_ROWS = 1000
 """Samples in one table: each round that it grows by names all rounds before it."""
@@ -135,7 +143,24 @@ def start_wandb(
         say(f"W&B: {describe_upload(config, done)}")
     remove_links(folder)
     links = CheckpointLinks(folder, config.wandb, say)
-    return Fence("W&B", lambda: open_run(config, folder, run_id, mode, say), say, keep_file=links.keep)
+    return Fence(
+        "W&B",
+        lambda: open_run(config, folder, run_id, mode, say),
+        say,
+        keep_file=links.keep,
+        leave=lambda: threading.Thread(target=end_service, name="W&B end", daemon=True).start(),
+        close_seconds=CLOSE_SECONDS,
+    )
+
+
+def end_service() -> None:
+    """Kill the service of this process, after a grace. Where there is no /proc, it ends when wandb lets it."""
+    time.sleep(LEAVE_SECONDS)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text(errors="replace").partition("(")[2].rpartition(")")
+            if name.startswith("wandb-core") and int(rest.split()[1]) == os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def describe_upload(config: Config, done: int) -> str:
