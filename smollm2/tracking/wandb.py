@@ -139,7 +139,7 @@ def start_wandb(
         return None
     if mode == "offline":
         say(f"W&B: offline, {reason}")
-    if config.wandb.log_checkpoints != "none":
+    if config.wandb.log_checkpoints != "none" and (mode == "online" or config.training.keep_last is None):
         say(f"W&B: {describe_upload(config, done)}")
     remove_links(folder)
     links = CheckpointLinks(folder, config.wandb, say)
