@@ -1,7 +1,8 @@
 """How long a save stalls training and how long it takes: ours against torch.save, in turns.
 
-Ours is synced, read back and checked, renamed, and its folder synced; torch.save leaves that to luck. `torch.save,
-synced` is the same file with an fsync, the fair peer.
+Ours stalls training for the copy of its state; behind training's back it is written, synced, read back and checked, renamed,
+and its folder synced. torch.save stalls for as long as it takes and leaves the rest to luck. `torch.save, synced` is the
+same file with an fsync, the fair peer. A duration is taken with no training beside it.
 
     python benchmarks/checkpoint.py
 """
@@ -43,7 +44,7 @@ def build_state(parameters: int) -> dict[str, Any]:
         "scaler": {},
         "data": {**data, "tokens_fingerprint": "", "tokens": 1, "windows": 1},
         "rng": random_state(),
-        "stability": {"skipped": []},
+        "stability": {"skipped": [], "losses": [], "spikes": [], "pending": []},
         "best": {},
         "config": "{}",
         "tokenizer": {"text": "", "fingerprint": "", "vocab_size": 257, "end_of_text": 256},
@@ -62,16 +63,22 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from smollm2.checkpoint import save_checkpoint
+    from smollm2.checkpoint import save_checkpoint, take_snapshot
 
     found, rows, results = machine(), [], []
     for millions in args.millions:
         state = build_state(millions * 10**6)
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
-            folder = Path(name)
+            folder, buffers = Path(name), dict[str, Any]()
 
-            def ours(number: int, folder: Path = folder, state: dict[str, Any] = state) -> None:
-                save_checkpoint(folder, {**state, "step": number}, step=number)
+            def ours(
+                number: int, folder: Path = folder, state: dict[str, Any] = state, buffers: dict[str, Any] = buffers
+            ) -> float:
+                began = time.perf_counter()
+                snapshot = take_snapshot({**state, "step": number}, buffers)
+                stall = time.perf_counter() - began
+                save_checkpoint(folder, snapshot, step=number)
+                return stall
 
             def plain(number: int, folder: Path = folder, state: dict[str, Any] = state) -> None:
                 torch.save(state, folder / "plain.pt")
@@ -82,22 +89,29 @@ def main() -> None:
                     file.flush()
                     os.fsync(file.fileno())
 
-            forms: dict[str, Callable[[int], None]] = {"ours": ours, "torch.save": plain, "torch.save, synced": synced}
+            forms: dict[str, Callable[[int], float | None]] = {
+                "ours": ours,
+                "torch.save": plain,
+                "torch.save, synced": synced,
+            }
             seconds: dict[str, list[float]] = {name: [] for name in forms}
+            stalls: dict[str, list[float]] = {name: [] for name in forms}
             for number in range(1, args.rounds + 1):
                 for name in list(forms) if number % 2 else reversed(list(forms)):
                     started = time.perf_counter()
-                    forms[name](number)
+                    stall = forms[name](number)
                     seconds[name].append(time.perf_counter() - started)
+                    stalls[name].append(seconds[name][-1] if stall is None else stall)
                 for path in folder.glob("step_*.pt"):
                     path.unlink()
         size = 12 * millions * 10**6
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        for name, median in medians.items():
-            ratio = f"{median / medians['torch.save, synced']:.2f}"
-            rows.append([f"{millions}M", name, f"{median:.2f}", f"{median:.2f}", f"{size / median / 1e6:,.0f}", ratio])
-        results.append({"parameters": millions * 10**6, "seconds": seconds})
-    columns = ["parameters", "form", "stall, s", "duration, s", "MB/s", "of torch.save, synced"]
+        for name in forms:
+            duration, stall = statistics.median(seconds[name]), statistics.median(stalls[name])
+            ratio = f"{stall / statistics.median(stalls['torch.save, synced']):.2f}"
+            rate = f"{size / duration / 1e6:,.0f}"
+            rows.append([f"{millions}M", name, f"{stall:.2f}", f"{duration:.2f}", rate, ratio])
+        results.append({"parameters": millions * 10**6, "seconds": seconds, "stalls": stalls})
+    columns = ["parameters", "form", "stall, s", "duration, s", "MB/s", "stall of torch.save, synced"]
     publish(__file__, columns, rows, machine=found, results=results)
 
 

@@ -2,23 +2,20 @@
 
 Both hold the same weights, read the same prompt of 32 tokens and write 128 tokens, each in a process of its own. The
 processes take turns, so that a busy machine slows both; a ratio is the median over the pairs. Our side turns the tokens
-into text, theirs does not. Run:
+into text, theirs does not.
 
-    python benchmarks/generate.py            # prints a table, writes benchmarks/generate.json
+    python benchmarks/generate.py
 """
 
 import argparse
-import importlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from results import Contestant, machine, publish, take_turns
 
 PROMPT = "It is a truth universally known "
 NEW_TOKENS = 128
@@ -94,39 +91,14 @@ def serve(name: str, precision: str, batch: int, threads: int) -> None:
         print(json.dumps({"seconds": time.perf_counter() - started, "text": texts[-1]}), flush=True)
 
 
-class Contestant:
-    """A child process that writes texts when told."""
-
-    def __init__(self, flags: list[str]) -> None:
-        command = [sys.executable, __file__, *flags]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, calls: int) -> dict[str, Any]:
-        """Seconds of so many calls, and the last text."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{calls}\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        """End the child."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def compare(precision: str, batch: int, pairs: int, calls: int, threads: int) -> dict[str, object]:
+def compare(precision: str, batch: int, pairs: int, calls: int, threads: int) -> dict[str, Any]:
     """Interleaved pairs of ours and the peer; medians."""
     flags = ["--precision", precision, "--batch", str(batch), "--threads", str(threads)]
-    contestants = {name: Contestant(["--child", name, *flags]) for name in BUILDERS}
+    contestants = {name: Contestant(__file__, "--child", name, *flags) for name in BUILDERS}
     texts = [contestant.run(1)["text"] for contestant in contestants.values()]
-    runs: dict[str, list[float]] = {name: [] for name in BUILDERS}
-    for pair in range(pairs):
-        for name in list(BUILDERS) if pair % 2 == 0 else reversed(list(BUILDERS)):
-            runs[name].append(calls * batch * NEW_TOKENS / contestants[name].run(calls)["seconds"])
-    for contestant in contestants.values():
-        contestant.close()
+    answers = take_turns(contestants, pairs, calls)
+    tokens = calls * batch * NEW_TOKENS
+    runs = {name: [tokens / answer["seconds"] for answer in found] for name, found in answers.items()}
     ratios = [ours / theirs for ours, theirs in zip(runs["ours"], runs["transformers"], strict=True)]
     return {
         "precision": precision,
@@ -136,15 +108,6 @@ def compare(precision: str, batch: int, pairs: int, calls: int, threads: int) ->
         "speed_ratios": [round(ratio, 3) for ratio in ratios],
         "same_text": texts[0] == texts[1],
     }
-
-
-def machine() -> dict[str, object]:
-    """What the figures hold for."""
-    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers")}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **versions}
 
 
 def main() -> None:
@@ -162,19 +125,15 @@ def main() -> None:
         return
     precisions = [args.precision] if args.precision else ["float32", "bf16"]
     batches = [args.batch] if args.batch else [1, 8]
+    found = machine("transformers")
     results = [compare(p, batch, args.pairs, args.calls, args.threads) for p in precisions for batch in batches]
-    print("| precision | batch | ours, tokens/s | transformers | speed ratio | same text |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for row in results:
         speed = row["tokens_per_second"]
-        assert isinstance(speed, dict)
-        cells = [row["precision"], row["batch"], speed["ours"], speed["transformers"], row["speed_ratio"]]
-        print("| " + " | ".join(map(str, [*cells, "yes" if row["same_text"] else "no"])) + " |")
-    out = Path(__file__).with_suffix(".json")
-    setting = {"prompt_tokens": len(PROMPT), "new_tokens": NEW_TOKENS, "threads": args.threads}
-    facts = {"machine": machine(), "shape": SHAPE, **setting, "results": results}
-    out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"written: {out.name}")
+        text = "yes" if row["same_text"] else "no"
+        rows.append([row["precision"], row["batch"], *speed.values(), row["speed_ratio"], text])
+    columns = ["precision", "batch", "ours, tokens/s", "transformers", "speed ratio", "same text"]
+    publish(__file__, columns, rows, machine=found, shape=SHAPE, results=results)
 
 
 if __name__ == "__main__":

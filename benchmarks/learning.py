@@ -1,8 +1,8 @@
 """Steps and seconds to nanoGPT's loss: Shakespeare as characters, its CPU budget, AdamW and Muon.
 
 nanoGPT's own code ends at 1.905 on the whole validation split after 2,000 updates (4 layers, 128 wide, 64 tokens, 12
-sequences, seed 1337). Its time is that of its steps here at the pace of transformers' GPT-2 of the same shape, whose
-updates take turns with ours; validation is in nobody's seconds.
+sequences, seed 1337). Its code is not at hand here: its time is that of its steps at the pace of transformers' GPT-2 of the
+same shape, taken before and after each of our runs. Validation is in nobody's seconds.
 
     python benchmarks/learning.py            # needs ../shared/data/tinyshakespeare.txt, or --input_file
 """

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine they ran on, their JSON, and their table in README.md."""
+"""What benchmarks share: processes that take turns, the machine they ran on, their JSON, and their table in README.md."""
 
 import importlib.metadata
 import json
@@ -6,10 +6,12 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).with_name("README.md")
 
@@ -50,3 +52,36 @@ def publish(script: str, columns: Sequence[str], rows: Sequence[Sequence[object]
         raise SystemExit(f"{README.name} has no marks for {name}")
     README.write_text(marked.sub(lambda _: block, text))
     print(f"written: {name}.json, README.md")
+
+
+class Contestant:
+    """A child process of a benchmark, which does a number of things when told and answers with one JSON line."""
+
+    def __init__(self, script: str, *flags: str) -> None:
+        command = [sys.executable, script, *flags]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, count: int) -> dict[str, Any]:
+        """What it says about so many, `seconds` among it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        """End the child."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(contestants: dict[str, Contestant], rounds: int, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Each one's answers over the rounds, every second round in the opposite order; then all are closed."""
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in contestants if number % 2 == 0 else reversed(contestants):
+            answers[name].append(contestants[name].run(count))
+    for contestant in contestants.values():
+        contestant.close()
+    return answers

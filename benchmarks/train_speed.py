@@ -13,14 +13,13 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-from results import machine, publish
+from results import Contestant, machine, publish, take_turns
 
 SHAPE = {
     "vocab_size": 4096,
@@ -195,43 +194,16 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class Contestant:
-    """A child process that makes updates when told."""
-
-    def __init__(self, name: str, precision: str, compiled: bool, threads: int) -> None:
-        flags = ["--child", name, "--precision", precision, "--threads", str(threads)]
-        command = [sys.executable, __file__, *flags, *(["--compiled"] if compiled else [])]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, steps: int) -> dict[str, float]:
-        """Seconds and peak memory of so many updates."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        answer: dict[str, float] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        """End the child."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def compare(
     precision: str, compiled: bool, peers: list[str], rounds: int, steps: int, threads: int
 ) -> list[dict[str, Any]]:
     """Rounds in which ours and each peer take a turn; one row of medians for each peer."""
     names = ["ours", *peers]
-    contestants = {name: Contestant(name, precision, compiled, threads) for name in names}
+    flags = ["--precision", precision, "--threads", str(threads), *(["--compiled"] if compiled else [])]
+    contestants = {name: Contestant(__file__, "--child", name, *flags) for name in names}
     for contestant in contestants.values():
         contestant.run(3)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):
-            runs[name].append(contestants[name].run(steps))
-    for contestant in contestants.values():
-        contestant.close()
+    runs = take_turns(contestants, rounds, steps)
     rates = {name: [steps * BATCH * LENGTH / run["seconds"] for run in found] for name, found in runs.items()}
     memory = {name: found[-1]["peak_mb"] for name, found in runs.items()}
     rows = []

@@ -1,42 +1,138 @@
 """Causal attention: softmax(q k^T / sqrt(D)) v, each position over itself and those before it.
 
-Shapes: q (B, H, T, D), k and v (B, K, T, D) with K dividing H; query head h reads key-value head h // (H / K). Three
+Shapes: q (B, H, T, D), k and v (B, K, T, D) with K dividing H; query head h reads key-value head h // (H / K). Five
 backends compute the same function: `sdpa` (torch's flash kernels), `blocks` (matrix products over blocks of queries,
-for CPUs in bf16, where torch's kernel is slow) and `eager` (the definition, the reference of the tests). A backend is
-used only after `check_backend` saw it agree with the reference.
+for CPUs in bf16, where torch's kernel is slow), `varlen` (torch's flash kernel over documents of any length, for CUDA in
+16 bits), `flex` (torch's compiled block masks, for CUDA) and `eager` (the definition, the reference of the tests). A
+backend is used only after `check_backend` saw it agree with the reference.
+
+Where documents are isolated a position sees its own document alone. The rotary positions go on through the window: they
+act by their differences.
 """
 
+import functools
+import inspect
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
-Backend = Literal["sdpa", "blocks", "eager"]
+Backend = Literal["sdpa", "blocks", "varlen", "flex", "eager"]
+
+Layout = Tensor | BlockMask | None
+"""Which positions see which, in the form that a backend wants; None: all those before them."""
 
 BLOCK = 256
 """Query rows of one block: 128 to 512 were level within 5 % on two cores with avx512_bf16 (2026-11-24)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
-    """Attention output (B, H, T, D) in the dtype of `v`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend, layout: Layout = None) -> Tensor:
+    """Attention output (B, H, T, D) in the dtype of `v`; `layout` is what `lay_out` made for this backend."""
+    if isinstance(layout, BlockMask):
+        return attend_flex(q, k, v, layout)
     if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        if layout is not None and q.is_cuda:  # the kernel that takes a mask there takes no grouped heads
+            k, v = repeat_heads(q, k, v)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, layout, is_causal=layout is None, enable_gqa=grouped)
     if backend == "blocks":
-        out: Tensor = BlockAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        out: Tensor = BlockAttention.apply(q, k, v, layout)  # type: ignore[no-untyped-call]
         return out
-    return eager_attention(q, k, v)
+    return eager_attention(q, k, v, layout) if layout is None or backend == "eager" else attend_varlen(q, k, v, layout)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> Tensor:
     """The definition, with the softmax in float32 and the whole (T, T) score matrix in memory."""
-    groups, length = q.shape[1] // k.shape[1], q.shape[2]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    k, v = repeat_heads(q, k, v)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    probabilities: Tensor = scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype)
+    seen = see_past(scores.shape[-1], q.device) if layout is None else layout
+    probabilities: Tensor = scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype)
     return probabilities @ v
+
+
+def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with a head for each of q."""
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+
+def see_past(length: int, device: torch.device) -> Tensor:
+    """(T, T), true where the position of the row may see that of the column: itself and those before it."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def lay_out(document_ids: Tensor | None, input_ids: Tensor, backend: Backend) -> Layout:
+    """Which positions see which, made once for all layers, from the number of the document at each position (B, T),
+    which rises along T; None: one document a sequence.
+
+    For `blocks` where the position's document begins, (B, T); for `varlen` where each document begins and the last ends
+    in B x T, (N + 1); for `flex` its mask of blocks; else true where the row may see the column, (B, 1, T, T).
+    """
+    if document_ids is None:
+        if backend not in ("varlen", "flex"):
+            return None
+        document_ids = torch.zeros_like(input_ids)
+    positions = torch.arange(document_ids.shape[1], device=document_ids.device)
+    begins = document_ids.diff(dim=1, prepend=document_ids[:, :1] - 1) != 0
+    starts = torch.where(begins, positions, 0).cummax(1).values
+    if backend == "blocks":
+        return starts
+    if backend == "varlen":
+        return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
+    if backend == "flex":
+        return lay_out_flex(starts)
+    return (see_past(len(positions), positions.device) & (positions >= starts.unsqueeze(-1))).unsqueeze(1)
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    """The documents of all sequences one after another, as torch's flash kernel takes them."""
+    options: dict[str, Any] = {"is_causal": True} if takes_option("is_causal") else {"window_size": (-1, 0)}
+    if takes_option("enable_gqa"):
+        options["enable_gqa"] = True
+    else:
+        k, v = repeat_heads(q, k, v)
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B T, heads, D)
+    length = q.shape[2]  # no document is longer; how long the longest is would be a wait for the device
+    out = cast(Tensor, varlen_attn(rows[0], rows[1], rows[2], bounds, bounds, length, length, **options))
+    return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def takes_option(name: str) -> bool:
+    """Whether this torch's `varlen_attn` knows an option: 2.10 asks for a causal mask otherwise than 2.12."""
+    return name in inspect.signature(varlen_attn).parameters
+
+
+def lay_out_flex(starts: Tensor) -> BlockMask:
+    """The blocks of the (T, T) scores that `flex` must compute."""
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (column >= starts[batch, row])
+
+    count, length = starts.shape
+    return create_block_mask(sees, count, None, length, length, device=starts.device)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Compiled on a GPU; a CPU has no backward pass for it, and takes the plain form."""
+    run = compile_flex() if q.is_cuda else cast(Callable[..., Tensor], flex_attention)
+    return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def compile_flex() -> Callable[..., Tensor]:
+    """One compiled function for all layers."""
+    return cast(Callable[..., Tensor], torch.compile(flex_attention))
+
+
+COLUMN_STEP = 64
+"""Columns of a cache are made, and looked at, in multiples of this. None that is empty costs much, and the shapes stay few:
+for each new one oneDNN compiles its kernels anew, 0.4 s in bf16."""
 
 
 class Slot(NamedTuple):
@@ -52,8 +148,7 @@ class Slot(NamedTuple):
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
     """Write k and v behind those in the cache, then attend over all of it: (B, H, T, D).
 
-    The queries of one key-value head are laid under one another: no key is copied for grouped heads. No shape depends on
-    how much the cache holds.
+    The queries of one key-value head are laid under one another: no key is copied for grouped heads.
     """
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     written = slice(slot.column, slot.column + length)
@@ -67,8 +162,7 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
 class KeyValueCache:
     """Keys and values of a batch of texts that end at the same column; `starts` (B,) are the columns where they begin.
 
-    The buffers never change their shape: for each new one oneDNN compiles its kernels anew, 0.4 s a token in bf16.
-    `buffer_shape` is (layers, B, K, S, D).
+    `buffer_shape` is (layers, B, K, S, D); the buffers are made once.
     """
 
     def __init__(self, starts: Tensor, buffer_shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
@@ -88,7 +182,9 @@ class KeyValueCache:
         first, self.length = self.length, self.length + count
         new = self.columns[first : self.length]
         mask = self._open_column(first) if count == 1 and first else self._open_columns(new)
-        slots = [Slot(keys, values, first, mask) for keys, values in zip(self.keys, self.values, strict=True)]
+        seen = min(-(-self.length // COLUMN_STEP) * COLUMN_STEP, len(self.columns))
+        keys, values, mask = self.keys[..., :seen, :], self.values[..., :seen, :], mask[..., :seen]
+        slots = [Slot(*layer, first, mask) for layer in zip(keys, values, strict=True)]
         return (new - self.starts).clamp(min=0), slots
 
     def _open_column(self, column: int) -> Tensor:
@@ -108,27 +204,30 @@ class BlockAttention(torch.autograd.Function):
     """Query blocks against the keys up to their end, by `baddbmm`, softmax and `bmm`; probabilities are recomputed.
 
     The queries of one key-value head are laid under one another, so that grouped heads share a product. Only q, k and
-    v are kept for the backward pass: the probabilities would cost H x T^2 / 2 numbers a layer.
+    v are kept for the backward pass: the probabilities would cost H x T^2 / 2 numbers a layer. `starts` (B, T) is where
+    the document of each position begins, or None.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         """Output (B, H, T, D)."""
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v, starts)
         batch, heads, length, width = q.shape
         groups = heads // k.shape[1]
         keys, values = k.reshape(-1, length, width), v.reshape(-1, length, width)
         out = q.new_empty(batch * k.shape[1], groups, length, width)
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
-            probabilities = _probabilities(q, keys, groups, start, stop)
-            out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(-1, groups, stop - start, width)
+            first = _first_key(starts, start)
+            probabilities = _probabilities(q, keys, groups, first, start, stop, starts)
+            mixed = torch.bmm(probabilities, values[:, first:stop])
+            out[:, :, start:stop] = mixed.view(-1, groups, stop - start, width)
         return out.view(batch, heads, length, width)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         """Gradients of q, k and v: with P the probabilities, dS = P * (dP - rowsum(P * dP))."""
-        q, k, v = ctx.saved_tensors
+        q, k, v, starts = ctx.saved_tensors
         length, width = q.shape[2:]
         groups = q.shape[1] // k.shape[1]
         keys, values = k.reshape(-1, length, width), v.reshape(-1, length, width)
@@ -137,14 +236,17 @@ class BlockAttention(torch.autograd.Function):
         grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
-            probabilities = _probabilities(q, keys, groups, start, stop)
+            first = _first_key(starts, start)
+            probabilities = _probabilities(q, keys, groups, first, start, stop, starts)
             rows = _rows(grad, groups, start, stop)
-            grad_v[:, :stop].baddbmm_(probabilities.transpose(1, 2), rows)
-            upstream = torch.bmm(rows, values[:, :stop].transpose(1, 2))
+            grad_v[:, first:stop].baddbmm_(probabilities.transpose(1, 2), rows)
+            upstream = torch.bmm(rows, values[:, first:stop].transpose(1, 2))
             scores = torch._softmax_backward_data(upstream, probabilities, -1, probabilities.dtype).mul_(width**-0.5)
-            grad_q_blocks[:, :, start:stop] = torch.bmm(scores, keys[:, :stop]).view(-1, groups, stop - start, width)
-            grad_k[:, :stop].baddbmm_(scores.transpose(1, 2), _rows(q, groups, start, stop))
-        return grad_q, grad_k.view_as(k), grad_v.view_as(v)
+            grad_q_blocks[:, :, start:stop] = torch.bmm(scores, keys[:, first:stop]).view(
+                -1, groups, stop - start, width
+            )
+            grad_k[:, first:stop].baddbmm_(scores.transpose(1, 2), _rows(q, groups, start, stop))
+        return grad_q, grad_k.view_as(k), grad_v.view_as(v), None
 
 
 def _rows(x: Tensor, groups: int, start: int, stop: int) -> Tensor:
@@ -153,43 +255,63 @@ def _rows(x: Tensor, groups: int, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop].reshape(-1, groups * (stop - start), width)
 
 
-def _probabilities(q: Tensor, keys: Tensor, groups: int, start: int, stop: int) -> Tensor:
-    """Softmax over the keys up to `stop`: (B K, groups (stop - start), stop)."""
-    rows = _rows(q, groups, start, stop)
-    future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
-    mask = torch.zeros(stop - start, stop, dtype=q.dtype, device=q.device).masked_fill_(future, -math.inf)
+def _first_key(starts: Tensor | None, start: int) -> int:
+    """The first key that the queries from `start` on need, in whole blocks: for each new shape oneDNN compiles its kernels
+    anew. A compiler, which knows no values, reads all keys."""
+    if starts is None or torch.compiler.is_compiling():
+        return 0
+    return int(starts[:, start].min()) // BLOCK * BLOCK
+
+
+def _probabilities(
+    q: Tensor, keys: Tensor, groups: int, first: int, start: int, stop: int, starts: Tensor | None
+) -> Tensor:
+    """Softmax over the keys from `first` up to `stop`: (B K, groups (stop - start), stop - first)."""
+    rows, count = _rows(q, groups, start, stop), stop - first
+    future = torch.ones(stop - start, count, dtype=torch.bool, device=q.device).triu(start - first + 1)
+    mask = torch.zeros(stop - start, count, dtype=q.dtype, device=q.device).masked_fill_(future, -math.inf)
     mask = mask.repeat(groups, 1) if groups > 1 else mask
-    scores = torch.baddbmm(mask.unsqueeze(0), rows, keys[:, :stop].transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(mask.unsqueeze(0), rows, keys[:, first:stop].transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    if starts is not None:
+        foreign = torch.arange(first, stop, device=q.device) < starts[:, start:stop, None]
+        scores.view(len(q), -1, stop - start, count).masked_fill_(foreign.unsqueeze(1), -math.inf)
     return scores.softmax(-1)
 
 
-def choose_backend(requested: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The backend that `auto` means on this device in this dtype; a request stands. A table, so that a resume agrees."""
+def choose_backend(requested: str, device_type: str, dtype: torch.dtype, *, isolates: bool = False) -> Backend:
+    """The backend that `auto` means on this device in this dtype, documents isolated or not; a request stands. A table,
+    so that a resume agrees."""
     if requested != "auto":
         return requested  # type: ignore[return-value]
+    if device_type == "cuda" and isolates and dtype != torch.float32:
+        return "varlen"
     return "blocks" if device_type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 def check_backend(
-    backend: Backend, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
+    backend: Backend, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], *, isolates: bool = False
 ) -> str | None:
     """Compare a backend with the reference on a small case; None where it agrees, else what went wrong.
 
-    `heads` is (query heads, key-value heads, head width). Outputs and gradients must agree to 2e-2 of their largest
-    value in a 16-bit dtype, to 1e-4 in float32. The random state is left as it was.
+    `heads` is (query heads, key-value heads, head width); with `isolates` the case holds several documents. Outputs and
+    gradients must agree to 2e-2 of their largest value in a 16-bit dtype, to 1e-4 in float32. The random state is left
+    as it was.
     """
     generator = torch.Generator().manual_seed(0)
     query_heads, key_heads, width = heads
     length = 65
-    shapes = [(1, query_heads, length, width), (1, key_heads, length, width), (1, key_heads, length, width)]
+    shapes = [(2, query_heads, length, width), (2, key_heads, length, width), (2, key_heads, length, width)]
     inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     weight = torch.randn(shapes[0], generator=generator).to(device, dtype)
+    ids = (torch.arange(length).repeat(2, 1) // torch.tensor([[23], [32]])).to(device) if isolates else None
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     try:
-        found = _output_and_gradients(inputs, weight, backend)
+        found = _output_and_gradients(inputs, weight, backend, ids)
     except RuntimeError as error:
-        return f"attention backend {backend} does not run on {device.type} in {dtype}: {str(error).splitlines()[0]}"
-    reference = _output_and_gradients([x.detach().float().requires_grad_() for x in inputs], weight.float(), "eager")
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch's advice, which may follow, is not the user's
+        return f"attention backend {backend} does not run on {device.type} in {dtype}: {reason}"
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    reference = _output_and_gradients(wide, weight.float(), "eager", ids)
     for name, mine, theirs in zip(
         ("output", "gradient of q", "gradient of k", "gradient of v"), found, reference, strict=True
     ):
@@ -199,7 +321,11 @@ def check_backend(
     return None
 
 
-def _output_and_gradients(inputs: list[Tensor], weight: Tensor, backend: Backend) -> list[Tensor]:
+def _output_and_gradients(
+    inputs: list[Tensor], weight: Tensor, backend: Backend, document_ids: Tensor | None
+) -> list[Tensor]:
+    q, k, v = inputs
+    layout = lay_out(document_ids, torch.zeros(len(q), q.shape[2], dtype=torch.int64, device=q.device), backend)
     with torch.enable_grad():
-        out = attend(inputs[0], inputs[1], inputs[2], backend)
+        out = attend(q, k, v, backend, layout)
         return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]

@@ -79,19 +79,42 @@ TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
 NAME = re.compile(r"step_([0-9]{1,18})\.pt")
 
 
+def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
+    """A copy in the host's memory that training no longer touches, for `save_checkpoint` to write while it goes on.
+
+    `buffers` keeps the tensors of the copy for the next one: memory that is new costs the system ten times the copying.
+    Raises TypeError for a state that is not made of plain values, which is a bug of the caller.
+    """
+
+    def copy_to_host(tensor: Tensor, name: str) -> Tensor:
+        buffer = buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=True)
+
+    model, tied = _separate_ties(state["model"])
+    content: State = _to_plain({**state, "model": model, "tied": tied}, "state", copy_to_host)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the copies from the device were only begun
+    return content
+
+
 def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO_OPS) -> Path:
     """Write `step_XXXX.pt`, then `latest.json`, each whole or not at all; what was written is read back before it counts.
 
-    Raises ResourceError where the disk refuses, and then every older file is intact; TypeError for a state that is not
-    made of plain values, which is a bug of the caller; TrainingError for weights that are not finite.
+    `state` may be a snapshot. Raises ResourceError where the disk refuses, and then every older file is intact; TypeError
+    for a state that is not made of plain values, which is a bug of the caller; TrainingError for weights that are not
+    finite.
     """
-    model, tied = _separate_ties(state["model"])
-    content = _to_plain({**state, "model": model, "tied": tied}, "state")
+    content = state
+    if "tied" not in state:
+        model, tied = _separate_ties(state["model"])
+        content = _to_plain({**state, "model": model, "tied": tied}, "state")
     problem = _find_wrong_entry(content)
     if problem or content["step"] != step:
         raise TypeError(problem or f"the state is of step {content['step']}, not {step}")
     path = folder / f"step_{step:04d}.pt"
-    if problem := _find_wrong_weight(model):
+    if problem := _find_wrong_weight(content["model"]):
         raise TrainingError(
             f"{path} - it was not saved: {problem} - lower training.learning_rate and go on from the checkpoint before"
         )
@@ -434,26 +457,26 @@ def _walk(state: object) -> Iterator[tuple[str, object]]:
             waiting.append((f"{name}.{key}" if name else str(key), child, depth + 1))
 
 
-def _to_plain(value: Any, name: str) -> Any:
+def _to_plain(value: Any, name: str, to_host: Callable[[Tensor, str], Tensor] = lambda tensor, _: tensor.cpu()) -> Any:
     """A copy of plain containers and values, tensors on the CPU. Raises TypeError naming what a checkpoint cannot hold."""
     if isinstance(value, Tensor):
-        return _to_host(value, name)
+        return _stand_alone(to_host(value.detach(), name), name)
     if isinstance(value, Mapping):
         wrong = next((key for key in value if type(key) not in (str, int)), None)
         if wrong is not None:
             raise TypeError(f"{name} has the key {wrong!r}, a {type(wrong).__name__}")
-        return {key: _to_plain(child, f"{name}.{key}") for key, child in value.items()}
+        return {key: _to_plain(child, f"{name}.{key}", to_host) for key, child in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_to_plain(child, f"{name}.{number}") for number, child in enumerate(value))
+        return type(value)(_to_plain(child, f"{name}.{number}", to_host) for number, child in enumerate(value))
     if type(value) not in SCALARS:
         # A numpy number looks like one of Python's until weights_only refuses the file that holds it.
         raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold; convert it first")
     return value
 
 
-def _to_host(tensor: Tensor, name: str) -> Tensor:
-    """The tensor on the CPU, alone in its storage: a view would write all that it is a view of."""
-    host = tensor.detach().cpu().contiguous()
+def _stand_alone(host: Tensor, name: str) -> Tensor:
+    """The tensor alone in its storage: a view would write all that it is a view of."""
+    host = host.contiguous()
     if type(host) is not Tensor:
         raise TypeError(f"{name} is a {type(host).__name__}, which a checkpoint cannot hold; gather it first")
     return host if host.untyped_storage().nbytes() == host.nbytes else host.clone()

@@ -35,37 +35,52 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="smollm2", description="Train SmolLM2-class language models from text.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    train = commands.add_parser(
-        "train",
-        help="train a model from a text file",
-        description="Train a model. Values come from the defaults, then the config file or preset, then the flags.",
-        allow_abbrev=False,
+    text = "Train a model. Values come from the defaults, then the config file or preset, then the flags."
+    add_run_flags(add_command(commands, "train", run_training, "train a model from a text file", text))
+    text = "Say what a run will take, by arithmetic. Takes the flags of train."
+    add_run_flags(
+        add_command(commands, "plan", show_plan, "what a run will take: parameters, memory, disk, time", text)
     )
-    add_run_flags(train)
-    train.set_defaults(run=run_training)
-    plan = commands.add_parser(
-        "plan",
-        help="what a run will take: parameters, memory, disk, time",
-        description="Say what a run will take, by arithmetic. Takes the flags of train.",
-        allow_abbrev=False,
-    )
-    add_run_flags(plan)
-    plan.set_defaults(run=show_plan)
     add_evaluate(commands)
     add_export(commands)
     add_generate(commands)
     return parser
 
 
+def add_command(
+    commands: "argparse._SubParsersAction[Parser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    description: str,
+) -> Parser:
+    """`smollm2 NAME`, to which its flags are added."""
+    parser = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which trained model a command is about."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a .pt file, a run folder (its newest checkpoint), or a Hugging Face folder"
+    )
+    parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Where a command computes."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+
+
 def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     """`smollm2 evaluate`."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="loss, perplexity and bits per byte of a model on a text",
-        description="Score each token of a text once, in windows as long as the context, and print the loss.",
-        allow_abbrev=False,
+    text = "Score each token of a text once, in windows as long as the context, and print the loss."
+    parser = add_command(
+        commands, "evaluate", run_evaluation, "loss, perplexity and bits per byte of a model on a text", text
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a Hugging Face folder")
+    add_model_flags(parser)
+    add_device_flag(parser)
     parser.add_argument("--input_file", metavar="FILE", required=True, help="text file, UTF-8; - is standard input")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between two windows; default: half the context")
     parser.add_argument(
@@ -78,19 +93,16 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--per_document", action="store_true", help="score each document alone, and list them")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.set_defaults(run=run_evaluation)
 
 
 def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     """`smollm2 export`."""
-    parser = commands.add_parser(
-        "export",
-        help="a Hugging Face folder, proved to be the same model",
-        description="Write a folder that transformers, vLLM and others load. It appears only when, loaded again from the "
-        "disk, it gave the checkpoint's logits, loss, greedy text and token ids.",
-        allow_abbrev=False,
+    text = (
+        "Write a folder that transformers, vLLM and others load. It appears only when, loaded again from the disk, it gave "
+        "the checkpoint's logits, loss, greedy text and token ids."
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a Hugging Face folder")
+    parser = add_command(commands, "export", run_export, "a Hugging Face folder, proved to be the same model", text)
+    add_model_flags(parser)
     parser.add_argument("folder", metavar="OUT", help="the folder to write")
     parser.add_argument(
         "--dtype", choices=["float32", "bf16", "fp16"], default="float32", help="of the weights; default: float32"
@@ -102,20 +114,14 @@ def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--input_file", metavar="FILE", help="text of the comparison; default: Python's own documentation"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export of that name")
-    parser.set_defaults(run=run_export)
 
 
 def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     """`smollm2 generate`."""
-    parser = commands.add_parser(
-        "generate",
-        help="text from a checkpoint or an exported folder",
-        description="Continue a prompt; without one, start a new document. Results go to standard output, remarks to "
-        "standard error.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="a .pt file, a run folder, or a Hugging Face folder")
-    parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
+    text = "Continue a prompt; without one, start a new document. Results go to standard output, remarks to standard error."
+    parser = add_command(commands, "generate", run_generation, "text from a checkpoint or an exported folder", text)
+    add_model_flags(parser)
+    add_device_flag(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     source.add_argument(
@@ -129,7 +135,6 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default: {default}")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], help="default: float32; bf16 on a GPU")
-    parser.set_defaults(run=run_generation)
 
 
 GENERATE_NUMBERS: list[tuple[str, type[int] | type[float], float, str]] = [
@@ -215,27 +220,29 @@ def show_plan(args: argparse.Namespace) -> None:
 
 def run_evaluation(args: argparse.Namespace) -> None:
     """`smollm2 evaluate`."""
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch_size {args.batch_size} is too small; use 1 or more")
-    import torch
-
-    from smollm2.evaluation import evaluate
-    from smollm2.loading import load_for_evaluation
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, separator = load_for_evaluation(Path(args.checkpoint), device)
-    if args.document_separator is not None:
-        separator = args.document_separator.replace("\\f", "\f").replace("\\n", "\n").replace("\\t", "\t")
-    if separator == "":
+    check_range("--batch_size", args.batch_size, 1, 10**6)
+    if args.document_separator == "":
         raise ConfigError("--document_separator is empty; give the text between two documents, or leave it out")
+    from smollm2.config import DataConfig
+    from smollm2.evaluation import evaluate
+    from smollm2.loading import load_source, read_config
+
+    device = choose_device(args)
+    model, tokenizer, state = load_source(Path(args.model), best=args.best, say=remark)
+    data = read_config(state, Path(args.model)).data if state else DataConfig()
+    separator = data.document_separator
+    del state  # the moments, two thirds of a checkpoint
+    if args.document_separator:
+        separator = args.document_separator.replace("\\f", "\f").replace("\\n", "\n").replace("\\t", "\t")
     found = evaluate(
-        model,
+        model.to(device),
         tokenizer,
         Path(args.input_file),
         batch_size=args.batch_size,
         stride=args.stride,
         separator=separator,
         per_document=args.per_document,
+        document_mask=data.document_mask,
     )
     print(json.dumps(found) if args.json else "\n".join(describe_evaluation(found)))
 
@@ -267,12 +274,14 @@ def run_export(args: argparse.Namespace) -> None:
     from smollm2.exporting.hugging_face import export
 
     certificate = export(
-        args.checkpoint,
+        args.model,
         args.folder,
         dtype=args.dtype,
+        best=args.best,
         force=args.force,
         shard_bytes=int(args.shard_gb * 1e9),
         text_file=args.input_file,
+        say=remark,
     )
     for reading in certificate["readers"]:
         print(
@@ -308,15 +317,15 @@ def prepare_generation(args: argparse.Namespace) -> Write:
     import torch
 
     from smollm2.generation import Sampling, stream
-    from smollm2.loading import load_run
+    from smollm2.loading import load_source
 
     sampling = Sampling(
         args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty
     )  # before the model is loaded: a wrong value is said at once
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_run(Path(args.model), device, best=args.best, say=remark)
+    device = choose_device(args)
+    model, tokenizer, _ = load_source(Path(args.model), best=args.best, say=remark)
     precision = args.precision or ("bf16" if device == "cuda" else "float32")
-    model.to({"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    model.to(device, {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
     def write(prompts: Sequence[str], seeds: Sequence[int]) -> "Iterator[Piece]":
         return stream(
@@ -331,6 +340,16 @@ def prepare_generation(args: argparse.Namespace) -> Write:
         )
 
     return write
+
+
+def choose_device(args: argparse.Namespace) -> str:
+    """The device of --device. Raises ConfigError where it is not here."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise ConfigError("--device - torch finds no cuda GPU here - leave it out, or give cpu")
+    return args.device or ("cuda" if has_gpu else "cpu")
 
 
 def check_range(name: str, value: int, low: int, high: int) -> None:
@@ -408,7 +427,7 @@ def continue_prompts(args: argparse.Namespace, write: Write) -> None:
 
 
 def show(text: str) -> None:
-    """Text of a model or a prompt; on a terminal nothing in it is obeyed."""
+    """Text of a model or a prompt: escaped on a terminal, which would obey it; into a file or a pipe as it is."""
     from smollm2.tracking.base import escape_controls
 
     print(escape_controls(text) if sys.stdout.isatty() else text, end="", flush=True)

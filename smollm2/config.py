@@ -119,6 +119,11 @@ class DataConfig(Section):
         resume="refused",
         min_length=1,
     )
+    document_mask: bool = key(
+        False,
+        "Documents in one window see nothing of one another, and the first token of each is no target.",
+        resume="refused",
+    )
 
 
 class TrainingConfig(Section):
@@ -178,13 +183,19 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = key(
         "auto", "Number format of the products; auto: bf16 where the hardware computes it.", resume="noted"
     )
-    attention: Literal["auto", "sdpa", "blocks", "eager"] = key(
-        "auto", "Attention backend; auto picks, checks and names one.", resume="noted"
+    attention: Literal["auto", "sdpa", "blocks", "varlen", "flex", "eager"] = key(
+        "auto",
+        "Attention backend; auto picks, checks and names one. varlen and flex need a GPU.",
+        resume="noted",
     )
     gradient_checkpointing: bool = key(
         False, "Recompute each block in the backward pass: less memory, about 30 % more arithmetic.", resume="noted"
     )
-    compile: bool = key(False, "Compile each block with torch.compile.", resume="noted")
+    compile: bool = key(
+        False,
+        "Compile each block with torch.compile; on a CPU it wins about a tenth, after up to a minute at the first update.",
+        resume="noted",
+    )
     seed: int = key(1337, "Seed of weights, data order and samples.", resume="refused", ge=0, lt=2**63)
 
     log_interval: int = key(10, "Updates between two reports.", resume="free", ge=1, le=10**9)
@@ -354,6 +365,11 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         t.min_learning_rate <= t.learning_rate,
         "training.min_learning_rate",
         f"{t.min_learning_rate:g} is above training.learning_rate {t.learning_rate:g}; lower it",
+    )
+    check(
+        not d.document_mask or d.document_separator is not None,
+        "data.document_mask",
+        "true acts only where data.document_separator is set; without that the file is one document",
     )
     for position, beta in enumerate(t.betas):
         check(0 <= beta < 1, "training.betas", f"beta {position + 1} is {beta:g}; it must be at least 0 and below 1")

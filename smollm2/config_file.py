@@ -85,6 +85,7 @@ OTHER_WORDS = {
     "data.input": "input_file dataset train_file data_path path text",
     "data.validation_fraction": "val_fraction val_split valid_fraction test_size",
     "data.document_separator": "separator delimiter",
+    "data.document_mask": "doc_mask document_masking intra_document_masking mask_documents block_diagonal",
     "wandb.project": "project_name wandb_project",
     "wandb.name": "run_name wandb_name",
     "wandb.enabled": "use_wandb wandb_log",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from smollm2.data.text import Piece, cut_pieces, open_text
-from smollm2.data.windows import Windows
+from smollm2.data.windows import Windows, number_documents, stack
 from smollm2.errors import ConfigError, DataError
 from smollm2.loss import IGNORED, next_token_loss
 from smollm2.model import SmolLM2
@@ -76,10 +76,9 @@ def score_windows(
     try:
         for start in range(0, len(indices), batch_size):
             stop()
-            rows = [windows.read(index) for index in indices[start : start + batch_size]]
-            input_ids, labels = (np.stack(arrays) for arrays in zip(*rows, strict=True))
-            loss, _ = model(torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device))
-            targets = labels[labels != IGNORED]
+            batch = stack([windows.read(index) for index in indices[start : start + batch_size]])
+            loss, _ = model(*(torch.from_numpy(array).to(device) for array in batch if array is not None))
+            targets = batch.labels[batch.labels != IGNORED]
             loss_sum += loss.item()
             tokens += len(targets)
             text_bytes += int(bytes_per_token[targets].sum())
@@ -166,14 +165,16 @@ def evaluate(
     stride: int | None = None,
     separator: str | None = None,
     per_document: bool = False,
+    document_mask: bool = False,
 ) -> dict[str, Any]:
     """Loss (nats per token), perplexity and bits per byte of a text or a file (a Path; `-` is standard input), streamed.
 
     Windows are as long as the context and start every `stride` tokens (default: half of it), so that each token is scored
     once, with at least length - stride tokens before it where the text has them. Documents, where `separator` is between
     them, are read as in training: one stream, an end of text after each; its first token alone is not scored. With
-    `per_document` each is scored alone, behind an end of text, and has its row in `documents`. The 95 % intervals take
-    windows (or documents) as independent. Raises DataError for a text without a target or a file that cannot be read.
+    `per_document` each is scored alone, behind an end of text, and has its row in `documents`. With `document_mask`, as
+    where it was on in training, a document sees nothing of another and its first token is not scored. The 95 % intervals
+    take windows (or documents) as independent. Raises DataError for a text without a target or a file that cannot be read.
     """
     length = model.config.max_position_embeddings
     stride = max(1, length // 2) if stride is None else stride
@@ -183,7 +184,8 @@ def evaluate(
     with tempfile.TemporaryDirectory() as spool:
         pieces = open_pieces(text_or_path, separator, Path(spool))
         rows = cut_rows(pieces, counted, length, stride, per_document=per_document)
-        parts = score_rows(model, rows, tokenizer.bytes_per_token, batch_size=batch_size)
+        end_of_text = tokenizer.end_of_text if document_mask else None
+        parts = score_rows(model, rows, tokenizer.bytes_per_token, end_of_text, batch_size=batch_size)
         documents = list(sum_documents(parts)) if per_document else []
         loss, bits = add_up(documents if per_document else (total for _, total in parts))
     if not loss.b:
@@ -279,20 +281,22 @@ def slide(document: int, blocks: Iterable[list[int]], length: int, stride: int) 
 
 @torch.inference_mode()
 def score_rows(
-    model: SmolLM2, rows: Iterator[Row], bytes_per_token: np.ndarray, *, batch_size: int
+    model: SmolLM2, rows: Iterator[Row], bytes_per_token: np.ndarray, end_of_text: int | None, *, batch_size: int
 ) -> Iterator[tuple[int, Evaluation]]:
-    """(document, totals) of each row, in order; logits are never held for more than a chunk of tokens."""
+    """(document, totals) of each row, in order; logits are never held for more than a chunk of tokens. With `end_of_text`
+    documents are isolated."""
     device = model.lm_head.weight.device
     was_training = model.training
     model.eval()
     while batch := list(islice(rows, batch_size)):
         longest = max(len(row.ids) for row in batch) - 1
-        padded = torch.tensor([row.ids[:-1] + [0] * (longest + 1 - len(row.ids)) for row in batch])
-        hidden = model.model(padded.to(device))
+        padded = np.array([row.ids[:-1] + [0] * (longest + 1 - len(row.ids)) for row in batch])
+        numbers = None if end_of_text is None else torch.from_numpy(number_documents(padded, end_of_text)).to(device)
+        hidden = model.model(torch.from_numpy(padded).to(device), numbers)
         for row, states in zip(batch, hidden, strict=True):
-            targets = row.ids[row.context + 1 :]
-            kept = states[row.context : len(row.ids) - 1]
-            loss, _ = next_token_loss(kept, model.lm_head.weight, torch.tensor(targets, device=device))
+            scored = [at for at in range(row.context, len(row.ids) - 1) if row.ids[at] != end_of_text]
+            targets = [row.ids[at + 1] for at in scored]
+            loss, _ = next_token_loss(states[scored], model.lm_head.weight, torch.tensor(targets, device=device))
             yield row.document, Evaluation(loss.item(), len(targets), int(bytes_per_token[targets].sum()))
     model.train(was_training)
 

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smollm2.attention import KeyValueCache
+from smollm2.attention import COLUMN_STEP, KeyValueCache
+from smollm2.decoding import Decoder
 from smollm2.errors import ConfigError, DataError
 from smollm2.model import SmolLM2
 from smollm2.tokenizer import Tokenizer
-
-SHAPE_STEP = 64
-"""Buffers, and in 16 bits the prompts too, are padded to multiples of this: for each new shape oneDNN compiles its
-kernels anew, 0.4 s a token in bf16."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,7 @@ def stream(
     try:
         with torch.inference_mode():
             cache, logits = prefill(model, rows)
+            decoder = Decoder(model, compute_dtype(model.lm_head.weight), len(rows))
         while True:
             with torch.inference_mode():
                 tokens = sample(logits, rows, sampling)
@@ -114,7 +112,7 @@ def stream(
                 if slide_windows(rows, model.config.max_position_embeddings, say) or cache.is_full:
                     cache, logits = prefill(model, rows)
                 else:
-                    logits = decode_one_token(model, tokens, cache)
+                    logits = decoder.step(torch.tensor(tokens, device=logits.device), cache)
     finally:
         model.train(was_training)
 
@@ -219,22 +217,15 @@ def prefill(model: SmolLM2, rows: Sequence[Row]) -> tuple[KeyValueCache, Tensor]
     dtype = compute_dtype(weight)
     windows = [row.window for row in rows]
     longest = max(map(len, windows))
-    step = SHAPE_STEP if dtype != torch.float32 else 1
+    step = COLUMN_STEP if dtype != torch.float32 else 1
     width = -(-longest // step) * step
     ahead = max(row.limit - len(row.ids) for row in rows if not row.end)
-    columns = -(-(width + min(ahead, config.max_position_embeddings - longest)) // SHAPE_STEP) * SHAPE_STEP
+    columns = -(-(width + min(ahead, config.max_position_embeddings - longest)) // COLUMN_STEP) * COLUMN_STEP
     starts = torch.tensor([width - len(window) for window in windows], device=weight.device)
     shape = (config.num_hidden_layers, len(rows), config.num_key_value_heads, columns, config.head_dim)
     cache = KeyValueCache(starts, shape, dtype)
     ids = torch.tensor([[0] * (width - len(window)) + window for window in windows], device=weight.device)
     return cache, model.lm_head(model.model.extend(ids, cache)[:, -1])
-
-
-def decode_one_token(model: SmolLM2, tokens: Sequence[int], cache: KeyValueCache) -> Tensor:
-    """Logits (B, V) after one more token of each text."""
-    ids = torch.tensor(tokens, device=cache.starts.device).unsqueeze(1)
-    logits: Tensor = model.lm_head(model.model.extend(ids, cache)[:, 0])
-    return logits
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Open a trained model: a `.pt` of ours, or a Hugging Face folder (Llama, or StableLM for LayerNorm).
+"""Open a trained model: a `.pt` of ours, a run folder, or a Hugging Face folder (Llama, or StableLM for LayerNorm).
 
 The parameter names are Hugging Face's, so that a folder is read as it is. What the config of a folder asks for and this
 model does not compute is refused by name, never ignored.
@@ -23,22 +23,31 @@ from smollm2.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SmolLM2, Tokenizer]:
-    """The model, in evaluation mode and float32, and its tokenizer. Raises CheckpointError or DataError."""
-    path = Path(path)
-    if path.is_dir():
-        model = load_hugging_face_model(path)
-        return model.to(device).eval(), load_tokenizer(str(path))
-    model, tokenizer = restore_model(load_checkpoint(path), path)
+    """The model, in evaluation mode and float32, and its tokenizer: of a `.pt`, of a run folder's newest valid checkpoint
+    or of a Hugging Face folder. Raises CheckpointError or DataError."""
+    model, tokenizer, _ = load_source(Path(path))
     return model.to(device), tokenizer
 
 
-def load_for_evaluation(path: Path, device: str) -> tuple[SmolLM2, Tokenizer, str | None]:
-    """As `load_model`, and what stood between two documents of the text it was trained on, where a checkpoint says it."""
+def load_source(
+    path: Path, *, best: bool = False, say: Callable[[str], None] = lambda message: None
+) -> tuple[SmolLM2, Tokenizer, Mapping[str, Any] | None]:
+    """As `load_model` on the CPU, and the checkpoint's content, which a Hugging Face folder has not.
+
+    With `best` a run folder's checkpoint with the lowest validation loss. `say` hears of checkpoints that are passed over.
+    """
+    if best:
+        path = path / read_best_name(path)
+    if (path / "config.json").exists():
+        return load_hugging_face_model(path).eval(), load_tokenizer(str(path)), None
     if path.is_dir():
-        return *load_model(path, device), None
-    state = load_checkpoint(path)
-    model, tokenizer = restore_model(state, path)
-    return model.to(device), tokenizer, read_config(state, path).data.document_separator
+        found = find_resumable(path, say)
+        if found is None:
+            raise CheckpointError(f"{describe_missing(path)}; a model folder would hold config.json")
+        path, state = found
+    else:
+        state = load_checkpoint(path)
+    return *restore_model(state, path), state
 
 
 def restore_model(state: Mapping[str, Any], path: Path) -> tuple[SmolLM2, Tokenizer]:
@@ -58,7 +67,7 @@ def read_config(state: Mapping[str, Any], path: Path) -> Config:
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> SmolLM2:
-    """A model of this shape with these weights, in float32. Raises CheckpointError naming what does not fit."""
+    """A model of this shape with these weights, in float32. Raises CheckpointError naming what does not fit, or is not finite."""
     with torch.device("meta"):
         model = SmolLM2(config)
     check_shapes(model.state_dict(), weights, path)
@@ -66,6 +75,9 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        if not all(map(torch.isfinite, parameter.detach().aminmax())):  # NaN spreads to both
+            raise CheckpointError(f"{path} - {name} holds NaN or infinite values - take a copy that is sound")
     return model
 
 
@@ -186,26 +198,6 @@ def read_rope_theta(found: Mapping[str, Any], path: Path) -> float:
     if partial != 1.0:
         raise CheckpointError(f"{path}: partial_rotary_factor {partial!r} is not supported; 1.0 is")
     return float(parameters.get("rope_theta", found.get("rope_theta", 10000.0)))
-
-
-def load_run(
-    path: Path, device: str, *, best: bool = False, say: Callable[[str], None] = lambda message: None
-) -> tuple[SmolLM2, Tokenizer]:
-    """`load_model`, and for a run folder its newest valid checkpoint, or the one with the lowest validation loss.
-
-    `say` hears of checkpoints that are passed over. Raises CheckpointError.
-    """
-    if best:
-        return load_model(path / read_best_name(path), device)
-    if not path.is_dir() or (path / "config.json").exists():
-        return load_model(path, device)
-    found = find_resumable(path, say)
-    if found is None:
-        raise CheckpointError(f"{describe_missing(path)}; a model folder would hold config.json")
-    checkpoint, state = found
-    model = build_model(Config.model_validate_json(state["config"]).model, state["model"], checkpoint)
-    tokenizer = tokenizer_from_text(state["tokenizer"]["text"], state["tokenizer"]["end_of_text"])
-    return model.to(device).eval(), tokenizer
 
 
 def read_best_name(folder: Path) -> str:

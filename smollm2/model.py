@@ -6,13 +6,13 @@ compilation are applied from outside.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smollm2.attention import Backend, KeyValueCache, Slot, attend, attend_cached
+from smollm2.attention import Backend, KeyValueCache, Layout, Slot, attend, attend_cached, lay_out
 from smollm2.config import ModelConfig
 from smollm2.functional import layer_norm, rms_norm, rotary_tables, rotate, swiglu
 from smollm2.loss import next_token_loss
@@ -91,13 +91,13 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.backend: Backend = "sdpa"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Slot | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); with a slot, over what it holds too."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Layout | Slot = None) -> Tensor:
+        """(B, T, C) -> (B, T, C), each position over what it sees: by a layout, or all that a cache's slot holds too."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)  # B H T D
         k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)  # B K T D
         v = self.v_proj(x).view(heads).transpose(1, 2)  # B K T D
-        mixed = attend(q, k, v, self.backend) if slot is None else attend_cached(q, k, v, slot)
+        mixed = attend_cached(q, k, v, seen) if isinstance(seen, Slot) else attend(q, k, v, self.backend, seen)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -127,9 +127,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = NORMS[config.norm](config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slot: Slot | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Layout | Slot = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, slot)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -145,16 +145,17 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config)
         self.checkpointing = False
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, C)."""
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, C); document_ids as the language model takes them."""
         length = input_ids.shape[1]
         cos, sin = self.rotary.cos[:length], self.rotary.sin[:length]
+        seen = lay_out(document_ids, input_ids, cast(Block, self.layers[0]).self_attn.backend)
         x = self.embed(input_ids)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, seen, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin)
+                x = layer(x, cos, sin, seen)
         out: Tensor = self.norm(x)
         return out
 
@@ -200,10 +201,18 @@ class SmolLM2(nn.Module):
                 factor = (2 * self.config.num_hidden_layers) ** -0.5 if scaled else 1.0
                 nn.init.normal_(parameter, 0.0, std * factor, generator=generator)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, z_loss: float = 0.0) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+    ) -> Any:
         """Logits (B, T, V) for input_ids (B, T); with labels (B, T), where labels[t] is the token after input_ids[t]
-        and -100 no target: (sum of the loss over the targets, float32; their number)."""
-        hidden = self.model(input_ids)
+        and -100 no target: (sum of the loss over the targets, float32; their number). With document_ids (B, T), which
+        rise along T, a position sees those of its own document alone."""
+        hidden = self.model(input_ids, document_ids)
         if labels is None:
             return self.lm_head(hidden)
         return next_token_loss(hidden, self.lm_head.weight, labels, z_loss=z_loss)

@@ -53,6 +53,7 @@ from smollm2.runtime import (
     random_state,
     restore_random_state,
 )
+from smollm2.saving import Saver
 from smollm2.step import (
     SPIKE_WINDOW,
     StepResult,
@@ -115,7 +116,7 @@ class Run:
     prepared: nn.Module  # the model as it is called in training: itself, or wrapped for several ranks
     optimizers: Mapping[str, Optimizer]
     tracker: Fanout
-    rows: JsonlTracker | None
+    saver: Saver | None  # rank 0's
     wandb_run_id: str
     resumed_step: int
 
@@ -209,10 +210,12 @@ def open_run(
         check_changes(config, start, store, console)
     if runtime.rank == 0:
         check_disk(config, folder)
-    windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size)
+    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
+    windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size, end_of_text)
     validation = None
     if len(store.validation) > 1:
-        validation = Windows(store.validation, t.sequence_length, t.sequence_length, tokenizer.vocab_size)
+        length = t.sequence_length
+        validation = Windows(store.validation, length, length, tokenizer.vocab_size, end_of_text)
     console.say(store.statistics.describe(windows))
     model = build_model(config, runtime)
     trackers: list[Any] = [console]
@@ -233,6 +236,10 @@ def open_run(
         trackers += [tensorboard] if tensorboard else []
     tracker = Fanout(trackers)
     stack.callback(tracker.close)
+    saver = None
+    if rows:
+        saver = Saver(config, rows, tracker)
+        stack.callback(saver.close)
     return Run(
         config=config,
         runtime=runtime,
@@ -244,7 +251,7 @@ def open_run(
         prepared=model,
         optimizers=build_optimizers(model, t),
         tracker=tracker,
-        rows=rows,
+        saver=saver,
         wandb_run_id=run_id,
         resumed_step=start[1]["step"] if start else 0,
     )
@@ -368,12 +375,12 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
     t, m = config.training, config.model
     torch.manual_seed(t.seed)
     model = SmolLM2(m).to(runtime.device)
-    backend = choose_backend(t.attention, runtime.device.type, runtime.precision.dtype)
-    problem = check_backend(
-        backend, runtime.device, runtime.precision.dtype, (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
-    )
+    heads = (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
+    dtype, isolates = runtime.precision.dtype, config.data.document_mask
+    backend = choose_backend(t.attention, runtime.device.type, dtype, isolates=isolates)
+    problem = check_backend(backend, runtime.device, dtype, heads, isolates=isolates)
     if problem:
-        raise TrainingError(f"{problem}; use training.attention: eager")
+        raise TrainingError(f"{problem}; use training.attention: {'eager' if backend == 'sdpa' else 'sdpa'}")
     for block in model.model.layers:
         cast(Block, block).self_attn.backend = backend
     model.model.checkpointing = t.gradient_checkpointing

@@ -303,7 +303,15 @@ def weight_sums(model: nn.Module) -> Tensor:
 
 
 def compile_blocks(layers: nn.ModuleList) -> None:
-    """Compile each block in place: seconds instead of minutes, and names stay as they are."""
+    """Compile each block in place: seconds instead of minutes, and names stay as they are.
+
+    Raises ConfigError where this machine has no compiler that torch can use, before the first update finds it out.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=next(layers.parameters()).device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"training.compile: true - torch cannot compile here ({reason}) - set it to false") from None
     for layer in layers:
         layer.compile()
 
@@ -364,6 +372,18 @@ def memory_limit() -> int | None:
             if match := re.match(pattern, Path(path).read_text()):
                 found.append(int(match[1]) * unit)
     return min(found, default=None)
+
+
+def memory_free() -> int | None:
+    """Bytes of memory that can be had now, on this machine or in this container; None where the system does not say."""
+    with contextlib.suppress(OSError):
+        if match := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            free = int(match[1]) * 1024
+            with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+                limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+                free = min(free, limit - used)
+            return free
+    return None
 
 
 def environment() -> MutableMapping[str, str]:

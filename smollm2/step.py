@@ -24,6 +24,9 @@ MAX_OVERFLOWS_IN_A_ROW = 20
 SPIKE_WINDOW = 128
 SPIKE_SIGMAS = 6
 
+MicroBatch = tuple[Tensor, ...]
+"""input_ids, labels and, where documents are isolated, document_ids, each (B, T)."""
+
 
 class MicroBatchTooLarge(Exception):
     """Some rank had no memory for it; all ranks raise this together, and the step begins anew in smaller ones."""
@@ -65,14 +68,14 @@ def smaller_micro_batch(share: int, size: int) -> int | None:
 def update(
     model: nn.Module,
     optimizers: Mapping[str, Optimizer],
-    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[MicroBatch],
     runtime: Runtime,
     *,
     learning_rate: float,
     max_grad_norm: float,
     z_loss: float = 0.0,
 ) -> StepResult:
-    """One update from this rank's micro-batches of (input_ids, labels), each (B, T).
+    """One update from this rank's micro-batches.
 
     Weights and moments move only where the loss and the gradient's norm are finite, on every rank or on none. Raises
     MicroBatchTooLarge as `accumulate_gradients` does.
@@ -98,44 +101,45 @@ def update(
 
 
 def accumulate_gradients(
-    model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]], runtime: Runtime, *, z_loss: float = 0.0
+    model: nn.Module, micro_batches: Sequence[MicroBatch], runtime: Runtime, *, z_loss: float = 0.0
 ) -> tuple[Tensor, int]:
     """Add to every parameter's `grad` the gradient of the global mean loss; returns that loss and the target count.
 
     Raises MicroBatchTooLarge, with no gradient left behind, on all ranks where one ran out of memory before the last
-    micro-batch, in whose backward pass they meet; alone, in any of them.
+    micro-batch; alone, in any of them. In the last one's backward pass the ranks meet, and who runs out there can tell the
+    others nothing but by ending: OutOfMemoryError.
     """
-    local = torch.stack([(labels != -100).sum() for _, labels in micro_batches]).sum()
+    local = torch.stack([(labels != -100).sum() for _, labels, *_ in micro_batches]).sum()
     count = runtime.sum(local)
     scale = runtime.world_size / count.float()  # DDP averages gradients over ranks
     total = torch.zeros((), dtype=torch.float32, device=runtime.device)
 
-    def add_gradient(input_ids: Tensor, labels: Tensor, *, waits: bool = False) -> None:
+    def add_gradient(micro_batch: MicroBatch, *, waits: bool = False) -> None:
         runtime.pulse.mark("a micro-batch", waits=waits)
         with runtime.autocast():
-            loss, _ = model(input_ids, labels, z_loss=z_loss)
+            loss, _ = model(*micro_batch, z_loss=z_loss)
         runtime.scaler.scale(loss * scale).backward()
         total.add_(loss.detach())
 
     before_meeting = len(micro_batches) - (runtime.world_size > 1)
 
     def add_gradients_alone() -> None:
-        for pair in micro_batches[:before_meeting]:
-            add_gradient(*pair)
+        for micro_batch in micro_batches[:before_meeting]:
+            add_gradient(micro_batch)
 
     with runtime.accelerator.no_sync(model):
         try_to_fit(model, runtime, add_gradients_alone)
-    for pair in micro_batches[before_meeting:]:
-        add_gradient(*pair, waits=True)
+    for micro_batch in micro_batches[before_meeting:]:
+        add_gradient(micro_batch, waits=True)
     return runtime.sum(total) / count, int(count)
 
 
-def rehearse(model: nn.Module, input_ids: Tensor, labels: Tensor, runtime: Runtime) -> None:
+def rehearse(model: nn.Module, micro_batch: MicroBatch, runtime: Runtime) -> None:
     """Both passes over one micro-batch, for nothing: what does not fit is found before ranks wait for one another."""
 
     def both_passes() -> None:
         with runtime.autocast():
-            loss, _ = model(input_ids, labels)
+            loss, _ = model(*micro_batch)
         loss.backward()
 
     with runtime.accelerator.no_sync(model):

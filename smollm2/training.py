@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import torch
-from torch import Tensor
 
 from smollm2 import checkpoint, plan
 from smollm2.config import Config
 from smollm2.data.batches import prefetched
-from smollm2.data.windows import Ints
+from smollm2.data.windows import Batch
 from smollm2.errors import (
     DataError,
     Interrupted,
@@ -60,8 +59,10 @@ from smollm2.runtime import (
     start_runtime,
     weight_sums,
 )
+from smollm2.saving import list_before
 from smollm2.step import (
     SPIKE_WINDOW,
+    MicroBatch,
     MicroBatchTooLarge,
     StepResult,
     micro_batch_size,
@@ -72,9 +73,7 @@ from smollm2.step import (
 )
 from smollm2.tracking.base import Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
-from smollm2.tracking.jsonl import JsonlTracker
 
-MAX_FAILED_SAVES = 3
 REPLICA_INTERVAL = 1000
 """Updates between two comparisons of the ranks' weights; each save compares them as well."""
 
@@ -192,10 +191,12 @@ def train(
             if isinstance(error, TrainingError):
                 raise TrainingError(f"{error} ({log.path})") from None
             if isinstance(error, torch.OutOfMemoryError):
-                raise ResourceError(
+                short = ResourceError(
                     f"training.batch_size: {config.training.batch_size} - out of memory - lower it, and raise "
                     "training.gradient_accumulation_steps by as much; the checkpoints are intact"
-                ) from None
+                )
+                short.rank = runtime.rank
+                raise short from None
             raise
         console.show_page("Done", end_page(run, progress, time.perf_counter() - started))
         stack.close()
@@ -217,7 +218,7 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
     t, runtime, tracker = run.config.training, run.runtime, run.tracker
     share = run.config.global_batch_size // runtime.world_size
     first_row = runtime.rank * share
-    meter, failed_saves, save_seconds = Meter(), 0, 0.0
+    meter = Meter()
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
@@ -231,16 +232,15 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
                 if progress.step == 1 or due(progress.step, t.log_interval, progress.step == t.train_steps):
                     tracker.log(report(run, progress, result, meter), progress.step)
             step, last = progress.step, progress.step == t.train_steps
+            if run.saver:
+                run.saver.note_finished()
             progress, validation_loss = do_duties(run, progress, size)
+            save_seconds = run.saver.seconds if run.saver else 0.0
             time_up = clock.is_up(2 * save_seconds) and not last
             stop = runtime.stop_requested(TIME_UP if time_up else 0)
             if stop or due(step, t.save_interval, last):
                 check_replicas(run, step)
-                began = time.monotonic()
-                must_succeed = last or bool(stop) or failed_saves + 1 == MAX_FAILED_SAVES
-                is_saved = save(run, progress, validation_loss, must_succeed=must_succeed)
-                failed_saves = 0 if is_saved else failed_saves + 1
-                save_seconds = max(save_seconds, time.monotonic() - began)
+                save(run, progress, validation_loss, must_succeed=last or bool(stop))
             elif due(step, REPLICA_INTERVAL, last):
                 check_replicas(run, step)
             if stop or last:
@@ -262,14 +262,14 @@ def leave_pace(run: Run, meter: Meter) -> None:
             plan.keep_pace(run.config, device, cores, seconds)
 
 
-def update_or_shrink(run: Run, step: int, batch: tuple[Ints, Ints], size: int) -> tuple[StepResult, int]:
+def update_or_shrink(run: Run, step: int, batch: Batch, size: int) -> tuple[StepResult, int]:
     """Update `step` + 1 in micro-batches of `size`, or from its beginning in smaller ones where memory runs out; and of
     how many. Raises ResourceError where one sequence at once is too much."""
     t, runtime = run.config.training, run.runtime
     while True:
         with contextlib.suppress(MicroBatchTooLarge):
             if step == run.resumed_step and runtime.world_size > 1 and runtime.device.type == "cuda":
-                rehearse(run.prepared, *split(batch, size, runtime)[0], runtime)
+                rehearse(run.prepared, split(batch, size, runtime)[0], runtime)
             result = update(
                 run.prepared,
                 run.optimizers,
@@ -280,7 +280,7 @@ def update_or_shrink(run: Run, step: int, batch: tuple[Ints, Ints], size: int) -
                 z_loss=t.z_loss,
             )
             return result, size
-        smaller = smaller_micro_batch(len(batch[0]), size)
+        smaller = smaller_micro_batch(len(batch.input_ids), size)
         if smaller is None:
             raise ResourceError(describe_out_of_memory(run.config, 1))
         run.tracker.log_event(
@@ -322,10 +322,10 @@ def due(step: int, interval: int, last: bool) -> bool:
     return last or (interval > 0 and step % interval == 0)
 
 
-def split(batch: tuple[Ints, Ints], size: int, runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
-    """This rank's input_ids and labels as micro-batches of `size` sequences, on the device."""
-    input_ids, labels = (torch.split(runtime.to_device(array), size) for array in batch)
-    return list(zip(input_ids, labels, strict=True))
+def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
+    """This rank's batch as micro-batches of `size` sequences, on the device."""
+    parts = (torch.split(runtime.to_device(array), size) for array in batch if array is not None)
+    return list(zip(*parts, strict=True))
 
 
 def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
@@ -356,11 +356,6 @@ def note_trouble(run: Run, progress: Progress, result: StepResult) -> None:
         run.tracker.log_event("spike", message, step, windows=windows)
 
 
-def list_before(folder: Path, step: int) -> list[Path]:
-    """The checkpoints of less than `step` updates."""
-    return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.step_of(path) < step]
-
-
 def handle_skip(run: Run, progress: Progress, result: StepResult) -> None:
     """Say which update was skipped, on which windows. Raises TrainingError, with a checkpoint, where it must not go on."""
     step, fp16 = progress.step, run.runtime.scaler.is_enabled()
@@ -373,7 +368,7 @@ def handle_skip(run: Run, progress: Progress, result: StepResult) -> None:
     if reason is None and run.config.training.on_nonfinite == "stop" and not fp16:
         reason = f"step {step} was not finite ({numbers}) and training.on_nonfinite is stop"
     if reason:
-        save(run, progress, None)
+        save(run, progress, None, must_succeed=True)
         raise TrainingError(
             f"{reason}; the run is saved at step {step}. Lower training.learning_rate, or use training.precision float32"
         )
@@ -422,8 +417,16 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
             f"{estimate.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}",
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
-        ("precision", f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}"),
-        ("text", f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens"),
+        (
+            "precision",
+            f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}; "
+            f"compile: {'each block, at the first update' if t.compile else 'off'}",
+        ),
+        (
+            "text",
+            f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens"
+            f"{', documents isolated' * run.config.data.document_mask}",
+        ),
         ("batch", f"{batch} sequences = {batch * length:,} tokens an update"),
         ("updates", f"{progress.step:,} of {t.train_steps:,} done; {epochs:.1f} epochs in all"),
         (
@@ -459,40 +462,13 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
     return rows
 
 
-def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool = True) -> bool:
-    """Rank 0 writes the checkpoint; whether that worked, on every rank alike.
-
-    A disk that is full is said, and the run goes on to its next save. Raises ResourceError where it must succeed.
-    """
-    is_saved = True
+def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool) -> None:
+    """Rank 0 writes the checkpoint; it fails on every rank alike. Raises ResourceError where it must succeed and cannot."""
     run.runtime.pulse.mark("a save")
     with run.runtime.together():
-        if run.rows is not None:
-            is_saved = write_checkpoint(run, run.rows, progress, validation_loss, must_succeed=must_succeed)
-    return bool(run.runtime.gather(is_saved)[0])
-
-
-def write_checkpoint(
-    run: Run, rows: JsonlTracker, progress: Progress, validation_loss: float | None, *, must_succeed: bool
-) -> bool:
-    """Write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say; whether that worked."""
-    t, folder = run.config.training, Path(run.config.training.save_dir)
-    try:
-        rows.sync()
-        path = checkpoint.save_checkpoint(folder, state_of(run, progress), step=progress.step)
-        is_best = validation_loss is not None and checkpoint.note_best(folder, path, progress.step, validation_loss)
-        if t.keep_last is not None:
-            before_spikes = {checkpoint.step_of(path) for s in progress.spikes for path in list_before(folder, s)[-1:]}
-            protected = {run.resumed_step, *before_spikes}
-            checkpoint.prune_checkpoints(folder, t.keep_last, t.keep_every, protected=protected)
-    except ResourceError as error:
-        run.tracker.log_event("save_failed", str(error), progress.step)
-        if must_succeed:
-            raise
-        return False
-    run.tracker.log_event("checkpoint", f"saved {path}", progress.step, path=str(path))
-    run.tracker.save_file(path, progress.step, is_best=is_best)
-    return True
+        if run.saver:
+            spikes, resumed = progress.spikes, run.resumed_step
+            run.saver.save(state_of(run, progress), validation_loss, spikes, resumed, must_succeed=must_succeed)
 
 
 def check_replicas(run: Run, step: int) -> None:

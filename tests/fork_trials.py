@@ -102,6 +102,7 @@ def interrupting(stage: Stage, number: int) -> Callable[[], None]:
             if calls == stage.call:
                 for _ in range(stage.signals):
                     os.kill(os.getpid(), number)
+                    time.sleep(0.02)  # the stage may be on another thread: this one must have taken it before the next
             return original(*arguments, **named)
 
         setattr(stage.owner, stage.name, watched)

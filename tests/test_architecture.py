@@ -16,7 +16,19 @@ FOUNDATION = ["errors", "files", "config", "config_file", "plan"]
 PARTS = ["attention", "functional", "loss", "optim", "runtime", "ranks", "checkpoint", "tokenizer", "data", "tracking"]
 """From here on torch may be imported; a part imports no other part, the files of one folder may import one another."""
 
-WHOLES = ["model", "step", "loading", "generation", "evaluation", "exporting", "run", "training", "cli"]
+WHOLES = [
+    "model",
+    "step",
+    "loading",
+    "decoding",
+    "generation",
+    "evaluation",
+    "exporting",
+    "saving",
+    "run",
+    "training",
+    "cli",
+]
 """What is made of the parts; each may import what stands above it."""
 
 ORDER = FOUNDATION + PARTS + WHOLES

@@ -58,6 +58,7 @@ def test_a_default_follows_the_key_that_decides_it(
         ({"training": {"sequence_length": 4096}}, "training.sequence_length", "4096 is longer than"),
         ({"data": {"stride": 2049}}, "data.stride", "2049 is longer than training.sequence_length 2048"),
         ({"training": {"min_learning_rate": 0.1}}, "training.min_learning_rate", "0.1 is above"),
+        ({"data": {"document_mask": True}}, "data.document_mask", "acts only where data.document_separator is set"),
         ({"training": {"betas": [0.9, 1.0]}}, "training.betas", "beta 2 is 1"),
         ({"training": {"betas": [-0.1, 0.9]}}, "training.betas", "beta 1 is -0.1"),
         ({"training": {"keep_every": 5}}, "training.keep_every", "training.keep_last is set"),

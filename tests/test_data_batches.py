@@ -65,12 +65,20 @@ def test_the_order_of_version_1_stays_what_it_is() -> None:
 
 def test_slices_of_a_batch_are_the_batch() -> None:
     batches = make_batches()
-    whole_ids, whole_labels = batches.read(9, 0, 4)
+    whole_ids, whole_labels, _ = batches.read(9, 0, 4)
     parts = [batches.read(9, start, start + 2) for start in (0, 2)]
-    assert np.array_equal(whole_ids, np.concatenate([ids for ids, _ in parts]))
-    assert np.array_equal(whole_labels, np.concatenate([labels for _, labels in parts]))
+    assert np.array_equal(whole_ids, np.concatenate([part.input_ids for part in parts]))
+    assert np.array_equal(whole_labels, np.concatenate([part.labels for part in parts]))
     assert whole_ids.shape == (4, 5) and whole_ids.dtype == np.int64
     assert np.array_equal(whole_ids[:, 0], batches.window_ids(9) * 5)
+
+
+def test_a_batch_numbers_the_documents_of_each_of_its_windows() -> None:
+    tokens = np.array([1, 0, 2, 3, 4, 0, 5, 6, 0], np.uint16)
+    batches = Batches(Windows(tokens, 4, 4, 7, end_of_text=0), 0, 2)
+    document_ids = batches.read(0, 0, 2).document_ids
+    assert document_ids is not None
+    assert document_ids[np.argsort(batches.window_ids(0))].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def test_the_epoch_counts_how_often_the_corpus_was_read() -> None:
@@ -82,7 +90,7 @@ def test_batches_that_are_made_ahead_are_the_same_batches() -> None:
     batches = make_batches()
     coming = prefetched(batches, 3, 1, 3)
     for n in range(3, 12):
-        for got, wanted in zip(next(coming), batches.read(n, 1, 3), strict=True):
+        for got, wanted in zip(next(coming)[:2], batches.read(n, 1, 3)[:2], strict=True):
             assert np.array_equal(got, wanted)
     coming.close()  # type: ignore[attr-defined]
 

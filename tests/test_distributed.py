@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, metrics, write_tiny
+from runs import ROOT, metrics, outcome, write_tiny
 from two_ranks import Ended, Ranks, run_ranks, start_ranks
 
 from smollm2 import checkpoint, run, training
@@ -70,8 +70,8 @@ def test_coarser_numbers_stay_within_two_hundredths(flags: tuple[str, ...], tmp_
     assert max(relative(losses(two), losses(one))) <= 2e-2
 
 
-def noting_windows(work: Work) -> Work:
-    """`work`, with every window that is read for training written to a file."""
+def note_windows() -> None:
+    """From here on this process writes every window that it reads for training to a file."""
 
     class Noting(Batches):
         def read(self, n: int, start: int, stop: int) -> tuple[object, object]:
@@ -80,8 +80,14 @@ def noting_windows(work: Work) -> Work:
                 file.write("".join(f"{n} {start + row} {window}\n" for row, window in enumerate(ids)))
             return super().read(n, start, stop)
 
+    run.Batches = Noting
+
+
+def noting_windows(work: Work) -> Work:
+    """`work`, with the windows that it reads written down."""
+
     def noted(rank: int) -> int:
-        run.Batches = Noting
+        note_windows()
         return work(rank)
 
     return noted
@@ -286,6 +292,45 @@ def test_weights_that_differ_by_one_bit_stop_the_run_before_they_are_saved(tmp_p
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
+def have_room_for_one_sequence(model: torch.nn.Module) -> None:
+    """From here on this rank runs out of memory with more than one sequence at once."""
+
+    def refuse(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) > 1:
+            raise torch.OutOfMemoryError("no room")
+
+    model.register_forward_pre_hook(refuse)
+
+
+def in_parts_of(size: int) -> tuple[str, ...]:
+    return ("--training.batch_size", str(size), "--training.gradient_accumulation_steps", str(8 // size))
+
+
+def test_out_of_memory_on_one_rank_makes_the_micro_batch_of_all_smaller_bit_for_bit_as_if_begun_so(
+    tmp_path: Path,
+) -> None:
+    """Promise C10."""
+    write_tiny(tmp_path)
+    cramped = on_rank_1_before_step(
+        1, have_room_for_one_sequence, training_with("--save_dir", "cramped", *in_parts_of(2))
+    )
+    ended = run_ranks(cramped, tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert "step 1: out of memory with 2 sequences at once; from here on 1 at once" in ended[0].out
+    assert [rank.code for rank in run_ranks(training_with("--save_dir", "small", *in_parts_of(1)), tmp_path)] == [0, 0]
+    assert outcome(tmp_path / "cramped", 12) == outcome(tmp_path / "small", 12)
+
+
+def test_out_of_memory_where_the_ranks_meet_ends_all_with_one_sentence_of_that_rank(tmp_path: Path) -> None:
+    """Promise C10. One micro-batch for each rank: the last."""
+    write_tiny(tmp_path)
+    ended = run_ranks(on_rank_1_before_step(6, have_room_for_one_sequence, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == [6, 6], ended
+    assert "error: rank 1: training.batch_size: 4 - out of memory - lower it" in ended[1].err
+    assert "rank 1 ended with exit code 6 and says why" in ended[0].err
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+
+
 def raise_a_data_error(model: torch.nn.Module) -> None:
     raise DataError("a window cannot be read")
 
@@ -381,14 +426,27 @@ LAUNCHERS = {
 }
 
 
+NOTING_TRAIN = f"""
+import runpy, sys
+sys.path.append({str(ROOT / "tests")!r})
+from test_distributed import note_windows
+note_windows()
+sys.argv[0] = {str(ROOT / "train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
-def test_every_launcher_gives_two_ranks_that_do_the_same_run(tmp_path: Path) -> None:
+def test_every_launcher_gives_two_ranks_that_do_the_same_run_on_the_same_windows(tmp_path: Path) -> None:
     """Promise B1."""
     write_tiny(tmp_path)
-    run_ranks(training_with("--save_dir", "one"), tmp_path, world_size=1)
+    (tmp_path / "noting_train.py").write_text(NOTING_TRAIN)
+    run_ranks(noting_windows(training_with("--save_dir", "one")), tmp_path, world_size=1)
+    windows = windows_read(tmp_path)
     for name, words in LAUNCHERS.items():
-        command = [sys.executable, "-m", *words, str(ROOT / "train.py"), *train_words("--save_dir", name)[1:]]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-m", *words, "noting_train.py", *train_words("--save_dir", name)[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         assert "2 processes" in done.stdout
+        assert windows_read(tmp_path) == windows
         assert max(relative(losses(tmp_path / name), losses(tmp_path / "one"))) <= 1e-4

@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import WORDS, tiny_config, write_tiny
@@ -13,8 +14,9 @@ from twins import small_model
 
 from smollm2 import evaluate, load_model, train
 from smollm2.cli import main
+from smollm2.data.windows import Windows
 from smollm2.errors import ConfigError, DataError
-from smollm2.evaluation import Ratio, slide
+from smollm2.evaluation import Ratio, score_windows, slide
 from smollm2.model import SmolLM2
 from smollm2.tokenizer import Tokenizer, load_tokenizer
 
@@ -41,11 +43,15 @@ def model() -> SmolLM2:
 
 
 @torch.no_grad()
-def score_one_by_one(model: SmolLM2, ids: list[int], length: int, stride: int) -> float:
-    """The mean loss of ids[1:], each from the first window that reaches it, the definition as a loop."""
+def score_one_by_one(model: SmolLM2, ids: list[int], length: int, stride: int, end: int | None = None) -> float:
+    """The mean loss of ids[1:], each from the first window that reaches it, the definition as a loop; where `end` ends
+    documents that are isolated, without the first of each, and from its own document alone."""
     losses = []
     for target in range(1, len(ids)):
+        if ids[target - 1] == end:
+            continue
         start = max(0, -(-(target - length) // stride)) * stride
+        start = max([start, *(at + 1 for at in range(start, target) if ids[at] == end)])
         logits = model(torch.tensor([ids[start:target]]))[0, -1].double()
         losses.append(-logits.log_softmax(-1)[ids[target]].item())
     return sum(losses) / len(losses)
@@ -89,6 +95,31 @@ def test_one_stream_of_documents_has_an_end_of_text_after_each(model: SmolLM2, t
 def test_the_batch_size_does_not_change_the_loss(batch_size: int, model: SmolLM2, tokenizer: Tokenizer) -> None:
     wanted = evaluate(model, tokenizer, TEXT)["loss"]
     assert evaluate(model, tokenizer, TEXT, batch_size=batch_size)["loss"] == pytest.approx(wanted, rel=1e-6)
+
+
+DOCUMENTS = [TEXT, "n", "to be, or", TEXT[:40]]
+
+
+@pytest.mark.parametrize("stride", [1, 16, 32])
+def test_isolated_documents_see_nothing_of_one_another(stride: int, model: SmolLM2, tokenizer: Tokenizer) -> None:
+    found = evaluate(model, tokenizer, "\f".join(DOCUMENTS), separator="\f", stride=stride, document_mask=True)
+    end = tokenizer.end_of_text
+    ids = [token for text in DOCUMENTS for token in (*tokenizer.encode(text), end)]
+    assert found["loss"] == pytest.approx(score_one_by_one(model, ids, 32, stride, end), rel=1e-6)
+    assert found["tokens"] == found["bytes"] + len(DOCUMENTS) == len(ids) - len(DOCUMENTS)
+    windows = Windows(np.array(ids, np.uint16), 32, stride, 257, end)
+    in_training = score_windows(model, windows, range(len(windows)), tokenizer.bytes_per_token, batch_size=3)
+    assert in_training.loss == pytest.approx(found["loss"], rel=1e-6)
+    assert in_training.tokens == found["tokens"]
+
+
+def test_isolated_documents_are_scored_alone_without_their_first_token(model: SmolLM2, tokenizer: Tokenizer) -> None:
+    text = "\f".join(DOCUMENTS)
+    found = evaluate(model, tokenizer, text, separator="\f", per_document=True, stride=16, document_mask=True)
+    for text, row in zip(DOCUMENTS, found["documents"], strict=True):
+        ids = [tokenizer.end_of_text, *tokenizer.encode(text), tokenizer.end_of_text]
+        assert row["loss"] == pytest.approx(score_one_by_one(model, ids, 32, 16, tokenizer.end_of_text), rel=1e-6)
+        assert row["tokens"] == len(ids) - 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 10, 25, 40])
@@ -160,10 +191,10 @@ def test_a_stride_beyond_the_context_is_refused(stride: int, model: SmolLM2, tok
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run whose text has documents."""
+    """A tiny run whose text has documents, isolated."""
     folder = tmp_path_factory.mktemp("run")
     write_tiny(folder, text="\f".join([WORDS] * 40))
-    train(tiny_config(folder, training__sample_tokens=0, data__document_separator="\f"))
+    train(tiny_config(folder, training__sample_tokens=0, data__document_separator="\f", data__document_mask="true"))
     return folder
 
 
@@ -173,7 +204,21 @@ def test_the_command_reads_documents_as_the_checkpoint_was_trained(
     path, text = run_folder / "checkpoints" / "step_0012.pt", run_folder / "input.txt"
     assert main(["evaluate", str(path), "--input_file", str(text), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == json.loads(json.dumps(evaluate(*load_model(path), text, separator="\f")))
+    wanted = evaluate(*load_model(path), text, separator="\f", document_mask=True)
+    assert found == json.loads(json.dumps(wanted))
+
+
+@pytest.mark.parametrize("flags", [[], ["--best"]])
+def test_the_command_takes_the_newest_or_the_best_checkpoint_of_a_run_folder(
+    flags: list[str], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, text = run_folder / "checkpoints", str(run_folder / "input.txt")
+    name = json.loads((folder / "best.json").read_text())["file"] if flags else "step_0012.pt"
+    answers = []
+    for model in ([str(folder), *flags], [str(folder / name)]):
+        assert main(["evaluate", *model, "--input_file", text, "--json", "--device", "cpu"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
 
 
 def test_the_table_has_the_interval_and_a_row_for_each_document(
@@ -194,6 +239,7 @@ MISTAKES = {
     "a folder as text": (["checkpoints/step_0012.pt", "--input_file", "."], 3),
     "an empty separator": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--document_separator", ""], 2),
     "a stride that is too long": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--stride", "99"], 2),
+    "a run folder that is none": ([".", "--input_file", "input.txt"], 4),
     "no batch": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--batch_size", "0"], 2),
 }
 

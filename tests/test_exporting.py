@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from twins import small_model
 
 from smollm2 import export, load_model, train
+from smollm2.checkpoint import list_checkpoints
 from smollm2.cli import main
 from smollm2.errors import CheckpointError, ConfigError, ResourceError
 from smollm2.exporting.certificate import certify, choose_text
@@ -405,6 +406,17 @@ def tiny_model_config(values: dict[str, object]) -> Any:
 )
 def test_an_unknown_option_is_a_config_error(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     refused(lambda: export(tmp_path, tmp_path / "out", **options), ConfigError, said)
+
+
+@pytest.mark.parametrize("flags", [[], ["--best"]])
+def test_the_command_takes_the_newest_or_the_best_checkpoint_of_a_run_folder(
+    flags: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    run = checkpoint.parent
+    assert main(["export", str(run), *flags, str(tmp_path / "out")]) == 0
+    name = json.loads((run / "best.json").read_text())["file"] if flags else list_checkpoints(run)[-1].name
+    (mine, _), (theirs, _) = load_model(tmp_path / "out"), load_model(run / name)
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
 
 
 def test_the_command_says_what_was_proved(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

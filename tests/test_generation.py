@@ -1,7 +1,10 @@
 """Generated text depends on the model, the prompt and the seed, and follows the model's distribution."""
 
+import contextlib
 import io
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from twins import small_model, transformers_twin, write_hugging_face_folder
 
 from smollm2.attention import KeyValueCache
 from smollm2.cli import main
+from smollm2.decoding import Decoder
 from smollm2.errors import ConfigError, DataError
 from smollm2.generation import Sampling, Writer, generate, keep_likely, penalize, sample, stream
 from smollm2.model import SmolLM2
@@ -56,16 +60,22 @@ def test_greedy_text_of_50_prompts_is_that_of_transformers_alone_and_side_by_sid
     assert [generate(model, tokenizer, [p], max_new_tokens=24, temperature=0)[0] for p in PROMPTS] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("changes", [{"norm": "layernorm"}, {"num_key_value_heads": 4}, {"head_dim": 32}])
-def test_the_cache_gives_the_logits_of_the_whole_text(changes: dict[str, object]) -> None:
+def test_one_token_after_another_has_the_logits_of_the_whole_text(
+    changes: dict[str, object], rows: int, dtype: torch.dtype
+) -> None:
     model = small_model(**changes).eval()
-    ids = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        cache = KeyValueCache(
-            torch.tensor([0, 0]), (3, 2, model.config.num_key_value_heads, 64, model.config.head_dim), torch.float32
-        )
-        pieces = [model.lm_head(model.model.extend(part, cache)) for part in (ids[:, :30], *ids[:, 30:].split(1, 1))]
-        assert (torch.cat(pieces, 1) - model(ids)).abs().max() < 1e-5
+    ids = torch.randint(0, 320, (rows, 70), generator=torch.Generator().manual_seed(0))
+    shape = (3, rows, model.config.num_key_value_heads, 128, model.config.head_dim)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode(), autocast:
+        cache, decoder = KeyValueCache(torch.zeros(rows).long(), shape, dtype), Decoder(model, dtype, rows)
+        model.model.extend(ids[:, :60], cache)
+        logits = torch.stack([decoder.step(token, cache) for token in ids[:, 60:].unbind(1)], 1)
+        difference = (logits - model(ids)[:, 60:]).abs().max()
+    assert difference < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
 def test_the_same_seed_gives_the_same_text_whatever_stands_beside_it(model: SmolLM2, tokenizer: Tokenizer) -> None:
@@ -267,6 +277,50 @@ def test_the_prompt_loop_answers_each_line(
     assert out.startswith("the quick") and "\nover the" in out
 
 
+COMMANDS = "\x1b]0;evil\x07\x9b2J\r"
+"""To a terminal: a new title, a clear screen, the start of the line. No two bytes are equal, so a bigram model writes it."""
+
+
+@pytest.fixture(scope="module")
+def commanding_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A model that continues `a` by COMMANDS: its blocks add nothing, its head knows what follows each byte."""
+    model = small_model(vocab_size=257, hidden_size=257, num_hidden_layers=1, head_dim=16, tie_word_embeddings=False)
+    ids = [*tokenizer.encode("a" + COMMANDS), tokenizer.end_of_text]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight.copy_(torch.eye(257))
+        for this, following in itertools.pairwise(ids):
+            model.lm_head.weight[following, this] = 1.0
+    folder = tmp_path_factory.mktemp("commanding")
+    tokenizer.save(folder)
+    return write_hugging_face_folder(model, folder)
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "a"], ["--interactive"], ["--prompt", "a", "--json"]])
+def test_on_a_terminal_generated_control_characters_are_shown_and_not_obeyed(
+    flags: list[str], commanding_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise G6, of text that is streamed, of the prompt loop, and of JSON Lines."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, contextlib.redirect_stdout(terminal):
+        assert terminal.isatty()
+        assert main(["generate", str(commanding_folder), *flags, "--temperature", "0"]) == 0
+        shown = os.read(ours, 10**6).decode()
+    os.close(ours)
+    assert "evil" in shown
+    assert not [character for character in shown.replace("\r\n", "") if not character.isprintable()]
+
+
+def test_into_a_pipe_generated_text_goes_as_it_is(
+    commanding_folder: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """What a program reads must be the model's text; `cat -v` shows it to a person."""
+    assert main(["generate", str(commanding_folder), "--prompt", "a", "--temperature", "0"]) == 0
+    assert capfdbinary.readouterr().out == f"a{COMMANDS}\n".encode()
+
+
 MISTAKES = {
     "no model": (["absent.pt"], 4, "absent.pt - there is no such file"),
     "a folder without a model": (["."], 4, "holds no checkpoint"),
@@ -274,6 +328,7 @@ MISTAKES = {
     "a cold temperature": (["x.pt", "--temperature", "-1"], 2, "temperature - -1.0 will not do"),
     "no tokens": (["x.pt", "--max_new_tokens", "0"], 2, "--max_new_tokens - 0 will not do"),
     "a seed below 0": (["x.pt", "--seed", "-1"], 2, "--seed - -1 will not do"),
+    "a device that is not here": (["x.pt", "--device", "cuda"], 2, "--device - torch finds no cuda GPU here"),
     "two sources": (["x.pt", "--prompt", "a", "--interactive"], 2, "not allowed with"),
     "a prompts file that is absent": (["x.pt", "--prompts_file", "absent"], 3, "absent - it cannot be read"),
     "a line that is no prompt": (["x.pt", "--prompts_file", "bad.jsonl"], 3, "bad.jsonl:2 - it is no prompt"),
@@ -291,6 +346,7 @@ def test_a_mistake_gets_one_line_and_its_exit_code(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('"fine"\n{"text": "x"}\n')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found, out, error = ask(capsys, *arguments)
     assert (found, out, error.count("\n")) == (code, "", 1)
     assert said in error

@@ -88,5 +88,16 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json: not found"):
+    with pytest.raises(CheckpointError, match=r"it is a folder, and .* holds no checkpoint .* would hold config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    load_tokenizer("bytes", say=print).save(tmp_path)
+    model = small_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    write_hugging_face_folder(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
         load_model(tmp_path)

@@ -9,6 +9,7 @@ from twins import small_config, small_model, transformers_twin
 
 from smollm2.config_file import load_config
 from smollm2.model import SmolLM2
+from smollm2.runtime import compile_blocks
 
 VARIANTS = {
     "grouped heads, tied, theta 10,000": {},
@@ -77,15 +78,75 @@ def test_order_reaches_the_first_attention_output() -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
-def test_gradient_checkpointing_changes_no_bit_of_the_gradient() -> None:
+def model_on(backend: str) -> SmolLM2:
+    model = small_model().eval()
+    for block in model.model.layers:
+        block.self_attn.backend = backend
+    return model
+
+
+TWO_DOCUMENTS = (torch.arange(128) >= 50).long().repeat(2, 1)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
+def test_a_document_is_read_as_if_it_were_alone(backend: str) -> None:
+    model = model_on(backend)
+    ids, other = tokens(0), tokens(1)
+    with torch.no_grad():
+        packed, again = (
+            model(torch.cat((before[:, :50], ids[:, 50:]), 1), document_ids=TWO_DOCUMENTS)[:, 50:]
+            for before in (ids, other)
+        )
+        alone = model(ids[:, 50:])
+    assert torch.equal(packed, again)
+    assert (packed - alone).abs().max() <= 1e-5  # of logits up to 4; alone its rotary positions begin at 0
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
+def test_the_loss_of_a_document_has_no_gradient_in_another(backend: str) -> None:
+    model = model_on(backend)
+    embedded: list[torch.Tensor] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(out))
+    labels = tokens(1)
+    labels[:, :50] = -100
+    loss, _ = model(tokens(0), labels, TWO_DOCUMENTS)
+    (gradient,) = torch.autograd.grad(loss, embedded)
+    assert not gradient[:, :50].any()
+    assert gradient[:, 50:].any(-1).all()
+
+
+@pytest.mark.parametrize("document_ids", [None, TWO_DOCUMENTS], ids=["one document", "two"])
+def test_gradient_checkpointing_changes_no_bit_of_the_gradient(document_ids: torch.Tensor | None) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = small_model()
         model.model.checkpointing = checkpointing
-        loss, _ = model(tokens(0), tokens(1))
+        loss, _ = model(tokens(0), tokens(1), document_ids)
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_with_documents_and_checkpointing() -> None:
+    """Of every backend that runs here; compiled by torch's own compiler, as `training.compile` does it."""
+    compiled = small_model(num_hidden_layers=2)
+    compile_blocks(compiled.model.layers)
+    for backend in ("sdpa", "blocks"):
+        plain = small_model(num_hidden_layers=2)
+        results = []
+        for model in (plain, compiled):
+            model.model.checkpointing = True
+            for block in model.model.layers:
+                block.self_attn.backend = backend
+            model.zero_grad()
+            losses = [model(tokens(0), tokens(1), document_ids)[0] for document_ids in (None, TWO_DOCUMENTS)]
+            sum(losses).backward()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            results.append(([loss.item() for loss in losses], gradient))
+        (losses, gradient), (compiled_losses, compiled_gradient) = results
+        assert compiled_losses == pytest.approx(losses, rel=1e-5)
+        assert (compiled_gradient - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize(

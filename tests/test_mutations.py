@@ -46,11 +46,18 @@ SABOTAGES = [
     ),
     Sabotage(
         "older checkpoints go before the new one is saved",
-        "training.py",
-        "        rows.sync()\n        path = checkpoint",
-        "        rows.sync()\n        if t.keep_last is not None:\n"
-        "            checkpoint.prune_checkpoints(folder, t.keep_last)\n        path = checkpoint",
+        "saving.py",
+        "        path = checkpoint.save",
+        "        if t.keep_last is not None:\n"
+        "            checkpoint.prune_checkpoints(self.folder, t.keep_last)\n        path = checkpoint.save",
         "test_faults.py::test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last",
+    ),
+    Sabotage(
+        "a checkpoint is written from the weights that training moves",
+        "saving.py",
+        "state = state if waits else checkpoint.take_snapshot(state, self.buffers)",
+        "pass",
+        "test_saving.py::test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit",
     ),
     Sabotage(
         "the loss is divided by the number of micro-batches",

@@ -1,6 +1,8 @@
 """Arithmetic against figures that were counted elsewhere: transformers on the meta device, and measured runs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,42 @@ def test_memory_is_near_what_the_benchmark_measured(device: str, measured: float
     """benchmarks/train_speed.json, two cores, 2026-11-24; what was there before the model is left out of both."""
     memory = make_plan(small_run({**MICRO, "num_key_value_heads": 6}, 8, 1, "adamw"), device, 2).memory
     assert memory.total - memory.libraries == pytest.approx(measured, rel=0.15)
+
+
+RUN_AND_MEASURE = """
+import json, resource, sys
+from smollm2 import load_config, train
+from smollm2.plan import estimate_memory
+preset, precision, steps = sys.argv[1:]
+fixed = {"training.sample_tokens": 0, "data.validation_fraction": 0.002, "training.save_dir": f"{preset}-{precision}"}
+config = load_config(preset=preset, **{"training.precision": precision, "training.train_steps": int(steps), **fixed})
+train(config)
+planned = estimate_memory(config, f"cpu-{precision}").total
+print(json.dumps([planned, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_memory_is_within_15_percent_of_what_the_presets_then_take(tmp_path: Path) -> None:
+    """The highest resident size of whole runs, tokenizer and save included."""
+    ratios = {}
+    for preset, steps in (("nano", 4), ("micro", 2)):
+        for precision in ("float32", "bf16"):
+            command = [sys.executable, "-c", RUN_AND_MEASURE, preset, precision, str(steps)]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+            planned, measured = json.loads(done.stdout.splitlines()[-1])
+            ratios[preset, precision] = planned / measured
+    assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), ratios
+
+
+def test_what_a_micro_batch_leaves_in_the_heap_is_counted_where_pieces_are_small() -> None:
+    large = user_config()
+    assert make_plan(large, "cpu-bf16", 2).memory.gaps == 0
+    once, twice = (make_plan(small_run(MICRO, 8, count), "cpu-float32", 2).memory for count in (1, 2))
+    assert once.gaps == 0 < twice.gaps < 0.3 * twice.total
+    assert make_plan(small_run(MICRO, 8, 2), "NVIDIA H100", 2).memory.gaps == 0
 
 
 @pytest.mark.parametrize(
@@ -226,7 +264,21 @@ def test_a_run_too_small_to_tell_leaves_the_rate_of_the_products(tmp_path: Path)
     assert find_pace(user, "cpu-bf16", 2).flops == find_pace(user, "cpu-bf16", 4).flops / 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"cpu-bf16, bf16, 2 cores": {"flops": 0}}'])
+def test_the_fastest_of_recent_paces_counts_and_a_slower_machine_is_believed_in_the_end(tmp_path: Path) -> None:
+    config = in_folder(user_config(), tmp_path)
+    usual = make_plan(config, "cpu-bf16", 2).seconds_per_step
+    expected = []
+    for factor in (3, 1.5, 2, 2, 2, 2, 2):
+        keep_pace(config, "cpu-bf16", 2, factor * usual)
+        pace = find_pace(config, "cpu-bf16", 2)
+        expected.append(make_plan(config, "cpu-bf16", 2, pace=pace).seconds_per_step / usual)
+    assert expected == pytest.approx([3, 1.5, 1.5, 1.5, 1.5, 1.5, 2])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"a": 1}', '{"cpu-bf16, bf16, 2 cores": [{"flops": 0}, 3]}', '{"cpu-bf16, bf16, 2 cores": 1}'],
+)
 def test_a_damaged_pace_is_as_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "measured.json").write_text(text)
     assert not find_pace(in_folder(user_config(), tmp_path), "cpu-bf16", 2).measured

@@ -46,6 +46,22 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Pa
     assert outcome(run, 12) == outcome(uninterrupted / "checkpoints", 12)
 
 
+def test_a_run_that_isolates_documents_falls_and_resumes_with_the_same_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [WORDS[start : start + 20 + 7 * start] for start in range(40)]  # of 0 to 3 windows
+    write_tiny(tmp_path / "whole", text="\f".join(texts * 3))
+    isolated = {"data__document_separator": "\f", "data__document_mask": "true", "training__train_steps": 40}
+    train(tiny_config(tmp_path / "whole", training__save_interval=1, **isolated))
+    assert "windows of 32 tokens, documents isolated" in capsys.readouterr().out
+    rows = metrics(tmp_path / "whole" / "checkpoints")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    assert 200 < rows[0]["tokens"] < 8 * 32  # the first token of each document is no target
+    run = resumed(tmp_path / "whole", tmp_path / "resumed", [7, 25], **isolated)
+    assert outcome(run, 40) == outcome(tmp_path / "whole" / "checkpoints", 40)
+
+
 def test_an_explicit_checkpoint_into_another_folder_begins_its_rows_after_its_step(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

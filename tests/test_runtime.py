@@ -7,9 +7,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
 from smollm2.errors import ConfigError, Interrupted
-from smollm2.runtime import StopSignal, choose_precision, random_state, restore_random_state
+from smollm2.runtime import StopSignal, choose_precision, compile_blocks, random_state, restore_random_state
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,15 @@ def test_precision_is_a_table_over_device_and_features(
 def test_a_precision_without_hardware_is_refused(requested: str, device: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         choose_precision(requested, device, frozenset())
+
+
+def test_a_machine_without_a_compiler_is_told_before_the_first_update() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    without = {"cpp.cxx": (None, "/absent/compiler"), "force_disable_caches": True}
+    torch.compiler.reset()
+    with torch._inductor.config.patch(without), pytest.raises(ConfigError, match=r"training\.compile: true .* set it"):
+        compile_blocks(layers)
+    torch.compiler.reset()
 
 
 def test_every_generator_goes_on_where_it_stood() -> None:

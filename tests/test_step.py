@@ -54,6 +54,25 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(runtime: Runtime, si
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_documents_are_isolated_however_the_batch_is_cut(runtime: Runtime) -> None:
+    input_ids, labels = batch()
+    document_ids = (torch.arange(24) >= torch.arange(4, 20)[:, None]).long()  # in each sequence elsewhere
+    pieces = [
+        (input_ids[row : row + 1, part], labels[row : row + 1, part])
+        for row in range(16)
+        for part in (slice(row + 4), slice(row + 4, None))
+    ]
+    whole = list(zip(*(x.split(8) for x in (input_ids, labels, document_ids)), strict=True))
+    results = []
+    for micro_batches in (pieces, whole):
+        model = small_model()
+        loss, count = accumulate_gradients(model, micro_batches, runtime)
+        results.append((loss.item(), count, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, count, gradient), (packed_loss, packed_count, packed) = results
+    assert (packed_loss, packed_count) == (pytest.approx(loss, rel=1e-6), count)
+    assert (packed - gradient).norm() <= 1e-5 * gradient.norm()
+
+
 def run_update(
     runtime: Runtime, model: SmolLM2, micro_batches: Sequence[tuple[Tensor, Tensor]], max_grad_norm: float = 1.0
 ) -> tuple[object, dict[str, object]]:

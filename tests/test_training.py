@@ -4,16 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import ROOT, WORDS, metrics, tiny_config, write_tiny
 
-from smollm2 import evaluate, generate, load_model
+from smollm2 import attention, evaluate, generate, load_model
 from smollm2.cli import main
+from smollm2.config import TrainingConfig
 from smollm2.config_file import load_config
+from smollm2.data.windows import Batch
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.optim import learning_rate_at
-from smollm2.training import train
+from smollm2.runtime import start_runtime
+from smollm2.training import split, train
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,17 @@ def test_tokens_an_update_are_those_of_the_batch(run: Path) -> None:
     assert first["tokens"] == 8 * 32
 
 
+@pytest.mark.parametrize("isolates", [False, True])
+def test_a_batch_is_cut_into_micro_batches_with_all_that_the_model_takes(isolates: bool) -> None:
+    ids = np.arange(24).reshape(4, 6)
+    batch = Batch(ids, ids + 1, ids // 3 if isolates else None)
+    parts = split(batch, 2, start_runtime(TrainingConfig(precision="float32")))
+    given = [array for array in batch if array is not None]
+    assert [len(part) for part in parts] == [len(given)] * 2
+    for column, array in zip(zip(*parts, strict=True), given, strict=True):
+        assert torch.equal(torch.cat(column), torch.from_numpy(array))
+
+
 def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_number_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +105,18 @@ def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_number_that_does
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8_000_000))
     with pytest.raises(ResourceError, match=r"12 checkpoints need .* are free - set training.keep_last: \d+"):
         train(tiny_config(tmp_path, training__save_interval=1, model__hidden_size=64))
+
+
+def test_a_backend_that_mixes_documents_stops_the_run_before_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path, text="\f".join([WORDS] * 40))
+    real = attention.F.scaled_dot_product_attention
+    leaking = lambda q, k, v, mask, is_causal, **rest: real(q, k, v, is_causal=True, **rest)  # noqa: E731
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", leaking)
+    isolated = {"data__document_separator": "\f", "data__document_mask": "true"}
+    with pytest.raises(TrainingError, match=r"sdpa differs from the reference.*; use training\.attention: eager"):
+        train(tiny_config(tmp_path, **isolated))
 
 
 def test_weights_that_break_stop_the_run_after_ten_skips(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from smollm2.data.windows import Windows
+from smollm2.data.windows import Batch, Windows, stack
 
 ORDER_VERSION = 1
 """Goes up when (seed, n) comes to mean other windows: a checkpoint of another version is not resumed bit-exactly."""
@@ -35,18 +35,16 @@ class Batches:
         seed = np.full(epoch.shape, self.seed, np.uint64)
         return permute(index, size, _mix(_mix(seed) + epoch.astype(np.uint64)))
 
-    def read(self, n: int, start: int, stop: int) -> tuple[Ints, Ints]:
-        """input_ids and labels of rows start to stop - 1 of batch n, each (stop - start, length)."""
-        rows = [self.windows.read(int(i)) for i in self.window_ids(n)[start:stop]]
-        input_ids, labels = zip(*rows, strict=True)
-        return np.stack(input_ids), np.stack(labels)
+    def read(self, n: int, start: int, stop: int) -> Batch:
+        """Rows start to stop - 1 of batch n."""
+        return stack([self.windows.read(int(i)) for i in self.window_ids(n)[start:stop]])
 
     def epoch_of(self, n: int) -> float:
         """How many times the corpus has been read when batch n begins."""
         return n * self.global_batch_size / len(self.windows)
 
 
-def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[tuple[Ints, Ints]]:
+def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[Batch]:
     """Rows start to stop - 1 of batches n, n + 1, ...; the next is made while the caller uses this one.
 
     Close the iterator (or let go of it) to end its thread.

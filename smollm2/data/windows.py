@@ -1,10 +1,13 @@
 """A stream of tokens as windows: window i reads the length + 1 tokens from i x stride on.
 
 Every token but the first of the stream is a target exactly once: where windows overlap, the shared tokens are context
-(label -100), and the last window is padded, never dropped.
+(label -100), and the last window is padded, never dropped. Where documents are isolated, the first token of each is no
+target either: nothing that its position may see comes before it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +21,38 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
 
 
-class Windows:
-    """`len()` windows of `length` positions over `tokens`, a new one every `stride` tokens (1 to `length`)."""
+class Batch(NamedTuple):
+    """One window, each (T,), or several, each (B, T): labels[t] is the token after input_ids[t], -100 where there is no
+    target; document_ids number the documents of a window in their order, None where they are not isolated."""
 
-    def __init__(self, tokens: Tokens, length: int, stride: int, vocab_size: int) -> None:
+    input_ids: Ints
+    labels: Ints
+    document_ids: Ints | None = None
+
+
+def stack(windows: Sequence[Batch]) -> Batch:
+    """Several windows as one batch."""
+    input_ids, labels, _ = (tuple(column) for column in zip(*windows, strict=True))
+    document_ids = [window.document_ids for window in windows if window.document_ids is not None]
+    return Batch(np.stack(input_ids), np.stack(labels), np.stack(document_ids) if document_ids else None)
+
+
+def number_documents(input_ids: Ints, end_of_text: int) -> Ints:
+    """How many documents end before each position (..., T): an end of text belongs to the document that it ends."""
+    ends = input_ids == end_of_text
+    before: Ints = np.cumsum(ends, -1, dtype=np.int64) - ends
+    return before
+
+
+class Windows:
+    """`len()` windows of `length` positions over `tokens`, a new one every `stride` tokens (1 to `length`).
+
+    With `end_of_text`, the id that ends each document, documents are isolated.
+    """
+
+    def __init__(
+        self, tokens: Tokens, length: int, stride: int, vocab_size: int, end_of_text: int | None = None
+    ) -> None:
         self.name = getattr(tokens, "filename", "the token stream")
         if len(tokens) < 2:
             raise DataError(
@@ -29,6 +60,7 @@ class Windows:
             )
         assert 1 <= stride <= length
         self.tokens, self.length, self.stride, self.vocab_size = tokens, length, stride, vocab_size
+        self.end_of_text = end_of_text
         self.identity = self._identify()
 
     def __len__(self) -> int:
@@ -39,8 +71,8 @@ class Windows:
         """Tokens that some window reads; all of them, which the statistics line shows."""
         return min(len(self.tokens), (len(self) - 1) * self.stride + self.length + 1)
 
-    def read(self, i: int) -> tuple[Ints, Ints]:
-        """input_ids and labels of window i, each (length,); labels[t] is the token after input_ids[t].
+    def read(self, i: int) -> Batch:
+        """Window i.
 
         Raises DataError where an id is outside the vocabulary, or the file is no longer as it was: both are checked
         here, as it is read. (Past the end of a file that was cut, the system would end the process with SIGBUS.)
@@ -58,7 +90,10 @@ class Windows:
         input_ids[: len(ids) - 1] = ids[:-1]
         context = self.length - self.stride if i > 0 else 0
         labels[context : len(ids) - 1] = ids[context + 1 :]
-        return input_ids, labels
+        if self.end_of_text is None:
+            return Batch(input_ids, labels)
+        labels[input_ids == self.end_of_text] = NO_TARGET
+        return Batch(input_ids, labels, number_documents(input_ids, self.end_of_text))
 
     def _identify(self) -> tuple[int, ...]:
         """The file behind the tokens: inode, size, time of the last change. One that was removed or replaced is still

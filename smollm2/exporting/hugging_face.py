@@ -7,20 +7,19 @@ made under a temporary name, loaded again from the disk and compared with the so
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from smollm2.checkpoint import load_checkpoint
 from smollm2.errors import CheckpointError, ConfigError, ResourceError
 from smollm2.exporting.card import write_card
 from smollm2.exporting.certificate import certify, choose_text
 from smollm2.exporting.safetensors import DTYPES, count_bytes, write_weights
 from smollm2.files import IO_OPS, IoOps, write_atomically, write_folder_atomically
-from smollm2.loading import load_model, read_config, restore_model
+from smollm2.loading import load_source, read_config
 from smollm2.model import SmolLM2
 from smollm2.tokenizer import Tokenizer
 
@@ -58,17 +57,20 @@ def export(
     format: str = "huggingface",
     *,
     dtype: str = "float32",
+    best: bool = False,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     text_file: str | Path | None = None,
+    say: Callable[[str], None] = lambda message: None,
     io_ops: IoOps = IO_OPS,
 ) -> dict[str, Any]:
-    """Write the model in `path` (a `.pt`, or a Hugging Face folder) to `folder`, and return its certificate.
+    """Write the model in `path` (a `.pt`, a run folder or a Hugging Face folder) to `folder`, and return its certificate.
 
     The folder appears only when it was loaded from the disk, by this package and by transformers where that is installed,
     and gave the source's logits, loss, greedy text and token ids on the beginning of `text_file` (default: Python's language
-    reference). `force` replaces an earlier export. Raises CheckpointError, ConfigError for an unknown format or dtype,
-    DataError, ResourceError.
+    reference). Of a run folder the newest checkpoint is taken, or the `best`; `say` hears of those that are passed over.
+    `force` replaces an earlier export. Raises CheckpointError, ConfigError for an unknown format or dtype, DataError,
+    ResourceError.
     """
     if format != "huggingface":
         raise ConfigError(f"format {format!r} is unknown; huggingface is known")
@@ -79,7 +81,7 @@ def export(
     path, folder = Path(path), Path(folder)
     check_target(path, folder, force=force)
     text = choose_text(text_file)
-    source = read_source(path)
+    source = read_source(path, best=best, say=say)
     check_architecture(source, path)
     check_range(source.model, dtype)
     check_room(source.model, folder, dtype, io_ops)
@@ -102,11 +104,11 @@ def export(
     return certificate
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, *, best: bool, say: Callable[[str], None]) -> Source:
     """The model to export. Raises CheckpointError."""
-    if path.is_dir():
-        return Source(*load_model(path), facts={})
-    state = load_checkpoint(path)
+    model, tokenizer, state = load_source(path, best=best, say=say)
+    if state is None:
+        return Source(model, tokenizer, facts={})
     t = read_config(state, path).training
     facts = {
         "updates": f"{state['step']:,}",
@@ -116,7 +118,7 @@ def read_source(path: Path) -> Source:
         "windows per update": f"{t.batch_size * t.gradient_accumulation_steps:,}",
         "optimizer": f"{t.optimizer}, learning rate {t.learning_rate:g}, {t.schedule} schedule, {t.warmup_steps:,} warmup updates",
     }
-    return Source(*restore_model(state, path), facts)
+    return Source(model, tokenizer, facts)
 
 
 def check_target(path: Path, folder: Path, *, force: bool) -> None:
