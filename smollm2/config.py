@@ -252,6 +252,11 @@ class TrainingConfig(Section):
         gt=0,
         le=1e9,
     )
+    tensorboard: bool = key(
+        False,
+        "Mirror metrics, samples and histograms to <save_dir>/tensorboard; needs the extra tensorboard.",
+        resume="free",
+    )
 
 
 class WandbConfig(Section):
@@ -269,6 +274,13 @@ class WandbConfig(Section):
         None, "Name of the run; default: chosen by W&B.", resume="free", min_length=1, max_length=128
     )
     tags: tuple[str, ...] = key((), "Tags of the run.", resume="free", max_length=64)
+    log_checkpoints: Literal["none", "best", "all"] = key(
+        "all", "Checkpoints that are uploaded: none, those of a new lowest validation loss, or all.", resume="free"
+    )
+    log_gradients: bool = key(
+        True, "Send norms, histograms and the flow of gradients and weights, by layer.", resume="free"
+    )
+    log_code: bool = key(True, "Send the Python files of this package, and train.py.", resume="free")
     landscape_interval: int = key(
         0,
         "Updates between two loss landscapes, each at most 1.5 % of the run; 0: one, at the end.",

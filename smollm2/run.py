@@ -66,6 +66,7 @@ from smollm2.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, tr
 from smollm2.tracking.base import Fanout, Fence
 from smollm2.tracking.console import ConsoleTracker, RunLog
 from smollm2.tracking.jsonl import JsonlTracker
+from smollm2.tracking.tensorboard import start_tensorboard
 from smollm2.tracking.wandb import make_run_id, prepare_environment, start_wandb
 
 State = dict[str, Any]
@@ -230,9 +231,12 @@ def open_run(
     run_id = start[1]["wandb_run_id"] if start else ""
     if runtime.rank == 0 and config.wandb.enabled:
         run_id = run_id or make_run_id()
-        found = prepare_environment(environment())
-        wandb = start_wandb(config.wandb, config.model_dump(mode="json"), folder, run_id, found, console.say)
+        found = prepare_environment(environment(), folder)
+        wandb = start_wandb(config, folder, run_id, found, console.say, start[1]["step"] if start else 0)
         trackers += [wandb] if wandb else []
+    if runtime.rank == 0 and t.tensorboard:
+        tensorboard = start_tensorboard(folder, start[1]["step"] if start else 0, console.say)
+        trackers += [tensorboard] if tensorboard else []
     if runtime.rank == 0:
         trackers.append(Fence("report.html", lambda: ReportTracker(folder), console.say))
     tracker = Fanout(trackers)

@@ -341,7 +341,8 @@ def begin_look(run: Run, step: int) -> Look | None:
     is_due = t.diagnostics_interval > 0 and due(step, t.diagnostics_interval, step == t.train_steps)
     if not is_due or run.runtime.rank:
         return None
-    return Look(run.model, run.tracker.counted, histograms=run.config.wandb.enabled)
+    drawn = (run.config.wandb.enabled and run.config.wandb.log_gradients) or t.tensorboard
+    return Look(run.model, run.tracker.counted, histograms=drawn)
 
 
 def end_look(run: Run, progress: Progress, look: Look | None, batch: Batch, size: int) -> Progress:
@@ -550,6 +551,7 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
     folder = Path(run.config.training.save_dir)
     rows = [
         ("time", str(datetime.timedelta(seconds=round(seconds)))),
+        ("watching", f"{run.tracker.seconds:.1f} s of {seconds:.0f} s ({run.tracker.seconds / seconds:.1%})"),
         ("loss", f"{progress.loss:.4f}"),
         ("model", str(folder / f"step_{progress.step:04d}.pt")),
         ("samples", str(folder / "samples.jsonl")),
@@ -557,7 +559,7 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
         ("report", str(folder / "report.html")),
     ]
     if run.validation:
-        rows.insert(2, ("best validation loss", f"{progress.best_validation_loss:.4f}"))
+        rows.insert(3, ("best validation loss", f"{progress.best_validation_loss:.4f}"))
     return rows
 
 

@@ -232,7 +232,7 @@ def test_with_wandb_and_no_key_the_run_is_mirrored_offline_and_says_how_to_uploa
     done = run("train", "--train_steps", "2", folder=tmp_path, env=without)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if "W&B" in line]
-    assert len(said) == 2
-    assert "offline, no key for" in said[0]
-    folder = said[1].partition("upload it with: wandb sync ")[2]
+    assert len(said) == 3
+    assert "offline, no key for" in said[0] and "will be uploaded" in said[1]
+    folder = said[2].partition("upload it with: wandb sync ")[2]
     assert list((tmp_path / folder).glob("*.wandb"))

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+WATCHING = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([A-G][0-9]+) \| (.+) \| (.+) \|$", PAGE, re.MULTILINE)
 NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::(test_\w+)`", PAGE)))
 
@@ -35,6 +36,11 @@ def test_each_test_that_is_named_exists_and_is_called_slow_where_it_is(file: str
     found = find_tests(file)
     assert name in found
     assert found[name] == (f"`{file}::{name}` (slow)" in PAGE)
+
+
+@pytest.mark.parametrize(("file", "name"), sorted(set(re.findall(r"`(tests/\w+\.py)::(test_\w+)`", WATCHING))))
+def test_each_test_that_the_page_on_watching_names_exists(file: str, name: str) -> None:
+    assert name in find_tests(file)
 
 
 def test_every_promise_that_a_test_claims_stands_there() -> None:

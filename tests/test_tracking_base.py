@@ -87,6 +87,43 @@ def test_the_seconds_spent_in_trackers_are_counted() -> None:
     assert 0.02 <= tracker.seconds < 1
 
 
+def test_what_a_fenced_tracker_computes_is_counted_and_its_waiting_is_not() -> None:
+    class Busy(Recorder):
+        def hear(self, what: object) -> None:
+            time.sleep(0.2)
+            end = time.thread_time() + 0.05
+            while time.thread_time() < end:
+                pass
+
+    fence = Fence("Mirror", Busy, print)
+    tracker = Fanout([fence, Recorder()])
+    tracker.log({"loss": 1.0}, 1)
+    fence.close()
+    assert 0.05 <= tracker.seconds < 0.15
+
+
+def test_a_fence_asks_in_line_what_stands_in_for_a_file() -> None:
+    go, tracker = threading.Event(), Recorder()
+
+    def wait() -> Recorder:
+        go.wait()
+        return tracker
+
+    asked: list[tuple[Path, bool]] = []
+
+    def keep(path: Path, is_best: bool) -> Path | None:
+        asked.append((path, is_best))
+        return path.with_suffix(".link") if is_best else None
+
+    fence = Fence("Mirror", wait, print, keep_file=keep)
+    fence.save_file(Path("a.pt"), 1, is_best=False)
+    fence.save_file(Path("b.pt"), 2, is_best=True)
+    assert asked == [(Path("a.pt"), False), (Path("b.pt"), True)]
+    go.set()
+    fence.close()
+    assert tracker.heard == [(Path("b.link"), 2, True), "closed"]
+
+
 def test_a_fenced_tracker_hears_everything_in_order() -> None:
     tracker, said = Recorder(), list[str]()
     tell_everything(Fence("Mirror", lambda: tracker, said.append))

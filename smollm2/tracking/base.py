@@ -114,7 +114,12 @@ class Fanout(Tracker):
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = tuple(trackers)
-        self.seconds = 0.0
+        self.seconds_in_line = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What watching took so far: what the run waited for, and what fenced trackers computed beside it."""
+        return self.seconds_in_line + sum(tracker.seconds for tracker in self.trackers if isinstance(tracker, Fence))
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
         """To each tracker."""
@@ -151,12 +156,21 @@ class Fanout(Tracker):
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - began
+            self.seconds_in_line += time.perf_counter() - began
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
         with self.counted():
             for tracker in self.trackers:
                 call(tracker)
+
+
+KeepFile = Callable[[Path, bool], Path | None]
+"""Of a saved file and whether it is the best: what stands in for it until a thread gets to it; None: it is not wanted."""
+
+
+def keep_as_it_is(path: Path, is_best: bool) -> Path:
+    """For trackers that need no more than the name."""
+    return path
 
 
 class Fence(Tracker):
@@ -168,10 +182,16 @@ class Fence(Tracker):
         open_tracker: Callable[[], Tracker],
         say: Say,
         *,
+        keep_file: KeepFile = keep_as_it_is,
+        leave: Callable[[], None] = lambda: None,
         capacity: int = QUEUE_CAPACITY,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
+        """`keep_file` is asked in-line for each file that is saved: it may be removed before the thread hears of it.
+        `leave` is called where the thread did not finish within `close_seconds`."""
         self.name = name
+        self.seconds = 0.0  # of this thread's computing; of the interpreter's lock the run has as little as of a core
+        self.keep_file, self.leave = keep_file, leave
         self.say = say
         self.close_seconds = close_seconds
         self.dropped = 0
@@ -203,8 +223,10 @@ class Fence(Tracker):
         self._queue(lambda tracker: tracker.log_landscape(landscape, step))
 
     def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
-        """Queue it; never waits."""
-        self._queue(lambda tracker: tracker.save_file(path, step, is_best=is_best))
+        """Queue what `keep_file` makes of it; never waits."""
+        kept = None if self.is_off else self.keep_file(path, is_best)
+        if kept is not None:
+            self._queue(lambda tracker: tracker.save_file(kept, step, is_best=is_best))
 
     def close(self) -> None:
         """Let the thread finish, for `close_seconds` at most, and say what it could not send."""
@@ -221,6 +243,7 @@ class Fence(Tracker):
             self.say(
                 f"{self.name} - did not finish within {self.close_seconds:g} s - it is left behind; the run folder has every row"
             )
+            self.leave()
         elif self.dropped:
             self.say(f"{self.name} - {self.dropped} calls found its queue full - the run folder has every row")
 
@@ -240,6 +263,7 @@ class Fence(Tracker):
             tracker = open_tracker()
         except BaseException as error:
             self._turn_off(error)
+        self.seconds = time.thread_time()
         while (call := self.calls.get()) is not None:
             if tracker is None or self.is_off:
                 continue
@@ -249,6 +273,7 @@ class Fence(Tracker):
                 failures += 1
                 if failures == FAILURES_ALLOWED:
                     self._turn_off(error)
+            self.seconds = time.thread_time()
         if tracker is not None:
             try:
                 tracker.close()
