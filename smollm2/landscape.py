@@ -174,7 +174,8 @@ def open_source(path: Path, input_file: str | None, spool: Path, device: str, sa
     store = open_store(config, state, tokenizer, input_file, spool)
     length = config.training.sequence_length
     tokens, stride = (store.validation, length) if len(store.validation) > 1 else (store.train, config.data.stride)
-    windows = Windows(tokens, length, stride, tokenizer.vocab_size)
+    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
+    windows = Windows(tokens, length, stride, tokenizer.vocab_size, end_of_text)
     indices, targets = choose_windows(windows)
     return Source(path, state, config, tokenizer, windows, indices, targets, model.to(device))
 
