@@ -143,14 +143,14 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def add_landscape(commands: "argparse._SubParsersAction[Parser]") -> None:
     """`smollm2 landscape`."""
-    parser = commands.add_parser(
-        "landscape",
-        help="the loss around the weights of a checkpoint",
-        description="Measure the loss along random directions from the weights, on windows of the run's own text, and draw it. "
-        "A call that was stopped goes on where it stood.",
-        allow_abbrev=False,
+    text = (
+        "Measure the loss along random directions from the weights, on windows of the run's own text, and draw it. "
+        "A call that was stopped goes on where it stood."
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a run folder (its newest checkpoint)")
+    parser = add_command(commands, "landscape", run_landscape, "the loss around the weights of a checkpoint", text)
+    parser.add_argument("model", metavar="MODEL", help="a .pt file, or a run folder (its newest checkpoint)")
+    parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
+    add_device_flag(parser)
     parser.add_argument(
         "--points", type=int, default=25, metavar="N", help="on a side of the plane, an odd number; default: 25"
     )
@@ -159,24 +159,20 @@ def add_landscape(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="default: landscape.json beside the checkpoint; the page ends with .html"
     )
-    parser.set_defaults(run=run_landscape)
 
 
 def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     """`smollm2 report`."""
-    parser = commands.add_parser(
-        "report",
-        help="a page about a run, or about several side by side",
-        description="Write one HTML file that opens from the disk: verdict, curves, samples, events, configuration. It is "
-        "built from the run folder alone. A run also writes its own while it goes on.",
-        allow_abbrev=False,
+    text = (
+        "Write one HTML file that opens from the disk: verdict, curves, samples, events, configuration. It is built from the "
+        "run folder alone. A run also writes its own while it goes on."
     )
+    parser = add_command(commands, "report", run_report, "a page about a run, or about several side by side", text)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder: the --save_dir of a training")
     parser.add_argument(
         "--output", metavar="FILE", help="default: report.html in the run folder; comparison.html here for several runs"
     )
     parser.add_argument("--terminal", action="store_true", help="draw the curves in this terminal instead")
-    parser.set_defaults(run=run_report)
 
 
 GENERATE_NUMBERS: list[tuple[str, type[int] | type[float], float, str]] = [
@@ -318,16 +314,14 @@ def run_landscape(args: argparse.Namespace) -> None:
         check_range("--seed", args.seed, 0, 2**63 - 1)
     if args.output is not None and not Path(args.output).name:
         raise ConfigError(f"--output - {args.output!r} is no name of a file - give one")
-    import torch
-
     from smollm2.landscape import draw_landscape, open_source
     from smollm2.tracking.console import ConsoleTracker
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(args)
     console = ConsoleTracker(0, 0, sys.stderr)
     try:
         with tempfile.TemporaryDirectory() as spool:
-            source = open_source(Path(args.checkpoint), args.input_file, Path(spool), device, remark)
+            source = open_source(Path(args.model), args.input_file, Path(spool), device, remark, best=args.best)
             output = Path(args.output or source.path.parent / "landscape").with_suffix(".json")
             landscape = draw_landscape(
                 source,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smollm2 import plan
-from smollm2.checkpoint import content_hash, describe_missing, find_resumable, load_checkpoint
+from smollm2.checkpoint import content_hash
 from smollm2.config import Config
 from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
 from smollm2.data.text import open_text
@@ -27,7 +27,7 @@ from smollm2.data.windows import Windows
 from smollm2.errors import CheckpointError
 from smollm2.evaluation import score_windows, spread
 from smollm2.files import probe_folder, write_atomically
-from smollm2.loading import read_config, restore_model
+from smollm2.loading import load_source, read_config
 from smollm2.loss import IGNORED
 from smollm2.tokenizer import Tokenizer
 from smollm2.tracking.base import Landscape
@@ -162,15 +162,16 @@ class Source:
     model: nn.Module
 
 
-def open_source(path: Path, input_file: str | None, spool: Path, device: str, say: Callable[[str], None]) -> Source:
-    """A `.pt`, or the newest valid one of a run folder, and the tokens of its run: from the cache, else made in `spool` of
-    its text or `input_file`. Raises CheckpointError, DataError."""
-    found = find_resumable(path, say) if path.is_dir() else (path, load_checkpoint(path))
-    if found is None:
-        raise CheckpointError(describe_missing(path))
-    path, state = found
+def open_source(
+    path: Path, input_file: str | None, spool: Path, device: str, say: Callable[[str], None], *, best: bool = False
+) -> Source:
+    """A `.pt`, or the newest valid one of a run folder, or its best, and the tokens of its run: from the cache, else made in
+    `spool` of its text or `input_file`. Raises CheckpointError, DataError."""
+    model, tokenizer, state = load_source(path, best=best, say=say)
+    if state is None:
+        raise CheckpointError(f"{path} - an exported model does not say on what it was trained - name a checkpoint")
+    path = path / f"step_{state['step']:04d}.pt" if path.is_dir() else path
     config = read_config(state, path)
-    model, tokenizer = restore_model(state, path)
     store = open_store(config, state, tokenizer, input_file, spool)
     length = config.training.sequence_length
     tokens, stride = (store.validation, length) if len(store.validation) > 1 else (store.train, config.data.stride)
