@@ -1,7 +1,9 @@
 """Checkpoints off the hot path: the state is copied, and written, read back and checked while training goes on.
 
-One save at a time, on one thread. What became of it is told by the thread of the run: at the next step, or at the latest
-at the next save. Where memory for a second state is scarce, and for a save that must succeed, the run waits.
+One save at a time, each on a thread of its own that ends with it: where one that has computed with torch stays, OpenMP
+counts its workers too, lets all of them sleep between two operations, and every small one after it takes 28 us for 8
+(measured 2026-11). What became of a save is told by the thread of the run: at the next step, or at the latest at the next
+save. Where memory for a second state is scarce, and for a save that must succeed, the run waits.
 """
 
 import time
@@ -20,6 +22,7 @@ from smollm2.tracking.base import Fanout
 from smollm2.tracking.jsonl import JsonlTracker
 
 MAX_FAILED_SAVES = 3
+THREAD_NAME = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,6 @@ class Saver:
 
     def __init__(self, config: Config, rows: JsonlTracker, tracker: Fanout) -> None:
         self.config, self.folder, self.rows, self.tracker = config, Path(config.training.save_dir), rows, tracker
-        self.thread = ThreadPoolExecutor(1, "checkpoints")
         self.buffers: dict[str, Tensor] = {}
         self.pending: Future[Saved] | None = None
         self.step, self.failures, self.seconds = 0, 0, 0.0
@@ -60,7 +62,9 @@ class Saver:
         waits = must_succeed or not (self.buffers or is_room_for_copy(state))
         state = state if waits else checkpoint.take_snapshot(state, self.buffers)
         self.step = state["step"]
-        self.pending = self.thread.submit(self._write, state, validation_loss, spikes, resumed_step)
+        thread = ThreadPoolExecutor(1, THREAD_NAME)
+        self.pending = thread.submit(self._write, state, validation_loss, spikes, resumed_step)
+        thread.shutdown(wait=False)
         if waits:
             self.finish(must_succeed=must_succeed)
 
@@ -89,7 +93,6 @@ class Saver:
     def close(self) -> None:
         """Wait for the save that is under way; the run ends for a reason of its own."""
         self.finish()
-        self.thread.shutdown()
 
     def _write(
         self, state: dict[str, Any], validation_loss: float | None, spikes: tuple[int, ...], resumed_step: int

@@ -41,6 +41,28 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
         )
 
 
+def test_no_thread_of_a_save_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stays makes every later operation slower: OpenMP counts its workers."""
+    write_tiny(tmp_path)
+    writers: list[threading.Thread] = []
+    original, finish = checkpoint.save_checkpoint, saving.Saver.finish
+
+    def save(*arguments: object, **named: object) -> Path:
+        writers.append(threading.current_thread())
+        return original(*arguments, **named)  # type: ignore[arg-type]
+
+    def finish_and_look(saver: saving.Saver, **named: bool) -> None:
+        finish(saver, **named)
+        for writer in writers:
+            writer.join(5)
+        assert not any(writer.is_alive() for writer in writers)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    monkeypatch.setattr(saving.Saver, "finish", finish_and_look)
+    train(tiny_config(tmp_path))
+    assert len(writers) == 3
+
+
 def test_a_run_without_memory_for_a_copy_waits_for_its_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny(tmp_path)
     copied: list[object] = []
