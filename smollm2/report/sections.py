@@ -308,7 +308,8 @@ def machine_section(run: RunFolder) -> str:
         for number, (start, end) in enumerate(sessions_of(run), 1)
     ]
     header = ("Process", "Began (UTC)", "Until it was last heard of")
-    intro = f"{count_of(len(starts), 'process', 'processes')} worked on this run, one after the other.{changed}"
+    turns = ", one after the other" if len(starts) > 1 else ""
+    intro = f"{count_of(len(starts), 'process', 'processes')} worked on this run{turns}.{changed}"
     shown = facts((title, starts[-1].get(key, "–")) for key, title in MACHINE.items())
     return f"<p>{show(intro)}</p>{shown}{table(header, rows[-SHOWN_EVENTS:], 'Processes of this run')}"
 
