@@ -51,9 +51,12 @@ class Watch:
         where: Callable[[], tuple[int, str, float, bool]],
         timeout: float,
         end: Callable[[Smollm2Error], None],
+        say: Callable[[str], None],
     ) -> None:
-        """`end` is called, in the thread, with the sentence on which this rank must give up; it ends the process."""
+        """`end` is called, in the thread, with the sentence on which this rank must give up; it ends the process. `say`
+        hears for whom it waits where a wait may be long: while rank 0 reads the text, or saves."""
         self.folder, self.rank, self.where, self.timeout, self.end = folder / FOLDER, rank, where, timeout, end
+        self.say, self.said = say, -1
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._look_around, name="watch", daemon=True)
 
@@ -104,6 +107,16 @@ class Watch:
                 self.closed.wait(2 * SECONDS_BETWEEN_LOOKS)  # until all have written where they stand
                 if self.where()[0] == count and not self.closed.is_set():
                     self.end(self._describe_stall(waited))
+            elif waited > self.timeout and self.said != count:
+                self.said = count
+                self._say_for_whom(waited)
+
+    def _say_for_whom(self, waited: float) -> None:
+        """Once, and by one rank of those that wait."""
+        everyone = self._everyone()
+        late = find_late(everyone)
+        if late and self.rank == min(p.rank for p in everyone if p not in late):
+            self.say(f"waiting for {waited:.0f} s: {describe_late(late)}")
 
     def _describe_loss(self, ended: Sequence[Position]) -> Smollm2Error:
         first = ended[0]

@@ -479,13 +479,18 @@ def watched(t: TrainingConfig, runtime: Runtime, log: RunLog) -> Iterator[Watch]
     found. A run that came to its end, or was asked to, ends on all ranks together: a launcher kills the others when
     the first has gone."""
 
+    def say(message: str) -> None:
+        log.write(message)
+        ConsoleTracker(0, 0, sys.stderr).say(message)
+
     def end(error: Smollm2Error) -> None:
-        log.write(str(error))
         if runtime.rank == error.rank:
-            ConsoleTracker(0, 0, sys.stderr).say(f"error: {error}")
+            say(f"error: {error}")
+        else:
+            log.write(str(error))
         runtime.leave(error.exit_code)
 
-    watch = Watch(Path(t.save_dir), runtime.rank, runtime.pulse.read, t.rank_timeout, end)
+    watch = Watch(Path(t.save_dir), runtime.rank, runtime.pulse.read, t.rank_timeout, end, say)
     code = 1
     try:
         try:

@@ -370,6 +370,24 @@ def test_a_rank_that_stalls_is_named_and_the_run_ends(tmp_path: Path) -> None:
     assert ended[1].seconds < 25
 
 
+def test_a_rank_that_takes_long_over_a_save_is_named_and_waited_for(tmp_path: Path) -> None:
+    """Promise F2."""
+    write_tiny(tmp_path)
+    whole = checkpoint.save_checkpoint
+
+    def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
+        time.sleep(8 if step == 12 else 0)
+        return whole(folder, state, step=step)
+
+    def slow(rank: int) -> int:
+        checkpoint.save_checkpoint = save  # type: ignore[assignment]
+        return training_with("--training.rank_timeout", "5")(rank)
+
+    ended = run_ranks(slow, tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert "rank 0 is behind: it stands at step 12, a save" in ended[1].err
+
+
 def wait_for_step(folder: Path, ranks: Ranks) -> None:
     deadline = time.monotonic() + 30
     while not list(folder.glob("step_*.pt")):
