@@ -25,12 +25,14 @@ CARDS = {"H200": 141, "H100": 80, "A100": 80, "L40S": 48, "RTX 4090": 24, "L4": 
 """GB of memory of the GPUs that people rent or own."""
 
 OTHER_GPU_FLOPS = 30e12
-CORE_FLOPS = {"cpu-float32": 55e9, "cpu-bf16": 100e9}
-"""FLOP/s a core: benchmarks/train_speed.py on two cores of an AMD EPYC with avx512_bf16, 2026-11-24. One figure for all widths:
-in seconds of one core's work an update of nano, micro, 576 and 768 wide took 0.96, 1.05, 0.91 and 0.81 of what it gives in bf16."""
+CORE_FLOPS = {"cpu-float32": 86e9, "cpu-bf16": 190e9}
+CORE_SECONDS_PER_NUMBER = 125e-9
+"""A CPU core's FLOP/s in the products, and its seconds besides them for each number of the residual stream, in each layer.
+From tokens a second on two idle cores of an AMD EPYC with avx512_bf16, 2026-11-24: nano 15,300, micro 3,050, the user's 768 wide
+model with gradient checkpointing 263 in bf16; 12M parameters 1,756 in float32."""
 
-SECONDS_PER_BLOCK = {"cpu": 10e-3, "gpu": 2e-3}
-"""What a block costs in one forward and backward pass besides its products; a GPU hides it behind them."""
+SECONDS_PER_BLOCK = {"cpu": 3e-3, "gpu": 2e-3}
+"""What a block costs in one forward and backward pass however small it is; a GPU hides it behind its products."""
 
 LIBRARIES = 365_000_000
 """Bytes that Python and torch hold besides what is counted, all their files read; measured at the first update, 2026-11-24."""
@@ -251,15 +253,19 @@ def estimate_memory(config: Config, device: str) -> Memory:
 
 def estimate_step(config: Config, device: str, cores: int, pace: Pace | None = None) -> float:
     """Seconds of one update at this pace, by default the table's."""
-    products, besides = split_step(config, pace or table_pace(config, device, cores))
+    products, besides = split_step(config, device, pace or table_pace(config, device, cores))
     return products + besides if device.startswith("cpu") else max(products, besides)
 
 
-def split_step(config: Config, pace: Pace) -> tuple[float, float]:
-    """Seconds of one update in the products, and besides them."""
+def split_step(config: Config, device: str, pace: Pace) -> tuple[float, float]:
+    """Seconds of one update that grow with its tokens, and those that do not."""
     m, t = config.model, config.training
     tokens = config.global_batch_size * t.sequence_length
-    work = tokens * flops_per_token(m, t.sequence_length) * (4 / 3 if t.gradient_checkpointing else 1)
+    flops: float = flops_per_token(m, t.sequence_length)
+    if device.startswith("cpu"):  # the work besides the products, as the products that take as long
+        core_flops = CORE_FLOPS["cpu-float32" if needs_float32(config, device) else device]
+        flops += m.num_hidden_layers * m.hidden_size * CORE_SECONDS_PER_NUMBER * core_flops
+    work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1)
     return work / pace.flops, t.gradient_accumulation_steps * m.num_hidden_layers * pace.seconds_per_block
 
 
@@ -275,7 +281,7 @@ def measured_pace(config: Config, device: str, cores: int, seconds: float) -> Pa
     A run too small to be bound by its products says nothing of them.
     """
     table = table_pace(config, device, cores)
-    products, besides = split_step(config, table)
+    products, besides = split_step(config, device, table)
     factor = seconds / estimate_step(config, device, cores)
     flops = table.flops / factor if products > besides else table.flops
     return Pace(flops, table.seconds_per_block * factor, datetime.datetime.now().astimezone().date().isoformat())
