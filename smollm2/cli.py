@@ -64,11 +64,9 @@ def add_command(
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, exported: str = ", or a Hugging Face folder") -> None:
     """Which trained model a command is about."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a .pt file, a run folder (its newest checkpoint), or a Hugging Face folder"
-    )
+    parser.add_argument("model", metavar="MODEL", help=f"a .pt file, a run folder (its newest checkpoint){exported}")
     parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
 
 
@@ -148,8 +146,7 @@ def add_landscape(commands: "argparse._SubParsersAction[Parser]") -> None:
         "A call that was stopped goes on where it stood."
     )
     parser = add_command(commands, "landscape", run_landscape, "the loss around the weights of a checkpoint", text)
-    parser.add_argument("model", metavar="MODEL", help="a .pt file, or a run folder (its newest checkpoint)")
-    parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
+    add_model_flags(parser, exported="")
     add_device_flag(parser)
     parser.add_argument(
         "--points", type=int, default=25, metavar="N", help="on a side of the plane, an odd number; default: 25"

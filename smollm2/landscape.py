@@ -8,9 +8,8 @@ is measured once for line and plane. The weights are put back from a copy, whate
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from smollm2.loading import load_source, read_config
 from smollm2.loss import IGNORED
 from smollm2.tokenizer import Tokenizer
 from smollm2.tracking.base import Landscape
+from smollm2.tracking.charts import finite
 from smollm2.tracking.jsonl import landscape_json
 
 WINDOWS = 8
@@ -274,11 +274,11 @@ def render_page(landscape: Landscape, step: int) -> str:
         f"Loss around the weights of step {step:,}: {landscape.loss:.4f} at the centre, on {landscape.targets:,} tokens"
     )
     figure = make_subplots(1, 2, specs=[[{"type": "surface"}, {"type": "xy"}]], column_widths=[0.6, 0.4])
-    at, grid = list(landscape.grid_at), [keep_finite(row) for row in landscape.grid]
+    at, grid = list(landscape.grid_at), [finite(row) for row in landscape.grid]
     # grid[i][j] lies at i along the first direction; plotly's z[row][column] wants the column there.
     across = [list(column) for column in zip(*grid, strict=True)]
     figure.add_trace(graph_objects.Surface(x=at, y=at, z=across, colorscale="Viridis", showscale=False), 1, 1)
-    line = graph_objects.Scatter(x=list(landscape.line_at), y=keep_finite(landscape.line), name="along the first")
+    line = graph_objects.Scatter(x=list(landscape.line_at), y=finite(landscape.line), name="along the first")
     figure.add_trace(line, 1, 2)
     axes = {"xaxis_title": "first direction", "yaxis_title": "second direction", "zaxis_title": "loss"}
     figure.update_layout(title=title, showlegend=False, template="plotly_white", height=720, scene=axes)
@@ -286,8 +286,3 @@ def render_page(landscape: Landscape, step: int) -> str:
     figure.update_yaxes(title="loss, nats per token")
     page: str = figure.to_html(include_plotlyjs=True)
     return page
-
-
-def keep_finite(losses: Sequence[float]) -> list[float | None]:
-    """A gap in the drawing where a loss is not a number."""
-    return [loss if math.isfinite(loss) else None for loss in losses]

@@ -244,7 +244,7 @@ def open_run(
     saver = None
     if rows:
         saver = Saver(config, rows, tracker)
-        stack.callback(saver.close)
+        stack.callback(saver.finish)
     return Run(
         config=config,
         runtime=runtime,

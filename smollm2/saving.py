@@ -90,10 +90,6 @@ class Saver:
         self.tracker.log_event("checkpoint", f"saved {saved.path}", self.step, path=str(saved.path))
         self.tracker.save_file(saved.path, self.step, is_best=saved.is_best)
 
-    def close(self) -> None:
-        """Wait for the save that is under way; the run ends for a reason of its own."""
-        self.finish()
-
     def _write(
         self, state: dict[str, Any], validation_loss: float | None, spikes: tuple[int, ...], resumed_step: int
     ) -> Saved:

@@ -1,5 +1,6 @@
 """Fixtures that several test files use: the shared data, which is not committed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def shakespeare() -> Path:
 @pytest.fixture
 def smollm2_tokenizer_folder() -> Path:
     return shared("smollm2-tokenizer")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on two threads: these wait for one another, on a busy machine for long. And a fork takes
+    no other threads along: an operation that waits for them would wait for ever."""
+    import torch  # not at the top: half of the files need none
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

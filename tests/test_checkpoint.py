@@ -9,7 +9,7 @@ import subprocess
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,7 @@ from smollm2.checkpoint import (
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
 from smollm2.files import IO_OPS, IoOps
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A fork takes no other threads along, and an operation that waits for them would wait for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_state(step: int = 1) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import math
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,7 @@ from smollm2.tokenizer import Tokenizer, load_tokenizer
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer naïve slings. "
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on two threads: these wait for one another, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,7 @@ from smollm2.runtime import Runtime
 from smollm2.tracking.base import Landscape
 from smollm2.training import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def copy_of(model: SmolLM2) -> list[Tensor]:

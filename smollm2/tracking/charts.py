@@ -6,7 +6,7 @@ Parameters have Hugging Face's names; a layer is what these have in common: `lay
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from smollm2.tracking.base import Diagnosis
@@ -59,3 +59,8 @@ def diagnosis_metrics(diagnosis: Diagnosis) -> dict[str, float]:
     for block, numbers in diagnosis.activations.items():
         found |= {f"activations/{name}/{block}": value for name, value in numbers.items()}
     return found
+
+
+def finite(numbers: Sequence[float]) -> list[float | None]:
+    """With a gap where a number is not finite: JSON has no such numbers."""
+    return [number if math.isfinite(number) else None for number in numbers]

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 from smollm2 import plan
 from smollm2.config import Config, WandbConfig
 from smollm2.tracking.base import Diagnosis, Fence, Landscape, Sample, Say, Tracker, describe
-from smollm2.tracking.charts import diagnosis_metrics, flow_by_layer, group_metrics
+from smollm2.tracking.charts import diagnosis_metrics, finite, flow_by_layer, group_metrics
 
 if TYPE_CHECKING:
     import wandb
@@ -462,8 +462,3 @@ def draw_landscape(landscape: Landscape) -> tuple[Any, Any]:
         graph_objects.Figure([surface], layout=bare).update_layout(scene=axes),
         graph_objects.Figure([line], layout=bare).update_layout(xaxis_title="first direction", yaxis_title="loss"),
     )
-
-
-def finite(numbers: Sequence[float]) -> list[float | None]:
-    """With a gap where a number is not finite: JSON has no such numbers."""
-    return [number if math.isfinite(number) else None for number in numbers]
