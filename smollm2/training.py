@@ -377,6 +377,8 @@ def note_trouble(run: Run, progress: Progress, result: StepResult) -> None:
     if result.skipped:
         handle_skip(run, progress, result)
     elif step in progress.spikes[-1:]:
+        if run.saver:
+            run.saver.finish()  # its file may be the last from before
         before = [path.name for path in list_before(Path(run.config.training.save_dir), step)]
         kept = f"{before[-1]} is from before and stays" if before else "no checkpoint is from before"
         windows = run.batches.window_ids(step - 1).tolist()
