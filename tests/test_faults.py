@@ -300,10 +300,12 @@ def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on
     )
     original = training.draw_samples
 
-    def filling(*arguments: object) -> object:
+    def filling(going: training.Run, step: int) -> object:
+        assert going.saver
+        going.saver.finish()  # before the other takes what is left
         with (small_disk / "filler").open("wb") as file:
             file.write(b"x" * (shutil.disk_usage(small_disk).free - 100_000))
-        return original(*arguments)  # type: ignore[arg-type]
+        return original(going, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "draw_samples", filling)
