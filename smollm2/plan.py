@@ -37,13 +37,19 @@ SECONDS_PER_BLOCK = {"cpu": 3e-3, "gpu": 2e-3}
 LIBRARIES = 365_000_000
 """Bytes that Python and torch hold besides what is counted, all their files read; measured at the first update, 2026-11-24."""
 
-MAPPED = 32 * 2**20
-"""From this size on glibc maps each piece of memory by itself and gives it back; smaller ones share one heap."""
+QUERY_BLOCK, LONGEST_KEPT = 128, 512
+"""Queries that attention in blocks takes at once (twice as many of sequences over 1,024), and the longest sequence of which it
+keeps the probabilities. Both fastest on two cores with avx512_bf16, 2026-11-24, forward and backward of 8 sequences, 6 heads,
+256 positions: 128 queries 9.2 ms, 256 queries 11.0, computed again 14.0."""
 
-HEAP_GAPS = 0.4
-"""Where gradients are accumulated, those of the first micro-batch stay in the heap among what was its activations, and no
-large piece fits between them any more: so much of what passes through lies free when the heap is fullest. micro, batch_size
-8, 2026-11-24, MB at most with 1, 2 and 4 micro-batches: 916, 1031, 1054 in float32, 764, 839, 859 in bf16."""
+MAPPED = 32 * 2**20
+"""From this size on glibc maps each piece of memory by itself and gives it back; smaller ones share one heap, which keeps what
+is freed in it (`runtime.keep_freed_memory`)."""
+
+HEAP_GAPS = {"one micro-batch": 0.3, "several": 0.5}
+"""So much of what passes through lies free in that heap when it is fullest, between pieces that stay; where gradients are
+accumulated, those of the first micro-batch stay among what was its activations. micro, batch_size 8, 2026-11-24, MB at most
+with 1, 2 and 4 micro-batches: 978, 1093, 1090 in float32, 847, 902, 921 in bf16."""
 
 MEASURED = "measured.json"
 KEPT_PACES = 5
@@ -229,6 +235,9 @@ def estimate_memory(config: Config, device: str) -> Memory:
         kept += 2 * [4 * m.hidden_size // size]
     if t.attention == "eager":  # the scores, and their probabilities
         kept += 2 * [m.num_attention_heads * t.sequence_length * (4 + size) // (2 * size)]
+    in_blocks = t.attention == "blocks" or (t.attention == "auto" and device.startswith("cpu") and size == 2)
+    if in_blocks and t.sequence_length <= LONGEST_KEPT:
+        kept += [m.num_attention_heads * (t.sequence_length + QUERY_BLOCK) // 2]
     block = size * sum(kept)
     blocks = block * m.num_hidden_layers
     if t.gradient_checkpointing:
@@ -240,14 +249,14 @@ def estimate_memory(config: Config, device: str) -> Memory:
     activations = rows * (blocks + passing)
     loss = chunk * m.vocab_size * (8 + size) + 4 * m.vocab_size * m.hidden_size
     small = sum(width for width in kept if rows * size * width < MAPPED) / sum(kept)
-    has_gaps = device.startswith("cpu") and t.gradient_accumulation_steps > 1
+    gaps = HEAP_GAPS["several" if t.gradient_accumulation_steps > 1 else "one micro-batch"]
     return Memory(
         weights=parameters * (4 if size == 4 else 6),  # the 16-bit copies of the products beside the float32
         gradients=gradients,
         optimizer=8 * parameters - 4 * by_muon,  # AdamW keeps two moments, Muon one
         activations=activations,
         loss=loss,
-        gaps=int(HEAP_GAPS * small * (gradients + activations + loss)) if has_gaps else 0,
+        gaps=int(gaps * small * (gradients + activations + loss)) if device.startswith("cpu") else 0,
     )
 
 

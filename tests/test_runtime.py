@@ -1,6 +1,7 @@
 """Precision as a table, the random state whole, signals remembered."""
 
 import os
+import platform
 import random
 import signal
 
@@ -10,7 +11,14 @@ import torch
 import torch._inductor.config
 
 from smollm2.errors import ConfigError, Interrupted
-from smollm2.runtime import StopSignal, choose_precision, compile_blocks, random_state, restore_random_state
+from smollm2.runtime import (
+    StopSignal,
+    choose_precision,
+    compile_blocks,
+    keep_freed_memory,
+    random_state,
+    restore_random_state,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +101,19 @@ def test_the_handlers_of_the_caller_come_back() -> None:
     with StopSignal().listening():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_what_an_update_frees_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource  # Windows has none
+
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    keep_freed_memory()
+    page_faults = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        pieces = [torch.ones(6 * 2**20) for _ in range(5)]  # 120 MB
+        del pieces
+        page_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(page_faults) < 1000
