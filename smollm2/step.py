@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,32 +111,34 @@ def accumulate_gradients(
 ) -> tuple[Tensor, int]:
     """Add to every parameter's `grad` the gradient of the global mean loss; returns that loss and the target count.
 
-    Raises MicroBatchTooLarge, with no gradient left behind, on all ranks where one ran out of memory before the last
-    micro-batch; alone, in any of them. In the last one's backward pass the ranks meet, and who runs out there can tell the
-    others nothing but by ending: OutOfMemoryError.
+    Raises MicroBatchTooLarge, with no gradient left behind, on all ranks where one ran out of memory. In the last backward
+    pass several ranks meet, and who runs out there can tell the others only by ending: OutOfMemoryError.
     """
     local = torch.stack([(labels != -100).sum() for _, labels, *_ in micro_batches]).sum()
     count = runtime.sum(local)
     scale = runtime.world_size / count.float()  # DDP averages gradients over ranks
     total = torch.zeros((), dtype=torch.float32, device=runtime.device)
+    before_meeting = len(micro_batches) - (runtime.world_size > 1)
+    meeting: list[Tensor] = []
 
-    def add_gradient(micro_batch: MicroBatch, *, waits: bool = False) -> None:
-        runtime.pulse.mark("a micro-batch", waits=waits)
+    def forward(micro_batch: MicroBatch) -> Tensor:
+        runtime.pulse.mark("a micro-batch")
         with runtime.autocast():
             loss, _ = model(*micro_batch, z_loss=z_loss)
-        runtime.scaler.scale(loss * scale).backward()
         total.add_(loss.detach())
+        return cast(Tensor, runtime.scaler.scale(loss * scale))
 
-    before_meeting = len(micro_batches) - (runtime.world_size > 1)
-
-    def add_gradients_alone() -> None:
+    def go_alone() -> None:
         for micro_batch in micro_batches[:before_meeting]:
-            add_gradient(micro_batch)
+            torch.autograd.backward(forward(micro_batch))
+        meeting.extend(map(forward, micro_batches[before_meeting:]))
 
     with runtime.accelerator.no_sync(model):
-        try_to_fit(model, runtime, add_gradients_alone)
-    for micro_batch in micro_batches[before_meeting:]:
-        add_gradient(micro_batch, waits=True)
+        try_to_fit(model, runtime, go_alone)
+    for loss in meeting:
+        runtime.pulse.mark("a micro-batch", waits=True)
+        with runtime.accelerator.trigger_sync_in_backward(model):
+            torch.autograd.backward(loss)
     return runtime.sum(total) / count, int(count)
 
 

@@ -306,25 +306,35 @@ def in_parts_of(size: int) -> tuple[str, ...]:
     return ("--training.batch_size", str(size), "--training.gradient_accumulation_steps", str(8 // size))
 
 
+@pytest.mark.parametrize("size", [2, 4])
 def test_out_of_memory_on_one_rank_makes_the_micro_batch_of_all_smaller_bit_for_bit_as_if_begun_so(
-    tmp_path: Path,
+    tmp_path: Path, size: int
 ) -> None:
-    """Promise C10."""
+    """Promise C10. With 4 each rank has one micro-batch, after whose forward pass the ranks meet."""
     write_tiny(tmp_path)
     cramped = on_rank_1_before_step(
-        1, have_room_for_one_sequence, training_with("--save_dir", "cramped", *in_parts_of(2))
+        1, have_room_for_one_sequence, training_with("--save_dir", "cramped", *in_parts_of(size))
     )
     ended = run_ranks(cramped, tmp_path)
     assert [rank.code for rank in ended] == [0, 0], ended
-    assert "step 1: out of memory with 2 sequences at once; from here on 1 at once" in ended[0].out
+    assert f"step 1: out of memory with {size} sequences at once; from here on {size // 2} at once" in ended[0].out
     assert [rank.code for rank in run_ranks(training_with("--save_dir", "small", *in_parts_of(1)), tmp_path)] == [0, 0]
     assert outcome(tmp_path / "cramped", 12) == outcome(tmp_path / "small", 12)
+
+
+def have_no_room_for_gradients(model: torch.nn.Module) -> None:
+    """From here on this rank runs out of memory in every backward pass."""
+
+    def refuse(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model.register_forward_hook(lambda module, arguments, output: output[0].register_hook(refuse) and None)
 
 
 def test_out_of_memory_where_the_ranks_meet_ends_all_with_one_sentence_of_that_rank(tmp_path: Path) -> None:
     """Promise C10. One micro-batch for each rank: the last."""
     write_tiny(tmp_path)
-    ended = run_ranks(on_rank_1_before_step(6, have_room_for_one_sequence, training_with()), tmp_path)
+    ended = run_ranks(on_rank_1_before_step(6, have_no_room_for_gradients, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [6, 6], ended
     assert "error: rank 1: training.batch_size: 4 - out of memory - lower it" in ended[1].err
     assert "rank 1 ended with exit code 6 and says why" in ended[0].err
