@@ -50,6 +50,9 @@ class Visit:
         tools.send("Performance.enable")
         began = time.perf_counter()
         self.page.goto(path.as_uri())
+        self.seconds_to_curves = (
+            time.perf_counter() - began
+        )  # all but the surface are drawn before the page counts as loaded
         self.page.wait_for_function(DRAWN)
         self.seconds = time.perf_counter() - began
         measured = {one["name"]: one["value"] for one in tools.send("Performance.getMetrics")["metrics"]}
@@ -261,7 +264,8 @@ def test_a_hundred_thousand_rows_are_drawn_in_three_seconds(browser: Any, tmp_pa
     (run / "report.html").write_text(build_page(read_runs([run])), encoding="utf-8")
     visit = Visit(browser, run / "report.html")
     size = (run / "report.html").stat().st_size
-    print(json.dumps({"seconds": round(visit.seconds, 2), "cpu_seconds": round(visit.cpu_seconds, 2), "bytes": size}))
+    seconds = {"curves": visit.seconds_to_curves, "all": visit.seconds, "cpu": visit.cpu_seconds}
+    print(json.dumps({"seconds": {name: round(value, 2) for name, value in seconds.items()}, "bytes": size}))
     assert visit.cpu_seconds < 3
     assert visit.errors == []
     visit.context.close()

@@ -203,7 +203,7 @@
     root.dataset.theme = name;
     toggle.setAttribute("aria-pressed", String(name === "dark"));
     drawAll(["curves", "heat", "line"]);
-    setTimeout(() => drawAll(["surface"])); // it takes as long as all else together
+    requestAnimationFrame(() => setTimeout(() => drawAll(["surface"]))); // as long as all else together: that is seen first
   };
   toggle.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
   dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));
