@@ -116,4 +116,4 @@ def test_what_an_update_frees_is_there_for_the_next(monkeypatch: pytest.MonkeyPa
         pieces = [torch.ones(6 * 2**20) for _ in range(5)]  # 120 MB
         del pieces
         page_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert min(page_faults) < 1000
+    assert min(page_faults) < 10_000  # of 30,000
