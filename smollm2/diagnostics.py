@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from smollm2.functional import rotate
 from smollm2.model import Attention, Block, SmolLM2
 from smollm2.tracking.base import Diagnosis, Histogram
 
@@ -154,9 +153,7 @@ def root_mean_square(x: Tensor) -> Tensor:
 
 def find_largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The largest q k^T / sqrt(D) of a position with itself or one before it: x (B, T, C) -> a number, float32."""
-    heads = (*x.shape[:2], -1, attention.head_dim)
-    q = rotate(attention.q_proj(x).view(heads), cos, sin).transpose(1, 2)  # B H T D
-    k = rotate(attention.k_proj(x).view(heads), cos, sin).transpose(1, 2)  # B K T D
+    q, k = attention.queries_and_keys(x, cos, sin)
     q = q.reshape(*k.shape[:2], -1, *q.shape[2:])  # B K H/K T D
     keys = k.unsqueeze(2).transpose(-1, -2)
     length, largest = x.shape[1], []

@@ -93,13 +93,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Layout | Slot = None) -> Tensor:
         """(B, T, C) -> (B, T, C), each position over what it sees: by a layout, or all that a cache's slot holds too."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)  # B H T D
-        k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)  # B K T D
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # B K T D
+        q, k = self.queries_and_keys(x, cos, sin)
+        v = self.v_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # B K T D
         mixed = attend_cached(q, k, v, seen) if isinstance(seen, Slot) else attend(q, k, v, self.backend, seen)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> (B, H, T, D) and (B, K, T, D), rotated."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)
+        k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
+        return q, k
 
 
 class FeedForward(nn.Module):

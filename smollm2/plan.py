@@ -44,7 +44,7 @@ keeps the probabilities. Both fastest on two cores with avx512_bf16, 2026-11-24,
 
 MAPPED = 32 * 2**20
 """From this size on glibc maps each piece of memory by itself and gives it back; smaller ones share one heap, which keeps what
-is freed in it (`runtime.keep_freed_memory`)."""
+is freed in it. The largest that mallopt takes everywhere (`runtime.keep_freed_memory`)."""
 
 HEAP_GAPS = {"one micro-batch": 0.3, "several": 0.5}
 """So much of what passes through lies free in that heap when it is fullest, between pieces that stay; where gradients are

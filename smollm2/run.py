@@ -136,11 +136,10 @@ def choose_micro_batch(run: Run) -> int:
     if runtime.device.type != "cpu" or limit is None:
         return cast(int, size)
     processes = int(environment().get("LOCAL_WORLD_SIZE", "1"))
-    device = "cpu-bf16" if runtime.precision.name == "bf16" else "cpu-float32"
 
     def needed(size: int) -> int:
         smaller = config.model_copy(update={"training": t.model_copy(update={"batch_size": size})})
-        return processes * plan.estimate_memory(smaller, device).total
+        return processes * plan.estimate_memory(smaller, runtime.planned_device).total
 
     asked = cast(int, size)
     while size and needed(size) > limit:

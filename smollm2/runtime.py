@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import smollm2
 from smollm2.config import TrainingConfig
 from smollm2.errors import EXIT_CODE_FILE, ConfigError, Interrupted, Smollm2Error
+from smollm2.plan import MAPPED
 
 SAME_SIGNAL_SECONDS = 2.0
 """A launcher passes on what the terminal already sent to every process: within this time it is the same request."""
@@ -161,6 +162,12 @@ class Runtime:
         """How many processes train together."""
         return int(self.accelerator.num_processes)
 
+    @property
+    def planned_device(self) -> str:
+        """The device as smollm2 plan names it."""
+        name = self.device.type
+        return name if name != "cpu" else "cpu-bf16" if self.precision.name == "bf16" else "cpu-float32"
+
     def autocast(self) -> torch.autocast:
         """The context in which the model computes."""
         return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype != torch.float32)
@@ -286,7 +293,7 @@ def keep_freed_memory() -> None:
     made anew: 10 % of its time (benchmarks/README.md). Who set MALLOC_* in the environment is left alone."""
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that mallopt takes everywhere
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

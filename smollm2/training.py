@@ -442,9 +442,7 @@ def draw_samples(run: Run, step: int) -> list[Sample]:
 
 def log_landscape(run: Run, step: int, size: int) -> None:
     """Measure the loss around the weights, on all ranks, and tell it. Raises Interrupted, the weights as they were."""
-    kind = run.runtime.device.type
-    device = kind if kind != "cpu" else "cpu-bf16" if run.runtime.precision.name == "bf16" else "cpu-float32"
-    side, seed = choose_side(run.config, device, size), run.config.training.seed
+    side, seed = choose_side(run.config, run.runtime.planned_device, size), run.config.training.seed
     advice = "smollm2 landscape draws one from the checkpoint"
     if not side:
         run.tracker.log_event("landscape", f"no loss landscape: the run is short, or its memory full; {advice}", step)

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from smollm2.report.curves import CURVES, POINTS, POINTS_OF_A_PAGE, WORDS, Curve, make_curve
+from smollm2.report.curves import CURVES, POINTS, POINTS_OF_A_PAGE, WORDS, Curve, make_curve, pick_evenly
 from smollm2.report.markup import choices, figure, folded, note, show_number, table
 from smollm2.report.reading import RunFolder
+from smollm2.report.verdict import begin_sentence
 
 SHOWN_ROWS = 12
 
@@ -62,15 +63,10 @@ def compare_ends(runs: Sequence[RunFolder], metrics: Sequence[str]) -> str:
     return begin_sentence("; ".join(said))
 
 
-def begin_sentence(text: str) -> str:
-    """With a capital, and a full stop."""
-    return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
 def list_rows(run: RunFolder) -> str:
     """Some reports as a table: the first, the last, and what lies evenly between."""
     rows = [i for i, loss in enumerate(run.metrics["loss"]) if not math.isnan(loss)]
-    shown = sorted({rows[round(i * (len(rows) - 1) / (SHOWN_ROWS - 1))] for i in range(SHOWN_ROWS)}) if rows else []
+    shown = pick_evenly(rows, SHOWN_ROWS)
     validations = run.points("validation_loss")
 
     def cells(index: int) -> list[object]:

@@ -14,11 +14,12 @@ def overview_section(runs: Sequence[RunFolder]) -> str:
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     scores = [best_of(run, "validation_loss") for run in runs]
     best = min((score[1] for score in scores if score), default=None)
+    figures = [key_figures(run) for run in runs]
     rows = []
-    for run, score in zip(runs, scores, strict=True):
+    for run, score, shown in zip(runs, scores, figures, strict=True):
         name = Markup(f"<b>{show(run.name)}</b> (best)") if score and score[1] == best else run.name
-        rows.append((name, status_of(run), f"{run.last_step:,}", *(value for _, value in key_figures(run))))
-    names = [name for name, _ in key_figures(runs[0])]
+        rows.append((name, status_of(run), f"{run.last_step:,}", *(value for _, value in shown)))
+    names = [name for name, _ in figures[0]]
     unfinished = [run for run in runs if status_of(run) != "finished"]
     sentences = "".join(f"<li><b>{show(run.name)}</b> {show(describe_status(run))}</li>" for run in unfinished)
     listed = f"<ul>{sentences}</ul>" if sentences else ""

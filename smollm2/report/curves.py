@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 from smollm2.report.reading import RunFolder
+
+Item = TypeVar("Item")
 
 POINTS = 2000
 POINTS_OF_A_PAGE = 24_000
@@ -40,15 +43,23 @@ def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:
     if len(indices) <= points:
         return indices, [values[index] for index in indices]
     first, *inner, last = indices
-    buckets = (points - 2) // 2
     kept, means = [first], [values[first]]
-    for number in range(buckets):
-        bucket = inner[number * len(inner) // buckets : (number + 1) * len(inner) // buckets]
+    for bucket in split_evenly(inner, (points - 2) // 2):
         mean = sum(values[index] for index in bucket) / len(bucket)
         for index in sorted({min(bucket, key=values.__getitem__), max(bucket, key=values.__getitem__)}):
             kept.append(index)
             means.append(mean)
     return [*kept, last], [*means, values[last]]
+
+
+def split_evenly(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
+    """So many buckets, in order, as long as one another but for one item."""
+    return [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
+
+
+def pick_evenly(items: Sequence[int], count: int) -> list[int]:
+    """At most so many (at least 2): the first, the last, and what lies evenly between; `items` rise."""
+    return sorted({items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)}) if items else []
 
 
 def make_curve(run: RunFolder, metric: str, points: int = POINTS) -> Curve:

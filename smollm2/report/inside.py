@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from smollm2.report.curves import shorten
+from smollm2.report.curves import shorten, split_evenly
 from smollm2.report.markup import choices, figure, folded, note, show_number, table
 from smollm2.report.reading import RunFolder
 from smollm2.tracking.base import Diagnosis
@@ -69,9 +69,7 @@ def thin_looks(looks: Sequence[tuple[int, Diagnosis]], columns: int) -> Sequence
     def size(look: tuple[int, Diagnosis]) -> float:
         return sum(norm for norm in look[1].gradient_norms.values() if not math.isnan(norm))
 
-    count = columns - 1
-    buckets = [inner[i * len(inner) // count : (i + 1) * len(inner) // count] for i in range(count)]
-    return [*(max(bucket, key=size) for bucket in buckets), last]
+    return [*(max(bucket, key=size) for bucket in split_evenly(inner, columns - 1)), last]
 
 
 def measure(looks: Sequence[tuple[int, Diagnosis]], name: str, rows: Sequence[str]) -> list[list[float | None]]:

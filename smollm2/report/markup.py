@@ -13,9 +13,7 @@ SHOWN_TEXT = 4000
 
 def show(value: object, limit: int = SHOWN_TEXT) -> str:
     """Any text as HTML that shows it: markup, control characters and halves of letters come out as they are spelt."""
-    text = str(value)
-    text = text if len(text) <= limit else f"{text[:limit]} [{len(text) - limit:,} more characters]"
-    return html.escape(escape_controls(text))
+    return html.escape(clip(str(value), limit))
 
 
 def data_of(value: object) -> str:

@@ -10,8 +10,9 @@ import hashlib
 import html
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
+from typing import cast
 
 from smollm2.files import Target, write_atomically
 from smollm2.report.compare import COMPARISON
@@ -39,19 +40,14 @@ def page_parts(runs: Sequence[RunFolder]) -> Iterator[bytes]:
     plotly = files("plotly") / "package_data" / "plotly.min.js"
     own = (PLACE / "report.js").read_text(encoding="utf-8")
     with plotly.open("rb") as file:
-        hashes = [file_hash(file), hashlib.sha256(own.encode()).digest()]
+        hashes = [
+            hashlib.file_digest(cast(BufferedIOBase, file), "sha256").digest(),
+            hashlib.sha256(own.encode()).digest(),
+        ]
         yield f"{build_body(runs, policy(hashes))}<script>".encode("utf-8", "backslashreplace")
         file.seek(0)
         yield from iter(lambda: file.read(BLOCK), b"")
     yield f"</script>\n<script>{own}</script>\n</body>\n</html>\n".encode()
-
-
-def file_hash(file: IO[bytes]) -> bytes:
-    """SHA-256 of an open file."""
-    digest = hashlib.sha256()
-    for block in iter(lambda: file.read(BLOCK), b""):
-        digest.update(block)
-    return digest.digest()
 
 
 def build_body(runs: Sequence[RunFolder], allowed: str) -> str:

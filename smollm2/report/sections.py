@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from smollm2.report.charts import draw_curves
-from smollm2.report.curves import shorten, tail_mean
+from smollm2.report.curves import pick_evenly, shorten, tail_mean
 from smollm2.report.inside import inside_section
 from smollm2.report.markup import (
     Markup,
@@ -114,7 +114,7 @@ def thin_rounds(rounds: Mapping[int, Sequence[tuple[str, str]]]) -> list[int]:
     steps = sorted(rounds)
     size = sum(len(prompt) + len(text) for samples in rounds.values() for prompt, text in samples[:SHOWN_PROMPTS])
     room = max(2, min(len(steps), 200, round(len(steps) * SHOWN_SAMPLES / max(1, size))))
-    return sorted({steps[round(i * (len(steps) - 1) / (room - 1))] for i in range(room)})
+    return pick_evenly(steps, room)
 
 
 def landscape_section(run: RunFolder) -> str:
@@ -161,14 +161,15 @@ def data_section(run: RunFolder) -> str:
     if event is None:
         return note("This run left no word about its data.")
 
+    numbers = {
+        name: value for name, value in event.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
     def number(name: str, form: str = "{:,.0f}") -> str:
-        value = event.get(name)
-        return form.format(value) if isinstance(value, int | float) and not isinstance(value, bool) else "–"
+        return form.format(numbers[name]) if name in numbers else "–"
 
     def ratio(top: str, bottom: str) -> float:
-        values = [event.get(name) for name in (top, bottom)]
-        whole = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        return whole[0] / whole[1] if len(whole) == 2 and whole[1] else math.nan
+        return float(numbers[top]) / float(numbers[bottom]) if top in numbers and numbers.get(bottom) else math.nan
 
     used, unknown = ratio("tokens_used", "train_tokens"), ratio("unknown_bytes", "bytes")
     rows: list[tuple[str, object]] = [

@@ -73,14 +73,15 @@ def describe_fit(run: RunFolder) -> str:
     if len(points) < 3:
         return ""
     best_step, best = min(points, key=lambda point: point[1])
-    losses = [loss for _, loss in run.points("loss")]
+    reports = run.points("loss")
+    losses = [loss for _, loss in reports]
     if points[-1][1] <= best * RISE:
         gap = 1 - tail_mean(losses) / points[-1][1] if losses else 0.0
         more = f"; the training loss is {gap:.0%} lower, so part of the text is learned by heart" if gap > GAP else ""
         return f"It does not overfit: the validation loss has not risen from its lowest{more}."
     risen = f"the validation loss has risen by {points[-1][1] / best - 1:.0%} since update {best_step:,}"
-    before = [loss for step, loss in run.points("loss") if step <= best_step]
-    after = [loss for step, loss in run.points("loss") if step > best_step]
+    before = [loss for step, loss in reports if step <= best_step]
+    after = [loss for step, loss in reports if step > best_step]
     if before and after and tail_mean(after) < tail_mean(before):
         return f"It overfits: {risen}, while the training loss fell on. More text or fewer updates would help."
     return f"It got worse: {risen}, and the training loss has not fallen either. A lower learning rate may help."
@@ -94,8 +95,7 @@ def describe_trouble(run: RunFolder) -> str:
         return "No update was skipped and no loss stood out." if run.last_step else ""
     said = [f"{count_of(skips, 'update')} skipped, because loss or gradient was not finite"] if skips else []
     said += [f"{count_of(spikes, 'loss', 'losses')} stood out from those before"] if spikes else []
-    sentence = "; ".join(said)
-    return sentence[0].upper() + sentence[1:] + "."
+    return begin_sentence("; ".join(said))
 
 
 def verdict_of(run: RunFolder) -> list[str]:
@@ -115,6 +115,11 @@ def median_of(values: Sequence[float]) -> float:
     """The middle one; NaN of none."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else math.nan
+
+
+def begin_sentence(text: str) -> str:
+    """With a capital, and a full stop."""
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def count_of(number: int, noun: str, plural: str = "") -> str:
