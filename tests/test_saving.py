@@ -17,7 +17,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
 ) -> None:
     """The save of step 4 waits for the update 6, which in a run that waited for its saves would never come."""
     write_tiny(tmp_path)
-    train(tiny_config(tmp_path, "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "memory_free", lambda: 1000)  # the run to compare with waits for its saves
+        train(tiny_config(tmp_path, "whole"))
     came, updates = threading.Event(), 0
     original, update = checkpoint.save_checkpoint, training.update
 
