@@ -29,7 +29,7 @@ import hashlib, sys
 from pathlib import Path
 config = Path("config.yaml")
 if config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == sys.argv[1]:
-    from smollm2.plan import estimate_here, show_seconds
+    from smollm2.plan.arithmetic import estimate_here, show_seconds
     seconds = estimate_here(config)
     if seconds > 3600:
         print(show_seconds(seconds))
@@ -62,7 +62,7 @@ esac
 # need torchrun above them, which always returns 1: the code that counts is in the file that rank 0 writes.
 exec "$python" -c '
 import os, signal, subprocess, sys, tempfile
-from smollm2 import cli
+from smollm2.cli import main as cli
 
 def launch(processes, arguments):
     code = cli.check_config(arguments)

@@ -50,7 +50,7 @@ def run() -> int:
     is_second_start = os.environ.pop(STARTED_AGAIN, "") != ""
     problem = name_what_is_missing()
     if not problem:
-        from smollm2.cli import main
+        from smollm2.cli.main import main
 
         return main(["train"] + sys.argv[1:])  # noqa: RUF005 - older Pythons read this
     for place in ("bin/python", "Scripts/python.exe"):

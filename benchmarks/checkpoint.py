@@ -23,8 +23,8 @@ def build_state(parameters: int) -> dict[str, Any]:
     """Weights and two moments in float32, as a run of so many parameters saves."""
     import torch
 
-    from smollm2.checkpoint import FORMAT
-    from smollm2.runtime import random_state
+    from smollm2.checkpoint.format import FORMAT
+    from smollm2.runtime.device import random_state
 
     width = 1024
     matrices = max(1, parameters // width**2)
@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from smollm2.checkpoint import save_checkpoint, take_snapshot
+    from smollm2.checkpoint.format import save_checkpoint, take_snapshot
 
     found, rows, results = machine(), [], []
     for millions in args.millions:

@@ -36,10 +36,10 @@ def build_ours(precision: str, batch: int) -> Callable[[], str]:
     """One call of this package's `generate`."""
     import torch
 
-    from smollm2.config import ModelConfig
-    from smollm2.generation import generate
-    from smollm2.model import SmolLM2
-    from smollm2.tokenizer import load_tokenizer
+    from smollm2.config.schema import ModelConfig
+    from smollm2.data.tokenizer import load_tokenizer
+    from smollm2.inference.generation import generate
+    from smollm2.model.transformer import SmolLM2
 
     torch.manual_seed(1337)
     model = SmolLM2(ModelConfig(norm="rmsnorm", **SHAPE))
@@ -55,9 +55,9 @@ def build_transformers(precision: str, batch: int) -> Callable[[], str]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from smollm2.config import ModelConfig
-    from smollm2.model import SmolLM2
-    from smollm2.tokenizer import load_tokenizer
+    from smollm2.config.schema import ModelConfig
+    from smollm2.data.tokenizer import load_tokenizer
+    from smollm2.model.transformer import SmolLM2
 
     torch.manual_seed(1337)
     weights = SmolLM2(ModelConfig(norm="rmsnorm", **SHAPE)).state_dict()

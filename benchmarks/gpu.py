@@ -21,19 +21,19 @@ def measure(name: str, size: int, steps: int, compiled: bool) -> dict[str, float
     """Tokens per second and peak memory with micro-batches of `size`. Raises torch.OutOfMemoryError."""
     import torch
 
-    from smollm2.config_file import load_config
-    from smollm2.optim import build_optimizers
-    from smollm2.plan import flops_per_token
-    from smollm2.runtime import start_runtime
-    from smollm2.step import update
-    from smollm2.training import build_model
+    from smollm2.config.reading import load_config
+    from smollm2.plan.arithmetic import flops_per_token
+    from smollm2.runtime.device import start_runtime
+    from smollm2.training.loop import build_model
+    from smollm2.training.optim import build_optimizers
+    from smollm2.training.step import update
 
     accumulation = max(1, TOKENS_PER_STEP // (size * LENGTH))
     training = {"batch_size": size, "gradient_accumulation_steps": accumulation, "compile": compiled}
     training |= {"sequence_length": LENGTH, "gradient_checkpointing": False}
     config = load_config(preset=SHAPES[name] or "smollm2-135m", training=training)
     if not SHAPES[name]:
-        from smollm2.config import Config
+        from smollm2.config.schema import Config
 
         config = Config.model_validate({"model": {}, "training": training})
     runtime = start_runtime(config.training)

@@ -26,8 +26,8 @@ RECIPES = {"AdamW 1e-3": ("adamw", 1e-3, 1e-4), "Muon 3e-3": ("muon", 3e-3, 3e-4
 
 def learn(text: Path, folder: Path, recipe: tuple[str, float, float], steps: int, every: int) -> list[dict[str, Any]]:
     """The rows of a run that validates on the whole split every so many updates."""
-    from smollm2.config_file import load_config
-    from smollm2.training import train
+    from smollm2.config.reading import load_config
+    from smollm2.training.loop import train
 
     optimizer, rate, floor = recipe
     path = folder / "config.yaml"

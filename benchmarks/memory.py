@@ -25,7 +25,7 @@ def run_form(name: str, precision: str, repeats: int) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from smollm2.loss import next_token_loss
+    from smollm2.model.loss import next_token_loss
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)

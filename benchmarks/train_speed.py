@@ -39,12 +39,12 @@ def build_ours(precision: str, compiled: bool) -> Callable[[], float]:
     """One update of this package, as `train` makes it."""
     import torch
 
-    from smollm2.attention import choose_backend
-    from smollm2.config import ModelConfig, TrainingConfig
-    from smollm2.model import SmolLM2
-    from smollm2.optim import build_optimizers
-    from smollm2.runtime import compile_blocks, start_runtime
-    from smollm2.step import update
+    from smollm2.config.schema import ModelConfig, TrainingConfig
+    from smollm2.model.attention import choose_backend
+    from smollm2.model.transformer import SmolLM2
+    from smollm2.runtime.device import compile_blocks, start_runtime
+    from smollm2.training.optim import build_optimizers
+    from smollm2.training.step import update
 
     config = TrainingConfig(precision=precision, learning_rate=LEARNING_RATE)
     runtime = start_runtime(config)

@@ -1,16 +1,16 @@
-"""Writes docs/config.md and docs/config.schema.json from the classes in smollm2/config.py. A test keeps both current."""
+"""Writes docs/config.md and docs/config.schema.json from the classes in smollm2/config/schema.py. A test keeps both current."""
 
 import json
 from pathlib import Path
 
-from smollm2.config import ALIASES, SECTIONS, Config
-from smollm2.config_file import FIELDS, describe_default, describe_key, describe_kind
+from smollm2.config.reading import FIELDS, describe_default, describe_key, describe_kind
+from smollm2.config.schema import ALIASES, SECTIONS, Config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 INTRODUCTION = """# Every key of a config
 
-Written by `scripts/write_config_docs.py`; change `smollm2/config.py` instead.
+Written by `scripts/write_config_docs.py`; change `smollm2/config/schema.py` instead.
 
 A config file is YAML with the sections `model`, `training`, `data` and `wandb`. Every section and every key may be left
 out. Values come from the defaults below, then the file (`--config FILE`, else `./config.yaml`) or the preset

@@ -7,23 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from smollm2.config_file import load_config
-    from smollm2.evaluation import evaluate
+    from smollm2.config.reading import load_config
     from smollm2.exporting.hugging_face import export
-    from smollm2.generation import generate
-    from smollm2.loading import load_model
-    from smollm2.training import train
+    from smollm2.inference.evaluation import evaluate
+    from smollm2.inference.generation import generate
+    from smollm2.inference.loading import load_model
+    from smollm2.training.loop import train
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "export", "generate", "load_config", "load_model", "train"]
 
 _HOME_OF = {
-    "evaluate": "smollm2.evaluation",
+    "evaluate": "smollm2.inference.evaluation",
     "export": "smollm2.exporting.hugging_face",
-    "generate": "smollm2.generation",
-    "load_config": "smollm2.config_file",
-    "load_model": "smollm2.loading",
-    "train": "smollm2.training",
+    "generate": "smollm2.inference.generation",
+    "load_config": "smollm2.config.reading",
+    "load_model": "smollm2.inference.loading",
+    "train": "smollm2.training.loop",
 }
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from smollm2.cli import main
+from smollm2.cli.main import main
 
 sys.exit(main())

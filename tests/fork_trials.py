@@ -21,9 +21,12 @@ from pathlib import Path
 import torch
 from runs import TINY, WORDS, outcome, write_tiny
 
-from smollm2 import checkpoint, cli, run, training
-from smollm2.runtime import Runtime
+from smollm2.checkpoint import format as checkpoint
+from smollm2.cli import main as cli
+from smollm2.runtime.device import Runtime
 from smollm2.tracking.base import Fanout
+from smollm2.training import loop as training
+from smollm2.training.loop import setup as run
 
 STEPS = 12
 CONFIG = (

@@ -6,7 +6,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from smollm2.files import IoOps
+from smollm2.storage.atomic import IoOps
 
 OPERATIONS = [name for name in vars(IoOps) if not name.startswith("_")]
 

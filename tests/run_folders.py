@@ -5,7 +5,7 @@ import math
 import random
 from pathlib import Path
 
-from smollm2.config_file import effective_config_yaml, load_config
+from smollm2.config.reading import effective_config_yaml, load_config
 from smollm2.tracking.base import Diagnosis, Landscape, Sample
 from smollm2.tracking.jsonl import JsonlTracker
 

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from smollm2.checkpoint import content_hash, load_checkpoint
-from smollm2.config import Config
-from smollm2.config_file import load_config
+from smollm2.checkpoint.format import content_hash, load_checkpoint
+from smollm2.config.reading import load_config
+from smollm2.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_COLUMNS = {"tokens_per_second"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from smollm2.config import ModelConfig
-from smollm2.model import SmolLM2
+from smollm2.config.schema import ModelConfig
+from smollm2.model.transformer import SmolLM2
 
 
 def small_config(**changes: object) -> ModelConfig:

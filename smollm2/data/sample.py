@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smollm2.errors import DataError
-from smollm2.files import write_atomically
+from smollm2.storage.atomic import write_atomically
 
 SEPARATOR = "\f"
 FEWEST_CHARACTERS = 200

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from smollm2.config import ModelConfig
-from smollm2.plan import count_parameters
+from smollm2.config.schema import ModelConfig
+from smollm2.plan.arithmetic import count_parameters
 
 CARD = """---
 library_name: transformers

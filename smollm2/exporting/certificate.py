@@ -22,11 +22,11 @@ from torch import Tensor
 import smollm2
 from smollm2.data.sample import read_topics
 from smollm2.data.text import open_text
+from smollm2.data.tokenizer import Tokenizer
 from smollm2.errors import Smollm2Error
-from smollm2.loading import load_model, read_hugging_face_config
-from smollm2.loss import next_token_loss
-from smollm2.model import SmolLM2
-from smollm2.tokenizer import Tokenizer
+from smollm2.inference.loading import load_model, read_hugging_face_config
+from smollm2.model.loss import next_token_loss
+from smollm2.model.transformer import SmolLM2
 
 TOLERANCE = 1e-4
 """Largest difference of logits, against the largest logit or 1: float32 in another order of sums differs by up to 2e-5, a

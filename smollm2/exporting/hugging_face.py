@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from smollm2.data.tokenizer import Tokenizer
 from smollm2.errors import CheckpointError, ConfigError, ResourceError
 from smollm2.exporting.card import write_card
 from smollm2.exporting.certificate import certify, choose_text
 from smollm2.exporting.safetensors import DTYPES, count_bytes, write_weights
-from smollm2.files import IO_OPS, IoOps, write_atomically, write_folder_atomically
-from smollm2.loading import load_source, read_config
-from smollm2.model import SmolLM2
-from smollm2.tokenizer import Tokenizer
+from smollm2.inference.loading import load_source, read_config
+from smollm2.model.transformer import SmolLM2
+from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically, write_folder_atomically
 
 Dtype = Literal["float32", "bf16", "fp16"]
 

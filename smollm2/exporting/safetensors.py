@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smollm2.files import IO_OPS, IoOps, Target, write_atomically
+from smollm2.storage.atomic import IO_OPS, IoOps, Target, write_atomically
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

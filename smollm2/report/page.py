@@ -14,11 +14,11 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import cast
 
-from smollm2.files import Target, write_atomically
 from smollm2.report.compare import COMPARISON
 from smollm2.report.markup import show
 from smollm2.report.reading import RunFolder
 from smollm2.report.sections import SECTIONS
+from smollm2.storage.atomic import Target, write_atomically
 
 PLACE = Path(__file__).parent
 BLOCK = 2**16

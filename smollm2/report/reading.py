@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from smollm2.errors import DataError
-from smollm2.files import is_held
+from smollm2.storage.atomic import is_held
 from smollm2.tracking.base import Diagnosis, Landscape
 
 COLUMNS = (

@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 
 from smollm2.errors import ResourceError
-from smollm2.files import write_atomically
+from smollm2.storage.atomic import write_atomically
 from smollm2.tracking.base import Diagnosis, Landscape, Sample, Say, Tracker
 
 FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl", "diagnostics.jsonl")

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from smollm2 import plan
-from smollm2.config import Config, WandbConfig
+from smollm2.config.schema import Config, WandbConfig
+from smollm2.plan import arithmetic as plan
 from smollm2.tracking.base import Diagnosis, Fence, Landscape, Sample, Say, Tracker, describe
 from smollm2.tracking.charts import diagnosis_metrics, finite, flow_by_layer, group_metrics
 

@@ -1,0 +1,1 @@
+"""Diagnostics of a model in training, and the loss landscape around it."""

@@ -1,0 +1,166 @@
+"""A look inside the model at one update: gradients, weights, how far the update moved them, and activations.
+
+Nothing is registered or kept between two looks, and a look only reads: weights and losses are the same bits with and
+without. Activations are read in a forward pass of their own, without gradients, after the update: it needs less memory
+than the update did, and leaves the graph of the training, compiled or checkpointed, alone.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from smollm2.model.transformer import Attention, Block, SmolLM2
+from smollm2.tracking.base import Diagnosis, Histogram
+
+BINS = 64
+DEAD = 1e-3
+"""A hidden unit is dead where no token of the micro-batch takes it over this share of its block's root mean square."""
+
+COUNTABLE = 2**24
+"""float32, in which torch.histc counts, holds every whole number up to here."""
+
+SCORES = 2**24
+"""Attention logits that are held at once."""
+
+
+class Look(contextlib.AbstractContextManager["Look"]):
+    """Stands around an optimizer's step: entered with the gradients whole, left when the weights have moved.
+
+    In between it holds a copy of the weights, 4 bytes a parameter, at a moment when no activations are held. Under
+    several ranks the gradients are already those of all: one rank looks, and asks nothing of the others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        counted: Callable[[], contextlib.AbstractContextManager[None]],
+        *,
+        histograms: bool,
+    ) -> None:
+        """What it takes passes in `counted()`. Histograms are made only where they are asked for: they cost the most."""
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.counted, self.histograms = counted, histograms
+        self.diagnosis = Diagnosis({}, {}, {}, {}, math.nan)
+
+    @torch.no_grad()
+    def __enter__(self) -> "Look":
+        with self.counted():
+            gradients = {name: cast(Tensor, p.grad) for name, p in self.weights.items()}
+            self.gradient_norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+            self.gradient_histograms = make_histograms(gradients) if self.histograms else {}
+            self.before = [p.clone() for p in self.weights.values()]
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *error: object) -> None:
+        with self.counted():
+            moved, self.before = self.before, []
+            weights: list[Tensor] = list(self.weights.values())
+            torch._foreach_sub_(moved, weights)
+            norms = (
+                self.gradient_norms,
+                torch.stack(torch._foreach_norm(weights)),
+                torch.stack(torch._foreach_norm(moved)),
+            )
+            gradient_norms, weight_norms, updates = torch.stack(norms).tolist()  # the one wait for the device
+            ratios = [u / w if w else math.nan for u, w in zip(updates, weight_norms, strict=True)]
+            self.diagnosis = Diagnosis(
+                gradient_norms=dict(zip(self.weights, gradient_norms, strict=True)),
+                weight_norms=dict(zip(self.weights, weight_norms, strict=True)),
+                update_ratios=dict(zip(self.weights, ratios, strict=True)),
+                activations={},
+                clipped=math.nan,
+                gradient_histograms=self.gradient_histograms,
+                weight_histograms=make_histograms(self.weights) if self.histograms else {},
+            )
+
+
+def make_histograms(tensors: Mapping[str, Tensor]) -> dict[str, Histogram]:
+    """The numbers of each tensor in 64 equal bins from its least to its greatest; of those alone that are finite."""
+    extremes = torch.stack([torch.stack(tensor.aminmax()) for tensor in tensors.values()]).tolist()
+    ranges = {
+        name: (low, high) if low < high else (low - 0.5, high + 0.5)
+        for name, (low, high) in zip(tensors, extremes, strict=True)
+        if math.isfinite(low) and math.isfinite(high)
+    }
+    if not ranges:
+        return {}
+    counts = torch.stack([count(tensors[name], *ranges[name]) for name in ranges]).long().tolist()
+    return {
+        name: Histogram(numbers, torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist())
+        for (name, (low, high)), numbers in zip(ranges.items(), counts, strict=True)
+    }
+
+
+def count(tensor: Tensor, low: float, high: float) -> Tensor:
+    """How many numbers fall into each bin, (64,) float64."""
+    parts = torch.split(tensor.detach().float().flatten(), COUNTABLE)
+    return torch.stack([torch.histc(part, BINS, low, high) for part in parts]).double().sum(0)
+
+
+@torch.no_grad()
+def measure_activations(
+    model: SmolLM2, input_ids: Tensor, document_ids: Tensor | None = None
+) -> dict[str, dict[str, float]]:
+    """By block, for input_ids (B, T) and the documents in them, if any: root mean square and largest absolute value of
+    what it hands on, its largest attention logit, and the share of its SwiGLU's hidden units that are dead. The hooks go,
+    whatever happens."""
+    found: dict[str, dict[str, Tensor]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a hook inside would compile a block anew
+        for number, layer in enumerate(model.model.layers):
+            readings = found[f"model.layers.{number}"] = {}
+            for handle in hook(cast(Block, layer), readings):
+                stack.callback(handle.remove)
+        model.model(input_ids, document_ids)
+    numbers = torch.stack([torch.stack(list(readings.values())) for readings in found.values()]).tolist()
+    return {
+        name: dict(zip(readings, row, strict=True))
+        for (name, readings), row in zip(found.items(), numbers, strict=True)
+    }
+
+
+def hook(block: Block, readings: dict[str, Tensor]) -> Iterator[RemovableHandle]:
+    """Hooks that leave a block's readings when it is called."""
+
+    def read_attention(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        readings["max_attention_logit"] = find_largest_logit(cast(Attention, attention), *inputs[:3])
+
+    def read_hidden(projection: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        hidden = inputs[0].flatten(0, -2)
+        peaks = torch.linalg.vector_norm(hidden, math.inf, dim=0).float()
+        readings["dead_units"] = (peaks <= DEAD * root_mean_square(hidden)).float().mean()
+
+    def read_output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        readings["rms"] = root_mean_square(output)
+        readings["max_abs"] = torch.linalg.vector_norm(output, math.inf).float()
+
+    yield block.self_attn.register_forward_pre_hook(read_attention)
+    yield block.mlp.down_proj.register_forward_pre_hook(read_hidden)
+    yield block.register_forward_hook(read_output)
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """Of all numbers of x, summed in float32."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+    return norm / math.sqrt(x.numel())
+
+
+def find_largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The largest q k^T / sqrt(D) of a position with itself or one before it: x (B, T, C) -> a number, float32."""
+    q, k = attention.queries_and_keys(x, cos, sin)
+    q = q.reshape(*k.shape[:2], -1, *q.shape[2:])  # B K H/K T D
+    keys = k.unsqueeze(2).transpose(-1, -2)
+    length, largest = x.shape[1], []
+    rows = max(1, SCORES // (q[..., 0].numel()))
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        scores = q[..., start:stop, :] @ keys[..., :stop]
+        future = torch.ones(stop - start, stop, dtype=torch.bool, device=x.device).triu(start + 1)
+        largest.append(scores.masked_fill_(future, -math.inf).amax())
+    return torch.stack(largest).amax().float().mul(attention.head_dim**-0.5)

@@ -1,0 +1,288 @@
+"""The loss around the weights of a model, along a random direction and over the plane of two (Li et al. 2018).
+
+Each row of a matrix moves by a random vector of its own norm (filter normalization, arXiv 1712.09913, section 4): else
+two networks that compute the same, one scaled up inside, would look different. Norms and biases stay where they are. A
+point of the plane is a pair of whole numbers, so that what was measured is found again, and the line through the centre
+is measured once for line and plane. The weights are put back from a copy, whatever happens.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smollm2.checkpoint.format import content_hash
+from smollm2.config.schema import Config
+from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
+from smollm2.data.text import open_text
+from smollm2.data.tokenizer import Tokenizer
+from smollm2.data.windows import Windows
+from smollm2.errors import CheckpointError
+from smollm2.inference.evaluation import score_windows, spread
+from smollm2.inference.loading import load_source, read_config
+from smollm2.model.loss import IGNORED
+from smollm2.plan import arithmetic as plan
+from smollm2.storage.atomic import probe_folder, write_atomically
+from smollm2.tracking.base import Landscape
+from smollm2.tracking.charts import finite
+from smollm2.tracking.jsonl import landscape_json
+
+WINDOWS = 8
+"""Windows on which each point is measured, spread over the validation split."""
+
+REACH = 1.0
+"""How far the directions are followed, each way, in lengths of the weights."""
+
+SHARE = 0.015
+"""Of the arithmetic of a run, what its landscape may take."""
+
+SIDES = (25, 21, 17, 13, 11, 9, 7, 5)
+"""Points on a side of the plane, of which a run takes the most that it can afford; odd, for the centre's sake."""
+
+COPIES = 3
+"""Of the matrices, that are held besides the weights: the two directions, and the weights as they were."""
+
+SECONDS_BETWEEN_NOTES = 2.0
+
+Point = tuple[int, int]
+
+
+def choose_side(config: Config, device: str, sequences: int) -> int:
+    """Points on a side of the plane that a run draws; 0 where it is too short, or an update needs less memory.
+
+    By arithmetic, not by the clock, so that a resumed run draws the same: a forward pass is a third of an update's work,
+    and the copies take the place of gradients and of the activations of so many sequences. `device` as in plan.
+    """
+    t = config.training
+    at_once = config.model_copy(update={"training": t.model_copy(update={"batch_size": sequences})})
+    memory = plan.estimate_memory(at_once, device)
+    if COPIES * 4 * plan.count_parameters(config.model) > memory.gradients + memory.activations + memory.loss:
+        return 0
+    affordable = 3 * SHARE * config.global_batch_size * t.train_steps / WINDOWS
+    return next((side for side in SIDES if len(list_points(side)) <= affordable), 0)
+
+
+def list_points(side: int) -> list[Point]:
+    """The centre (side - 1, side - 1), the line through it in half steps, then the plane; each point once."""
+    centre = side - 1
+    line = [(along, centre) for along in range(2 * side - 1)]
+    plane = [(2 * i, 2 * j) for i in range(side) for j in range(side)]
+    return list(dict.fromkeys([(centre, centre), *line, *plane]))
+
+
+def measure_landscape(
+    model: nn.Module,
+    measure_loss: Callable[[], float],
+    *,
+    side: int,
+    seed: int,
+    targets: int,
+    known: Mapping[Point, float] | None = None,
+    note: Callable[[Point, float], None] = lambda point, loss: None,
+) -> Landscape:
+    """The landscape around the model's weights, on a plane of `side` x `side` points (odd).
+
+    `measure_loss` gives the loss at the weights as they are, over `targets` tokens. Points in `known` are not measured
+    again; `note` hears of each that is, and may raise.
+    """
+    losses = dict(known or {})
+    with movable(model, seed) as move:
+        for point in list_points(side):
+            if point not in losses:
+                move(*(position(index, side) for index in point))
+                losses[point] = measure_loss()
+                note(point, losses[point])
+    line, grid = range(2 * side - 1), range(0, 2 * side - 1, 2)
+    return Landscape(
+        loss=losses[side - 1, side - 1],
+        line_at=[position(index, side) for index in line],
+        line=[losses[index, side - 1] for index in line],
+        grid_at=[position(index, side) for index in grid],
+        grid=[[losses[i, j] for j in grid] for i in grid],
+        seed=seed,
+        targets=targets,
+    )
+
+
+def position(index: int, side: int) -> float:
+    """Where a half step lies, from -REACH to REACH; the centre is 0."""
+    return REACH * (index - (side - 1)) / (side - 1)
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def movable(model: nn.Module, seed: int) -> Iterator[Callable[[float, float], None]]:
+    """A function that moves the weights to a point of the plane; behind the block they are where they were."""
+    matrices: list[Tensor] = [p for p in model.parameters() if p.ndim > 1]
+    generator = torch.Generator().manual_seed(seed)
+    first, second = ([draw_direction(m, generator) for m in matrices] for _ in range(2))
+    before = [matrix.clone() for matrix in matrices]
+
+    @torch.no_grad()
+    def move(along_first: float, along_second: float) -> None:
+        torch._foreach_copy_(matrices, before)
+        torch._foreach_add_(matrices, first, alpha=along_first)
+        torch._foreach_add_(matrices, second, alpha=along_second)
+
+    try:
+        yield move
+    finally:
+        torch._foreach_copy_(matrices, before)
+
+
+def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
+    """A random matrix whose rows have the norms of this one's; drawn on the CPU, so that every device draws the same."""
+    direction = torch.randn(matrix.shape, generator=generator).to(matrix)
+    return direction.mul_(matrix.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
+
+
+def choose_windows(windows: Windows) -> tuple[list[int], int]:
+    """The windows on which a landscape is measured, and how many targets they hold."""
+    indices = spread(len(windows), WINDOWS)
+    return indices, sum(int((windows.read(index)[1] != IGNORED).sum()) for index in indices)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose landscape is drawn, and the text on which."""
+
+    path: Path
+    state: Mapping[str, Any]
+    config: Config
+    tokenizer: Tokenizer
+    windows: Windows
+    indices: list[int]
+    targets: int
+    model: nn.Module
+
+
+def open_source(
+    path: Path, input_file: str | None, spool: Path, device: str, say: Callable[[str], None], *, best: bool = False
+) -> Source:
+    """A `.pt`, or the newest valid one of a run folder, or its best, and the tokens of its run: from the cache, else made in
+    `spool` of its text or `input_file`. Raises CheckpointError, DataError."""
+    model, tokenizer, state = load_source(path, best=best, say=say)
+    if state is None:
+        raise CheckpointError(f"{path} - an exported model does not say on what it was trained - name a checkpoint")
+    path = path / f"step_{state['step']:04d}.pt" if path.is_dir() else path
+    config = read_config(state, path)
+    store = open_store(config, state, tokenizer, input_file, spool)
+    length = config.training.sequence_length
+    tokens, stride = (store.validation, length) if len(store.validation) > 1 else (store.train, config.data.stride)
+    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
+    windows = Windows(tokens, length, stride, tokenizer.vocab_size, end_of_text)
+    indices, targets = choose_windows(windows)
+    return Source(path, state, config, tokenizer, windows, indices, targets, model.to(device))
+
+
+def open_store(
+    config: Config, state: Mapping[str, Any], tokenizer: Tokenizer, input_file: str | None, spool: Path
+) -> TokenStore:
+    """The tokens that the run of a checkpoint saw, or those of another text. Nothing is written where a checkpoint says."""
+    data = config.data
+    if input_file is None and (store := open_tokens(Path(data.cache_dir) / state["data"]["tokens_fingerprint"])):
+        return store
+    text = open_text(input_file or data.input, spool, data.document_separator)
+    return prepare_tokens(text, tokenizer, spool, data.validation_fraction)
+
+
+def draw_landscape(
+    source: Source,
+    output: Path,
+    *,
+    side: int,
+    seed: int,
+    say: Callable[[str], None],
+    show: Callable[[float], None],
+) -> Landscape:
+    """Measure, and write `output` and a page beside it. Says the cost before; goes on where an earlier call was stopped,
+    whose points lie beside the output until all are there. Raises ResourceError where the folder cannot be written."""
+    probe_folder(output.parent)
+    partial, points = output.with_name(f"{output.name}.partial"), list_points(side)
+    of = {
+        "weights": content_hash(source.state["model"]),
+        "tokens": Path(source.windows.name).parent.name,
+        "windows": source.indices,
+        "length": source.windows.length,
+        "side": side,
+        "seed": seed,
+        "reach": REACH,
+    }
+    losses = read_points(partial, of)
+    found = f", {len(losses)} of them measured before" if losses else ""
+
+    def measure_loss() -> float:
+        bytes_per_token, batch_size = source.tokenizer.bytes_per_token, source.config.training.batch_size
+        return score_windows(source.model, source.windows, source.indices, bytes_per_token, batch_size=batch_size).loss
+
+    began = time.monotonic()
+    losses[points[0]] = measure_loss()
+    cost = plan.show_seconds((time.monotonic() - began) * (len(points) - len(losses)))
+    say(f"{source.path}: {len(points)} points on {source.targets:,} tokens{found}; about {cost}")
+    noted = time.monotonic()
+
+    def note(point: Point, loss: float) -> None:
+        nonlocal noted
+        losses[point] = loss
+        show(len(losses) / len(points))
+        if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
+            write_points(partial, of, losses)
+            noted = time.monotonic()
+
+    try:
+        landscape = measure_landscape(
+            source.model, measure_loss, side=side, seed=seed, targets=source.targets, known=losses, note=note
+        )
+    except KeyboardInterrupt:
+        write_points(partial, of, losses)
+        raise
+    write_atomically(output, landscape_json(landscape, source.state["step"]))
+    write_atomically(output.with_suffix(".html"), render_page(landscape, source.state["step"]).encode())
+    partial.unlink(missing_ok=True)
+    return landscape
+
+
+def read_points(path: Path, of: Mapping[str, object]) -> dict[Point, float]:
+    """What an earlier call measured of the same landscape; nothing where the file is absent, damaged or another's."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content["of"] == of:
+            return {(int(i), int(j)): float(loss) for i, j, loss in content["points"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
+
+
+def write_points(path: Path, of: Mapping[str, object], losses: Mapping[Point, float]) -> None:
+    """Whole, or as it was before."""
+    points = [[*point, loss] for point, loss in losses.items()]
+    write_atomically(path, json.dumps({"of": of, "points": points}).encode())
+
+
+def render_page(landscape: Landscape, step: int) -> str:
+    """One HTML file with the surface, which can be turned, and the line; it needs nothing from anywhere."""
+    from plotly import graph_objects
+    from plotly.subplots import make_subplots
+
+    title = (
+        f"Loss around the weights of step {step:,}: {landscape.loss:.4f} at the centre, on {landscape.targets:,} tokens"
+    )
+    figure = make_subplots(1, 2, specs=[[{"type": "surface"}, {"type": "xy"}]], column_widths=[0.6, 0.4])
+    at, grid = list(landscape.grid_at), [finite(row) for row in landscape.grid]
+    # grid[i][j] lies at i along the first direction; plotly's z[row][column] wants the column there.
+    across = [list(column) for column in zip(*grid, strict=True)]
+    figure.add_trace(graph_objects.Surface(x=at, y=at, z=across, colorscale="Viridis", showscale=False), 1, 1)
+    line = graph_objects.Scatter(x=list(landscape.line_at), y=finite(landscape.line), name="along the first")
+    figure.add_trace(line, 1, 2)
+    axes = {"xaxis_title": "first direction", "yaxis_title": "second direction", "zaxis_title": "loss"}
+    figure.update_layout(title=title, showlegend=False, template="plotly_white", height=720, scene=axes)
+    figure.update_xaxes(title="first direction, in lengths of the weights")
+    figure.update_yaxes(title="loss, nats per token")
+    page: str = figure.to_html(include_plotlyjs=True)
+    return page

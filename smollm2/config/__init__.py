@@ -1,0 +1,1 @@
+"""The config: its keys, and how files and flags become one."""

@@ -1,0 +1,223 @@
+"""The transformer: Hugging Face's parameter names, so that its weights are a Llama's (or a StableLM's, with LayerNorm).
+
+Letters in shapes: B sequences, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, I
+intermediate_size, V vocab_size. The model never asks where it runs: dtype comes from autocast, checkpointing and
+compilation are applied from outside.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smollm2.config.schema import ModelConfig
+from smollm2.model.attention import Backend, KeyValueCache, Layout, Slot, attend, attend_cached, lay_out
+from smollm2.model.functional import layer_norm, rms_norm, rotary_tables, rotate, swiglu
+from smollm2.model.loss import next_token_loss
+
+
+class Linear(nn.Linear):
+    """A matrix without bias; `SmolLM2.initialize` draws it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization with a weight (arXiv 1910.07467)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization with weight and bias, in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32 whatever the model is cast to.
+
+    They are made again after every move or cast: a table rounded to bf16 costs 0.68 in the logits.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.shape = (config.max_position_embeddings, config.head_dim, config.rope_theta)
+        for name, table in zip(("cos", "sin"), rotary_tables(*self.shape, torch.get_default_device()), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.cos, self.sin = rotary_tables(*self.shape, self.cos.device)
+        return self
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        self.backend: Backend = "sdpa"
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Layout | Slot = None) -> Tensor:
+        """(B, T, C) -> (B, T, C), each position over what it sees: by a layout, or all that a cache's slot holds too."""
+        q, k = self.queries_and_keys(x, cos, sin)
+        v = self.v_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # B K T D
+        mixed = attend_cached(q, k, v, seen) if isinstance(seen, Slot) else attend(q, k, v, self.backend, seen)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> (B, H, T, D) and (B, K, T, D), rotated."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)
+        k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
+        return q, k
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = NORMS[config.norm](config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = NORMS[config.norm](config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Layout | Slot = None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, last normalization."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = NORMS[config.norm](config)
+        self.rotary = Rotary(config)
+        self.checkpointing = False
+
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, C); document_ids as the language model takes them."""
+        length = input_ids.shape[1]
+        cos, sin = self.rotary.cos[:length], self.rotary.sin[:length]
+        seen = lay_out(document_ids, input_ids, cast(Block, self.layers[0]).self_attn.backend)
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, seen, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, seen)
+        out: Tensor = self.norm(x)
+        return out
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C)."""
+        x: Tensor = self.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in 16 bits end to end, not op by op
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def extend(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """`forward` for the tokens (B, T) that follow those in the cache: (B, T, C)."""
+        positions, slots = cache.advance(input_ids.shape[1])
+        x = self.embed(input_ids)
+        cos, sin = self.rotary.cos[positions].to(x.dtype), self.rotary.sin[positions].to(x.dtype)
+        for layer, slot in zip(self.layers, slots, strict=True):
+            x = layer.forward(x, cos, sin, slot)  # not layer(...): one that was compiled for training would be again
+        out: Tensor = self.norm(x)
+        return out
+
+
+class SmolLM2(nn.Module):
+    """The language model: logits, or the loss where labels are given."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.initialize()
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights as SmolLM2's pretraining did: normal(0, initializer_range), the two output projections of a
+        block divided by sqrt(2 x layers), norms at 1 and 0."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            else:
+                scaled = name.endswith(("o_proj.weight", "down_proj.weight"))
+                factor = (2 * self.config.num_hidden_layers) ** -0.5 if scaled else 1.0
+                nn.init.normal_(parameter, 0.0, std * factor, generator=generator)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+    ) -> Any:
+        """Logits (B, T, V) for input_ids (B, T); with labels (B, T), where labels[t] is the token after input_ids[t]
+        and -100 no target: (sum of the loss over the targets, float32; their number). With document_ids (B, T), which
+        rise along T, a position sees those of its own document alone."""
+        hidden = self.model(input_ids, document_ids)
+        if labels is None:
+            return self.lm_head(hidden)
+        return next_token_loss(hidden, self.lm_head.weight, labels, z_loss=z_loss)

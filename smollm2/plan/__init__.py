@@ -1,0 +1,1 @@
+"""What a run takes, by arithmetic and without torch."""

@@ -1,0 +1,91 @@
+"""Optimizers and the learning rate: AdamW, or Muon for the matrices of the blocks; the rate is a function of the step.
+
+There is no scheduler object: a step number is enough to know the rate, so a resume or a second device cannot move it.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smollm2.config.schema import TrainingConfig
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Rate of the update that follows `step` finished ones (0 <= step < train_steps).
+
+    Warmup: learning_rate * (step + 1) / warmup_steps. Then, with p the share of the remaining updates that is done,
+    cosine: min + (max - min) (1 + cos(pi p)) / 2; linear: max - (max - min) p; wsd: max, and linear over the last
+    decay_steps (SmolLM2's recipe, arXiv 2502.02737, section 4).
+    """
+    highest, lowest = config.learning_rate, config.min_learning_rate
+    if step < config.warmup_steps:
+        return highest * (step + 1) / config.warmup_steps
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, config.train_steps - config.decay_steps)
+    done = min(1.0, max(0, step - start) / max(1, config.train_steps - start))
+    if config.schedule == "cosine":
+        return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+    return highest - (highest - lowest) * done
+
+
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, Optimizer]:
+    """Optimizers by name, which together hold every trainable parameter once.
+
+    `decay: matrices` leaves out of the weight decay what has one dimension: norms and biases. Muon takes the matrices
+    of the blocks, with the update scaled so that AdamW's learning rate and decay serve both (arXiv 2502.16982).
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = {n: p for n, p in parameters.items() if config.optimizer == "muon" and p.ndim == 2 and ".layers." in n}
+    groups = _decay_groups({n: p for n, p in parameters.items() if n not in muon}, config)
+    device_type = next(iter(parameters.values())).device.type
+    optimizers: dict[str, Optimizer] = {
+        "adamw": torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device_type in ("cpu", "cuda")
+        )
+    }
+    if muon:
+        optimizers["muon"] = torch.optim.Muon(
+            list(muon.items()),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    return optimizers
+
+
+def _decay_groups(parameters: Mapping[str, Tensor], config: TrainingConfig) -> list[dict[str, object]]:
+    decayed = {n: p for n, p in parameters.items() if config.decay == "all" or p.ndim >= 2}
+    others = {n: p for n, p in parameters.items() if n not in decayed}
+    split = ((decayed, config.weight_decay), (others, 0.0))
+    return [{"params": list(group.items()), "weight_decay": decay} for group, decay in split if group]
+
+
+def set_learning_rate(optimizers: Mapping[str, Optimizer], rate: float) -> None:
+    """Give every group of every optimizer the same rate."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def optimizer_states(optimizers: Mapping[str, Optimizer]) -> dict[str, dict[str, object]]:
+    """What a checkpoint keeps: each optimizer's state, and its parameters' names, so that another order is noticed."""
+    return {name: {"parameters": _names(o), "state": o.state_dict()} for name, o in optimizers.items()}
+
+
+def load_optimizer_states(optimizers: Mapping[str, Optimizer], states: Mapping[str, Mapping[str, object]]) -> None:
+    """Put moments back; rates, decay and betas stay the config's, which a resume may have changed.
+
+    Raises ValueError where the optimizers or the order of their parameters differ.
+    """
+    if {name: _names(o) for name, o in optimizers.items()} != {n: list(s["parameters"]) for n, s in states.items()}:  # type: ignore[call-overload]
+        raise ValueError("the optimizer's parameters are other ones, or stand in another order")
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict({**states[name]["state"], "param_groups": optimizer.state_dict()["param_groups"]})  # type: ignore[dict-item]
+
+
+def _names(optimizer: Optimizer) -> list[str]:
+    return [name for group in optimizer.param_groups for name in group["param_names"]]

@@ -1,0 +1,124 @@
+"""Checkpoints off the hot path: the state is copied, and written, read back and checked while training goes on.
+
+One save at a time, each on a thread of its own that ends with it: where one that has computed with torch stays, OpenMP
+counts its workers too, lets all of them sleep between two operations, and every small one after it takes 28 us for 8
+(measured 2026-11). What became of a save is told by the thread of the run: at the next step, or at the latest at the next
+save. Where memory for a second state is scarce, and for a save that must succeed, the run waits.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from smollm2.checkpoint import format as checkpoint
+from smollm2.config.schema import Config
+from smollm2.errors import ResourceError
+from smollm2.runtime.device import memory_free
+from smollm2.tracking.base import Fanout
+from smollm2.tracking.jsonl import JsonlTracker
+
+MAX_FAILED_SAVES = 3
+THREAD_NAME = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save left: its file, and whether its validation loss is the lowest."""
+
+    path: Path
+    is_best: bool
+
+
+class Saver:
+    """Writes the checkpoints of one run; rank 0 has it. `seconds` is the longest that one took."""
+
+    def __init__(self, config: Config, rows: JsonlTracker, tracker: Fanout) -> None:
+        self.config, self.folder, self.rows, self.tracker = config, Path(config.training.save_dir), rows, tracker
+        self.buffers: dict[str, Tensor] = {}
+        self.pending: Future[Saved] | None = None
+        self.step, self.failures, self.seconds = 0, 0, 0.0
+
+    def save(
+        self,
+        state: dict[str, Any],
+        validation_loss: float | None,
+        spikes: tuple[int, ...],
+        resumed_step: int,
+        *,
+        must_succeed: bool,
+    ) -> None:
+        """Begin to write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say.
+
+        A disk that is full is said, and the run goes on to its next save. Raises ResourceError where this one must
+        succeed, and where it is the third in a row that does not.
+        """
+        self.finish()
+        must_succeed = must_succeed or self.failures + 1 == MAX_FAILED_SAVES
+        self.rows.sync()
+        waits = must_succeed or not (self.buffers or is_room_for_copy(state))
+        state = state if waits else checkpoint.take_snapshot(state, self.buffers)
+        self.step = state["step"]
+        thread = ThreadPoolExecutor(1, THREAD_NAME)
+        self.pending = thread.submit(self._write, state, validation_loss, spikes, resumed_step)
+        thread.shutdown(wait=False)
+        if waits:
+            self.finish(must_succeed=must_succeed)
+
+    def note_finished(self) -> None:
+        """Tell of a save that has ended since; never waits."""
+        if self.pending and self.pending.done():
+            self.finish()
+
+    def finish(self, *, must_succeed: bool = False) -> None:
+        """Wait for the save that is under way, and tell of it."""
+        if self.pending is None:
+            return
+        work, self.pending = self.pending, None
+        try:
+            saved = work.result()
+        except ResourceError as error:
+            self.failures += 1
+            self.tracker.log_event("save_failed", str(error), self.step)
+            if must_succeed:
+                raise
+            return
+        self.failures = 0
+        self.tracker.log_event("checkpoint", f"saved {saved.path}", self.step, path=str(saved.path))
+        self.tracker.save_file(saved.path, self.step, is_best=saved.is_best)
+
+    def _write(
+        self, state: dict[str, Any], validation_loss: float | None, spikes: tuple[int, ...], resumed_step: int
+    ) -> Saved:
+        began, step, t = time.monotonic(), state["step"], self.config.training
+        path = checkpoint.save_checkpoint(self.folder, state, step=step)
+        is_best = validation_loss is not None and checkpoint.note_best(self.folder, path, step, validation_loss)
+        if t.keep_last is not None:
+            before_spikes = {checkpoint.step_of(path) for s in spikes for path in list_before(self.folder, s)[-1:]}
+            protected = {resumed_step, *before_spikes}
+            checkpoint.prune_checkpoints(self.folder, t.keep_last, t.keep_every, protected=protected)
+        self.seconds = max(self.seconds, time.monotonic() - began)
+        return Saved(path, is_best)
+
+
+def list_before(folder: Path, step: int) -> list[Path]:
+    """The checkpoints of less than `step` updates."""
+    return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.step_of(path) < step]
+
+
+def is_room_for_copy(state: dict[str, Any]) -> bool:
+    """Whether this machine has memory for the state once more, with as much to spare; no where it does not say."""
+    free = memory_free()
+    return free is not None and 2 * count_bytes(state) <= free
+
+
+def count_bytes(value: object) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(count_bytes, value.values()))
+    return sum(map(count_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,238 @@
+"""The command line: what it costs to ask, one line for each mistake, exit codes, and the command to go on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import TINY, WORDS, metrics, outcome, write_tiny
+
+from smollm2.cli.main import main, resume_command
+
+
+def run(*arguments: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """`smollm2 ...` in a folder, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "smollm2", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+ASKING = {
+    "help": (["--help"], 0),
+    "help of train": (["train", "--help"], 0),
+    "plan": (["plan", "--preset", "smollm2-135m"], 0),
+    "a config error": (["train", "--training.learning_rate", "fast"], 2),
+    "no config": (["train", "--config", "absent.yaml"], 2),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code"), ASKING.values(), ids=ASKING.keys())
+def test_asking_loads_neither_torch_nor_numpy_and_takes_under_0_6_s_of_cpu(
+    arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    write_tiny(tmp_path)
+    program = (
+        "import sys, json, time\nfrom smollm2.cli.main import main\ncode = 0\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code or 0\n"
+        "heavy = [name for name in ('torch', 'numpy', 'transformers', 'accelerate') if name in sys.modules]\n"
+        "print(json.dumps([code, heavy, time.process_time()]))"
+    )
+    answers = []
+    for _ in range(3):  # CPU seconds, but of a shared machine: the best of three
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        answers.append(json.loads(done.stdout.splitlines()[-1]))
+        if answers[-1][2] < 0.6:
+            break
+    assert answers[-1][:2] == [code, []]
+    assert min(answer[2] for answer in answers) < 0.6
+
+
+MISTAKES = {
+    "an unknown flag": (["--training.learnin_rate", "1"], 2, "did you mean training.learning_rate?"),
+    "an unknown key in the file": (
+        ["--config", "wrong.yaml"],
+        2,
+        "wrong.yaml:2: training.lr: unknown key; did you mean",
+    ),
+    "a value that is no number": (
+        ["--train_steps", "many"],
+        2,
+        "--train_steps: training.train_steps: many will not do",
+    ),
+    "a preset that does not exist": (["--preset", "nanno"], 2, "did you mean nano?"),
+    "two places to resume from": (["--resume", "auto", "--checkpoint_path", "x"], 2, "give one of them"),
+    "one key twice": (["--save_dir", "a", "--training.save_dir", "b"], 2, "set the same key training.save_dir"),
+    "an input that is not there": (["--input_file", "absent.txt"], 3, "absent.txt - there is no such file"),
+    "the default input asked for by name": (["--input_file", "nowhere/input.txt"], 3, "nowhere/input.txt"),
+    "a folder as input": (["--input_file", "."], 3, "it is a folder"),
+    "an empty input": (["--input_file", "empty.txt"], 3, "empty.txt - it is empty"),
+    "only white space": (["--input_file", "blank.txt"], 3, "blank.txt - it holds only white space"),
+    "UTF-16": (["--input_file", "utf16.txt"], 3, "it is UTF-16 text"),
+    "a PDF": (["--input_file", "paper.pdf"], 3, "it is a PDF file"),
+    "bytes that are not UTF-8": (
+        ["--input_file", "latin1.txt"],
+        3,
+        "latin1.txt:2 - byte 7 is 0xe9, which is not UTF-8",
+    ),
+    "a tokenizer that is not there": (["--data.tokenizer", "./absent"], 3, "./absent"),
+    "one character": (["--input_file", "one.txt", "--data.tokenizer", "bytes"], None, ""),
+    "the user's own placeholder": (
+        ["--checkpoint_path", "checkpoints/step_XXXX.pt"],
+        4,
+        "XXXX stands for the number of a step",
+    ),
+    "a checkpoint that is none": (["--checkpoint_path", "input.txt"], 4, "input.txt - "),
+    "a file in the run folder's place": (["--save_dir", "input.txt"], 6, "input.txt - it cannot be written"),
+    "fp16 on a CPU": (["--training.precision", "fp16"], 2, "fp16 needs a CUDA GPU"),
+}
+FILES = {
+    "wrong.yaml": b"training:\n  lr: 1e-4\n",
+    "empty.txt": b"",
+    "blank.txt": b" \n\t\n",
+    "utf16.txt": "hello there".encode("utf-16"),
+    "paper.pdf": b"%PDF-1.7 ...",
+    "latin1.txt": b"a\nhello\xe9 there",
+    "one.txt": b"x",
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_one_line_its_exit_code_and_leaves_nothing(
+    arguments: list[str],
+    code: int | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_tiny(tmp_path)
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    found = main(["train", *arguments])
+    if code is None:
+        assert found == 0
+        return
+    assert found == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_config_error_lists_every_problem(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model:\n  n_layer: 3\ntraining:\n  warmup_steps: -1\n")
+    done = run("train", "--training.seed", "x", folder=tmp_path)
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["config.yaml:2", "config.yaml:4", "--training.seed"]
+    assert done.returncode == 2
+
+
+def test_standard_input_is_a_text(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    done = run("train", "--input_file", "-", "--train_steps", "1", folder=tmp_path, input=WORDS * 40)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoints" / "step_0001.pt").exists()
+
+
+def test_the_output_off_a_terminal_is_one_plain_line_per_report(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    done = run("train", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(character.isprintable() or character == "\n" for character in done.stdout)
+    reports = [line for line in done.stdout.splitlines() if line.startswith("step ") and "  loss " in line]
+    assert len(reports) == 12
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: Path) -> None:
+    long = TINY.replace("train_steps: 12", "train_steps: 150").replace("save_interval: 4", "save_interval: 0")
+    long = long.replace("eval_interval: 5", "eval_interval: 0").replace("sample_interval: 6", "sample_interval: 0")
+    write_tiny(tmp_path, config=long)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smollm2", "train"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rows = tmp_path / "checkpoints" / "metrics.jsonl"
+    while not (rows.exists() and rows.stat().st_size > 300):
+        time.sleep(0.01)
+    number = getattr(signal, name)
+    os.kill(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {name} after step " in error
+    assert "Go on with: smollm2 train --resume auto" in error
+    assert run("train", "--resume", "auto", folder=tmp_path).returncode == 0
+    assert run("train", "--save_dir", "whole", folder=tmp_path).returncode == 0
+    assert outcome(tmp_path / "checkpoints", 150) == outcome(tmp_path / "whole", 150)
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/x/smollm2", "train", "--preset", "nano"], "smollm2 train --preset nano --resume auto"),
+        (["train.py", "--config", "my config.yaml"], "python train.py --config 'my config.yaml' --resume auto"),
+        (["train.py", "--checkpoint_path", "a.pt", "--resume=auto"], "python train.py --resume auto"),
+    ],
+)
+def test_the_command_to_go_on_with_is_the_same_one_with_resume(argv: list[str], command: str) -> None:
+    assert resume_command(argv) == command
+
+
+def test_a_launcher_that_lost_its_processes_is_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    lost = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}
+    done = run("train", folder=tmp_path, env=lost)
+    assert done.returncode == 2
+    assert "accelerate launch --multi_gpu --num_processes 2" in done.stderr
+
+
+def test_the_sample_corpus_is_made_where_nothing_names_a_text(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    (tmp_path / "input.txt").unlink()
+    done = run("train", "--train_steps", "1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the sample corpus is made" in done.stdout
+    assert metrics(tmp_path / "checkpoints")[0]["step"] == 1
+
+
+def test_with_wandb_disabled_it_is_not_imported_and_no_connection_is_opened(tmp_path: Path) -> None:
+    """Promise E7."""
+    write_tiny(tmp_path, config=TINY + "wandb: {enabled: true}\n")
+    program = (
+        "import sys\nopened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(args) if event == 'socket.connect' else None)\n"
+        "from smollm2.cli.main import main\ncode = main(sys.argv[1:])\nprint([code, opened, 'wandb' in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, "train", "--disable_wandb", "--train_steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[0, [], False]"
+
+
+def test_with_wandb_and_no_key_the_run_is_mirrored_offline_and_says_how_to_upload_it(tmp_path: Path) -> None:
+    write_tiny(tmp_path, config=TINY + "wandb: {enabled: true}\n")
+    without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
+        "HOME": str(tmp_path)
+    }
+    done = run("train", "--train_steps", "2", folder=tmp_path, env=without)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "W&B" in line]
+    assert len(said) == 3
+    assert "offline, no key for" in said[0] and "will be uploaded" in said[1]
+    folder = said[2].partition("upload it with: wandb sync ")[2]
+    assert list((tmp_path / folder).glob("*.wandb"))

@@ -1,0 +1,318 @@
+"""Tokens on disk: whole or not there, never stale, split without overlap, in bounded memory."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
+from smollm2.data.text import open_text
+from smollm2.data.tokenizer import Tokenizer, tokenizer_from_text
+from smollm2.data.windows import Windows
+from smollm2.errors import DataError, ResourceError
+
+BYTES = tokenizer_from_text("bytes")
+END = BYTES.end_of_text
+
+
+def prepare(
+    folder: Path, text: str, fraction: float = 0.0, separator: str | None = "\f", tokenizer: Tokenizer = BYTES
+) -> TokenStore:
+    path = folder / "input.txt"
+    path.write_bytes(text.encode())
+    return prepare_tokens(open_text(str(path), folder, separator), tokenizer, folder / "cache", fraction)
+
+
+def split_documents(tokens: np.ndarray) -> list[str]:
+    """The documents in a stream of byte tokens."""
+    parts = np.split(tokens, np.flatnonzero(tokens == END) + 1)
+    assert parts.pop().size == 0
+    return [BYTES.decode(part[:-1].tolist()) for part in parts]
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    r = random.Random(seed)
+    return [f"{i} " + "word " * r.randrange(1, 40) for i in range(count)]
+
+
+def test_every_document_ends_with_end_of_text(tmp_path: Path) -> None:
+    store = prepare(tmp_path, "ab\f\u00e9\f")
+    assert store.train.tolist() == [97, 98, END, 195, 169, END]
+    assert store.validation.size == 0
+
+
+def test_a_text_without_a_separator_is_one_document(tmp_path: Path) -> None:
+    assert prepare(tmp_path, "a\fb", separator=None).train.tolist() == [97, 12, 98, END]
+
+
+def test_the_tail_of_few_documents_is_held_out(tmp_path: Path) -> None:
+    store = prepare(tmp_path, "x" * 999, fraction=0.1)
+    assert (len(store.train), len(store.validation)) == (900, 100)
+    assert store.validation[-1] == END and store.statistics.validation_tokens == 100
+
+
+def test_a_tiny_text_keeps_two_tokens_on_either_side_or_holds_nothing_out(tmp_path: Path) -> None:
+    assert len(prepare(tmp_path, "abc", fraction=0.01).validation) == 2
+    assert len(prepare(tmp_path, "ab", fraction=0.5).validation) == 0
+
+
+def test_of_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
+    documents = make_documents(400)
+    store = prepare(tmp_path, "\f".join(documents), fraction=0.1)
+    train, validation = split_documents(store.train), split_documents(store.validation)
+    assert sorted(train + validation) == sorted(documents)
+    assert train == [document for document in documents if document not in validation]
+    assert 0.1 <= len(store.validation) / store.statistics.tokens < 0.12
+    positions = [documents.index(document) for document in validation]
+    assert min(positions) < 100 and max(positions) > 300
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=20, max_size=40), st.floats(0.001, 0.5))
+def test_some_documents_are_held_out_and_never_all(lengths: list[int], fraction: float) -> None:
+    store = prepare(FOLDER, "\f".join("x" * length for length in lengths), fraction)
+    held_out, total = len(store.validation), store.statistics.tokens
+    assert len(store.train) + held_out == total
+    assert 0 < held_out <= max(1.5 * fraction, 1 / 20) * total
+
+
+def test_one_huge_document_is_not_held_out(tmp_path: Path) -> None:
+    store = prepare(tmp_path, "\f".join([*make_documents(30), "x" * 100_000]), fraction=0.05)
+    assert 0 < len(store.validation) < 10_000
+
+
+def test_tokens_are_taken_from_the_cache(tmp_path: Path) -> None:
+    prepare(tmp_path, "some text")
+
+    class Unused:
+        vocab_size, end_of_text, fingerprint = BYTES.vocab_size, END, BYTES.fingerprint
+
+        def encode_counted(self, text: str) -> tuple[list[int], int]:
+            raise AssertionError("the text was tokenized again")
+
+    text = open_text(str(tmp_path / "input.txt"), tmp_path, "\f")
+    store = prepare_tokens(text, Unused(), tmp_path / "cache", 0.0)
+    assert BYTES.decode(store.train[:-1].tolist()) == "some text"
+
+
+def test_another_text_tokenizer_separator_or_fraction_is_another_cache(
+    tmp_path: Path, smollm2_tokenizer_folder: Path
+) -> None:
+    other = tokenizer_from_text((smollm2_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    stores = [
+        prepare(tmp_path, "some text"),
+        prepare(tmp_path, "some Text"),
+        prepare(tmp_path, "some text", separator="\n"),
+        prepare(tmp_path, "some text", fraction=0.1),
+        prepare(tmp_path, "some text", tokenizer=other),
+    ]
+    assert len({store.fingerprint for store in stores}) == 5
+
+
+DAMAGE = {
+    "header cut": ("header.json", lambda data: data[:20]),
+    "header empty": ("header.json", lambda data: b""),
+    "header not JSON": ("header.json", lambda data: b"\xff" + data),
+    "header a list": ("header.json", lambda data: b"[]"),
+    "header without counts": ("header.json", lambda data: b'{"statistics": {}}'),
+    "header of another text": ("header.json", lambda data: data.replace(b'"fingerprint": "', b'"fingerprint": "0')),
+    "tokens cut": ("train.bin", lambda data: data[:-1]),
+    "tokens too many": ("train.bin", lambda data: data + b"\0\0"),
+    "validation empty": ("validation.bin", lambda data: b""),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_is_made_again(kind: str, tmp_path: Path) -> None:
+    store = prepare(tmp_path, "x" * 999, 0.1)
+    whole = store.train.tolist()
+    name, damage = DAMAGE[kind]
+    path = store.folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert open_tokens(store.folder) is None
+    assert prepare(tmp_path, "x" * 999, 0.1).train.tolist() == whole
+
+
+@pytest.mark.parametrize("name", ["header.json", "train.bin", "validation.bin"])
+def test_a_cache_that_lacks_a_file_is_made_again(name: str, tmp_path: Path) -> None:
+    store = prepare(tmp_path, "x" * 999, 0.1)
+    (store.folder / name).unlink()
+    assert len(prepare(tmp_path, "x" * 999, 0.1).train) == 900
+
+
+def test_a_changed_id_is_found_when_its_window_is_read(tmp_path: Path) -> None:
+    store = prepare(tmp_path, "x" * 999)
+    tokens = np.memmap(store.folder / "train.bin", "<u2", "r+")
+    tokens[500] = 60_000
+    tokens.flush()
+    with pytest.raises(DataError, match=r"train\.bin - token 500 is id 60000"):
+        Windows(store.train, 100, 100, store.vocab_size).read(5)
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path: Path) -> None:
+    class Large:
+        vocab_size, end_of_text, fingerprint = 70_000, 69_999, "large"
+
+        def encode_counted(self, text: str) -> tuple[list[int], int]:
+            return [65_536 + ord(c) for c in text], 0
+
+    (tmp_path / "input.txt").write_text("ab")
+    text = open_text(str(tmp_path / "input.txt"), tmp_path)
+    store = prepare_tokens(text, Large(), tmp_path / "cache", 0.0)
+    assert store.train.dtype == np.uint32 and store.train.tolist() == [65_633, 65_634, 69_999]
+
+
+def test_an_id_outside_the_vocabulary_is_never_written(tmp_path: Path) -> None:
+    class Wrong:
+        vocab_size, end_of_text, fingerprint = 257, 256, "wrong"
+
+        def encode_counted(self, text: str) -> tuple[list[int], int]:
+            return [257], 0
+
+    (tmp_path / "input.txt").write_text("ab")
+    with pytest.raises(DataError, match="an id outside its vocabulary"):
+        prepare_tokens(open_text(str(tmp_path / "input.txt"), tmp_path), Wrong(), tmp_path / "cache", 0.0)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(("unknown", "said"), [(0, False), (10, False), (11, True), (499, True)])
+def test_an_unknown_share_over_a_thousandth_is_said(
+    unknown: int, said: bool, tmp_path: Path, smollm2_tokenizer_folder: Path
+) -> None:
+    tokenizer = tokenizer_from_text((smollm2_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    store = prepare(tmp_path, "\x04" * unknown + "." * (10_000 - unknown), tokenizer=tokenizer)
+    assert store.statistics.unknown_bytes == unknown
+    assert bool(store.notes) == said
+    if unknown == 499:
+        assert store.notes == ("the tokenizer cannot express 4.99% of the bytes (499 in 1 of 1 documents)",)
+
+
+def test_an_unknown_share_over_a_twentieth_stops(tmp_path: Path, smollm2_tokenizer_folder: Path) -> None:
+    tokenizer = tokenizer_from_text((smollm2_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    with pytest.raises(DataError, match=r"cannot express 5\.01% of the bytes \(501 in 1 of 2 documents\)"):
+        prepare(tmp_path, "\x04" * 501 + "." * 9_490 + "\f" + "." * 8, tokenizer=tokenizer)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_separators_and_nothing_else_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="separators and nothing else"):
+        prepare(tmp_path, "ababab", separator="ab")
+
+
+def test_the_statistics_line_proves_that_nothing_is_lost(tmp_path: Path) -> None:
+    store = prepare(tmp_path, "abc\f" + "\u00e9" * 96 + "\f", fraction=0.1)
+    windows = Windows(store.train, 16, 16, store.vocab_size)
+    assert store.statistics.describe(windows) == (
+        "99 characters in 2 documents: 197 tokens (0.50 characters each, 0.00% of the bytes unknown); "
+        "177 to train on, 20 to validate; 11 windows of 16 use 177 of 177 tokens"
+    )
+
+
+def test_progress_is_reported_and_ends_at_one(tmp_path: Path) -> None:
+    fractions: list[float] = []
+    (tmp_path / "input.txt").write_text("line of text\n" * 20_000)
+    text = open_text(str(tmp_path / "input.txt"), tmp_path)
+    prepare_tokens(text, BYTES, tmp_path / "cache", 0.1, report=fractions.append)
+    assert len(fractions) == 4 and fractions == sorted(fractions) and fractions[-1] == 1
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 20])
+def test_an_interrupted_run_leaves_nothing(after: int, tmp_path: Path) -> None:
+    """D4, A7: `stop` raises at any moment."""
+    (tmp_path / "input.txt").write_text("\f".join(make_documents(30)))
+    text = open_text(str(tmp_path / "input.txt"), tmp_path, "\f")
+    calls = 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_tokens(text, BYTES, tmp_path / "cache", 0.1, stop=stop)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from smollm2.data.store import prepare_tokens
+from smollm2.data.text import open_text
+from smollm2.data.tokenizer import tokenizer_from_text
+
+folder = Path(sys.argv[1])
+prepare_tokens(open_text(str(folder / "input.txt"), folder, "\\f"), tokenizer_from_text("bytes"), folder / "cache", 0.1,
+               report=lambda fraction: os._exit(9) if fraction > 0.5 else None)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere leftovers stay until a person removes them")
+def test_a_killed_run_starts_again_cleanly(tmp_path: Path) -> None:
+    documents = "\f".join(make_documents(60))
+    (tmp_path / "input.txt").write_text(documents)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == 9
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    store = prepare(tmp_path, documents, 0.1)
+    assert list((tmp_path / "cache").iterdir()) == [store.folder]
+    assert len(store.train) + len(store.validation) == len(documents) + 1
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(ResourceError, match=r"cache - the tokens cannot be written there: .* set data\.cache_dir"):
+        prepare(tmp_path, "some text")
+
+
+def test_a_header_is_plain_json(tmp_path: Path) -> None:
+    store = prepare(tmp_path, "some text")
+    header = json.loads((store.folder / "header.json").read_text())
+    assert header["fingerprint"] == store.fingerprint and header["statistics"]["train_tokens"] == 10
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from smollm2.data.store import prepare_tokens
+from smollm2.data.text import open_text
+from smollm2.data.tokenizer import load_tokenizer, train_tokenizer
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+folder = Path(sys.argv[1])
+tokenizer = train_tokenizer(["the cat sat on the mat " * 9], 300)
+text = open_text(str(folder / "input.txt"), folder)
+before = peak()
+store = prepare_tokens(text, tokenizer, folder / "cache", 0.05)
+print(peak() - before, store.statistics.tokens * 2, store.statistics.characters)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs getrusage")
+def test_tokenizing_a_large_text_stays_within_its_memory(tmp_path: Path) -> None:
+    """D4: 16 MB of lines, one line of 8 MB, and a million spaces in a row, which go to the hungrier library."""
+    lines = "".join(f"The cat sat on mat {i}, and left.\n" for i in range(480_000))
+    (tmp_path / "input.txt").write_text(lines + "x" * 2**22 + "\U0001f600" * 2**20 + " " * 2**20 + lines[:100])
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, check=True, text=True, timeout=120
+    )
+    used, file_size, characters = map(int, done.stdout.split())
+    assert characters == len(lines) + 2**22 + 2**21 + 100
+    assert used < 300_000_000 + file_size, f"{used / 1e6:.0f} MB"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _make_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global FOLDER
+    FOLDER = tmp_path_factory.mktemp("store")
+
+
+FOLDER = Path()

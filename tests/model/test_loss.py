@@ -1,0 +1,78 @@
+"""The chunked loss against the plain one: value, gradients, counts, z-loss, memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smollm2.model.loss import next_token_loss
+
+
+def case(tokens: int = 1100, width: int = 24, vocabulary: int = 97, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[::7] = -100
+    return [hidden, weight, labels]
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(cross-entropy sum, what z-loss adds to it)."""
+    logits = (hidden @ weight.T).float()
+    penalty = z_loss * logits.logsumexp(-1).square()[labels != -100].sum()
+    return F.cross_entropy(logits, labels, reduction="sum"), penalty
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_value_and_gradients_equal_the_plain_form(z_loss: float, dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, labels = case(dtype=dtype)
+    expected, penalty = plain_loss(hidden, weight, labels, z_loss)
+    total, count = next_token_loss(hidden, weight, labels, z_loss=z_loss)
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert count == (labels != -100).sum()
+    theirs = torch.autograd.grad(expected + penalty, (hidden, weight))
+    for mine, reference in zip(torch.autograd.grad(total, (hidden, weight)), theirs, strict=True):
+        assert (mine - reference).float().norm() <= tolerance * reference.float().norm()
+
+
+def test_the_sum_does_not_round_to_the_compute_dtype() -> None:
+    hidden, weight, labels = case(tokens=4096, dtype=torch.bfloat16)
+    total, _ = next_token_loss(hidden, weight, labels)
+    assert total.item() == pytest.approx(plain_loss(hidden, weight, labels)[0].item(), rel=1e-6)
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
+    hidden, weight, labels = case()
+    total, count = next_token_loss(hidden, weight, torch.full_like(labels, -100))
+    assert (total.item(), count.item()) == (0.0, 0)
+    assert not any(g.any() for g in torch.autograd.grad(total, (hidden, weight)))
+
+
+def test_without_z_loss_its_code_changes_no_bit() -> None:
+    hidden, weight, labels = case()
+    gradients = [
+        torch.autograd.grad(next_token_loss(hidden, weight, labels, **z)[0], (hidden, weight))
+        for z in ({}, {"z_loss": 0.0})
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
+    hidden, weight, labels = case(tokens=4096, vocabulary=4096)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        total, _ = next_token_loss(hidden, weight, labels)
+        total.backward()
+    assert 0 < largest <= 4096 * 512

@@ -1,0 +1,238 @@
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smollm2.tracking.base import Sample
+from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets, redact
+
+REPORT = {
+    "loss": 3.21,
+    "learning_rate": 1e-4,
+    "grad_norm": 0.91,
+    "tokens_per_second": 12345.6,
+    "tokens": 640,
+    "epoch": 0.1,
+}
+
+
+def printed(use: Callable[[ConsoleTracker], object]) -> str:
+    stream = io.StringIO()
+    use(ConsoleTracker(1000, 0, stream))
+    return stream.getvalue()
+
+
+def show_a_run(console: ConsoleTracker) -> None:
+    console.show_page("Training", [("model", "2 layers"), ("folder", "x" * 200)])
+    for step in (10, 20, 30):
+        console.log(REPORT, step)
+    console.log({"validation_loss": 3.5, "validation_bpb": 1.25}, 30)
+    console.log_text([Sample("Once", " upon\n\x1b[2Ja")], 30)
+    console.log_event("checkpoint", "saved \x1b[31mred", 30, path="x")
+    console.close()
+    console.say("done")
+
+
+def test_a_report_is_one_plain_line_off_a_terminal() -> None:
+    assert printed(lambda console: console.log(REPORT, 10)) == (
+        "step 10/1000  loss 3.2100  smoothed_loss 3.2100  learning_rate 1.00e-04  grad_norm 0.910  tokens_per_second 12346\n"
+    )
+
+
+def test_a_validation_is_one_plain_line_off_a_terminal() -> None:
+    rows = {"validation_loss": 3.5, "validation_bpb": 1.25}
+    assert (
+        printed(lambda console: console.log(rows, 10))
+        == "step 10/1000  validation_loss 3.5000  validation_bpb 1.2500\n"
+    )
+
+
+def test_an_event_without_a_message_is_for_the_files_alone() -> None:
+    assert printed(lambda console: console.log_event("start", "", 0, device="cpu")) == ""
+
+
+def test_a_loss_that_is_no_number_is_shown_as_such() -> None:
+    assert printed(lambda console: console.log({"loss": math.nan}, 1)) == "step 1/1000  loss nan  smoothed_loss nan\n"
+
+
+def test_no_control_character_goes_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    lines = printed(show_a_run).splitlines()
+    assert not any(re.search(r"[\x00-\x1f\x7f-\x9f]", line) for line in lines)
+    assert [line.split()[0] for line in lines] == ["Training", "model", "folder", *["step"] * 5, "saved", "done"]
+
+
+def test_a_time_is_left_once_there_is_a_pace() -> None:
+    first, second = printed(lambda console: [console.log(REPORT, step) for step in (10, 20)]).splitlines()
+    assert "time_left" not in first and re.search(r"time_left \d:\d\d:\d\d$", second)
+
+
+def test_the_smoothed_loss_is_the_exponential_mean_without_bias() -> None:
+    losses = [5.0, 4.0, math.nan, 3.0]
+    text = printed(lambda console: [console.log({"loss": loss}, 1) for loss in losses])
+    weights = [0.1 * 0.9**age for age in (2, 1, 0)]
+    expected = sum(weight * loss for weight, loss in zip(weights, (5, 4, 3), strict=True)) / sum(weights)
+    assert text.splitlines()[-1].endswith(f"smoothed_loss {expected:.4f}")
+
+
+def test_a_page_aligns_its_values() -> None:
+    text = printed(lambda console: console.show_page("Title", [("a", "1"), ("long", "[/b] 2\n3")]))
+    assert text == "Title\n  a     1\n  long  [/b] 2\\n3\n"
+
+
+def test_a_sample_is_one_line_with_its_prompt_in_brackets() -> None:
+    text = printed(lambda console: console.log_text([Sample("", "a\n[b]"), Sample("The", " end")], 7))
+    assert text == "step 7/1000  sample: []a\\n[b]\nstep 7/1000  sample: [The] end\n"
+
+
+def test_quick_work_before_the_run_is_said_once() -> None:
+    text = printed(lambda console: [console.show_progress("tokenizing", n / 100) for n in range(101)] * 2)
+    assert text == "tokenizing 100%\n"
+
+
+def test_slow_work_before_the_run_is_said_by_the_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    fractions = (0.0, 0.05, 0.25, 0.3, 0.5, 0.75, 0.8, 1.0)
+    text = printed(lambda console: [console.show_progress("tokenizing", fraction) for fraction in fractions])
+    assert text.splitlines() == ["tokenizing 25%", "tokenizing 50%", "tokenizing 75%", "tokenizing 100%"]
+
+
+def test_what_the_encoding_lacks_is_written_as_its_escape() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, "ascii")
+    ConsoleTracker(1, 0, stream).say("Zürich\udc80")
+    assert raw.getvalue().split() == [b"Z\\xfcrich\\udc80"]
+
+
+def test_a_closed_pipe_ends_nothing() -> None:
+    program = (
+        "import sys; from smollm2.tracking.console import ConsoleTracker; console = ConsoleTracker(9, 0)\n"
+        "for step in range(20_000): console.log({'loss': 1.0}, step)\n"
+        "sys.stderr.write('still here')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("step 0/9")
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == "still here"
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def terminal_output() -> str:
+    """What a terminal of 80 columns is sent during a small run."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    program = "import test_console as t; t.show_a_run(t.ConsoleTracker(1000, 0))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    output = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            output += chunk
+    except OSError:  # Linux: the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0, output
+    return output.decode()
+
+
+def test_a_terminal_has_the_latest_numbers_below_a_bar(terminal_output: str) -> None:
+    assert "━━━" in terminal_output
+    assert "smoothed_loss 3.2100  validation_loss 3.5000" in terminal_output
+    assert re.search(r"step 20/1000  time_left \d:\d\d:\d\d", terminal_output)
+
+
+def test_a_terminal_still_has_all_the_numbers_below_a_message(terminal_output: str) -> None:
+    sample, event = terminal_output.index("[Once]"), terminal_output.index("saved")
+    assert "tokens_per_second 12346" in terminal_output[sample:event]
+
+
+def test_a_terminal_scrolls_short_reports_above_the_bar(terminal_output: str) -> None:
+    for line in ("step 20/1000  loss 3.2100\r\n", "step 30/1000  validation_loss 3.5000  validation_bpb 1.2500\r\n"):
+        assert line in terminal_output
+
+
+def test_a_terminal_is_not_sent_what_a_sample_would_make_it_obey(terminal_output: str) -> None:
+    """G6."""
+    assert "[Once] upon\r\n\\x1b[2Ja" in terminal_output and "\x1b[2J" not in terminal_output
+    assert "saved \\x1b[31mred" in terminal_output
+
+
+def test_a_terminal_keeps_a_long_path_in_one_piece(terminal_output: str) -> None:
+    assert "x" * 200 in terminal_output
+
+
+def test_a_terminal_is_left_as_it_was(terminal_output: str) -> None:
+    assert terminal_output.rindex("\x1b[?25h") > terminal_output.rindex("\x1b[?25l")
+    assert terminal_output.endswith("done\r\n")
+
+
+def test_the_log_has_the_time_the_rank_and_the_message(tmp_path: Path) -> None:
+    RunLog(tmp_path, 3).write("resumed\nfrom 500")
+    RunLog(tmp_path, 0).write("\x1b")
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d rank 3  resumed", lines[0])
+    assert lines[1] == "from 500" and lines[2].endswith(" rank 0  \\x1b")
+
+
+def test_the_log_has_the_traceback_of_an_error_and_of_its_cause(tmp_path: Path) -> None:
+    try:
+        try:
+            raise KeyError("cause")
+        except KeyError as cause:
+            raise ValueError("effect") from cause
+    except ValueError as error:
+        RunLog(tmp_path, 0).write_error(error)
+    text = (tmp_path / "run.log").read_text()
+    assert "KeyError: 'cause'" in text and "ValueError: effect" in text and 'raise KeyError("cause")' in text
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    RunLog(tmp_path / "absent", 0).write("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("WANDB_API_KEY=canary rest", "WANDB_API_KEY=*** rest"),
+        ("HF_TOKEN: canary", "HF_TOKEN: ***"),
+        ("{'AWS_SECRET_ACCESS': 'can ary', 'a': 1}", "{'AWS_SECRET_ACCESS': ***, 'a': 1}"),
+        ('"PASSWORD": "canary"', '"PASSWORD": ***'),
+        ("--api_key=canary", "--api_key=***"),
+        ("https://user:canary@host/x?y=1", "https://***@host/x?y=1"),
+        ("https://canary@host", "https://***@host"),
+        ("the value canary_of_env is known", "the value *** is known"),
+        ("num_key_value_heads: 12, flops_per_token: 3", "num_key_value_heads: 12, flops_per_token: 3"),
+        ("WANDB_API_KEY is not set", "WANDB_API_KEY is not set"),
+        ("mail me@host", "mail me@host"),
+    ],
+)
+def test_secrets_stay_out_of_the_log(text: str, kept: str, tmp_path: Path) -> None:
+    """G5."""
+    assert redact(text, ("canary_of_env",)) == kept
+    RunLog(tmp_path, 0, ("canary_of_env",)).write(text)
+    assert (tmp_path / "run.log").read_text().endswith(f"  {kept}\n")
+
+
+def test_secrets_are_found_by_the_names_of_their_variables() -> None:
+    variables = {
+        "WANDB_API_KEY": "canary1",
+        "MY_PASSWORD": "canary2",
+        "HOME": "/home/me",
+        "SHORT_KEY": "1",
+        "KEYBOARD": "german",
+    }
+    assert find_secrets(variables) == ("canary1", "canary2")

@@ -1,0 +1,482 @@
+"""Several processes do the run that one does, and end together, with one sentence, whatever happens to one of them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, metrics, outcome, write_tiny
+from two_ranks import Ended, Ranks, run_ranks, start_ranks
+
+from smollm2.checkpoint import format as checkpoint
+from smollm2.cli.main import main
+from smollm2.data.batches import Batches
+from smollm2.errors import DataError, ResourceError
+from smollm2.runtime.ranks import Position, find_disagreement, find_late, find_odd_replica
+from smollm2.training import loop as training
+from smollm2.training.loop import setup as run
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
+
+Work = Callable[[int], int]
+
+
+def train_words(*flags: str) -> list[str]:
+    return ["train", "--config", "config.yaml", "--disable_wandb", *flags]
+
+
+def training_with(*flags: str) -> Work:
+    """The user's command, on any rank."""
+    return lambda rank: main(train_words(*flags))
+
+
+def losses(folder: Path, name: str = "loss") -> list[float]:
+    return [float(str(row[name])) for row in metrics(folder) if name in row]
+
+
+def run_both(folder: Path, *flags: str) -> tuple[Path, Path]:
+    """The run folders of the same run by one process and by two."""
+    write_tiny(folder)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    [one] = run_ranks(training_with("--save_dir", "one", *flags), folder, world_size=1)
+    two = run_ranks(training_with("--save_dir", "two", *flags), folder)
+    assert [one.code, *(rank.code for rank in two)] == [0, 0, 0], two
+    return folder / "one", folder / "two"
+
+
+def relative(mine: list[float], theirs: list[float]) -> list[float]:
+    return [abs(a / b - 1) for a, b in zip(mine, theirs, strict=True)]
+
+
+def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
+    """Promise B1."""
+    one, two = run_both(tmp_path, "--train_steps", "50")
+    for name in ("loss", "grad_norm"):
+        differences = relative(losses(two, name), losses(one, name))
+        assert differences[0] <= 1e-6
+        assert max(differences) <= 1e-4
+    assert max(relative(losses(two, "validation_loss"), losses(one, "validation_loss"))) <= 1e-4
+
+
+@pytest.mark.parametrize("flags", [("--training.precision", "bf16"), ("--training.optimizer", "muon")])
+def test_coarser_numbers_stay_within_two_hundredths(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Promise B1."""
+    one, two = run_both(tmp_path, "--train_steps", "20", *flags)
+    assert max(relative(losses(two), losses(one))) <= 2e-2
+
+
+def note_windows() -> None:
+    """From here on this process writes every window that it reads for training to a file."""
+
+    class Noting(Batches):
+        def read(self, n: int, start: int, stop: int) -> tuple[object, object]:
+            ids = self.window_ids(n)[start:stop].tolist()
+            with Path("windows.txt").open("a") as file:
+                file.write("".join(f"{n} {start + row} {window}\n" for row, window in enumerate(ids)))
+            return super().read(n, start, stop)
+
+    run.Batches = Noting
+
+
+def noting_windows(work: Work) -> Work:
+    """`work`, with the windows that it reads written down."""
+
+    def noted(rank: int) -> int:
+        note_windows()
+        return work(rank)
+
+    return noted
+
+
+def windows_read(folder: Path) -> set[str]:
+    """Lines `batch row window`; the batch that is fetched ahead and never used is left out."""
+    lines = (folder / "windows.txt").read_text().splitlines()
+    (folder / "windows.txt").unlink()
+    return {line for line in lines if int(line.split()[0]) < 12}
+
+
+def test_a_run_that_changes_its_number_of_ranks_reads_the_windows_of_one_that_does_not(tmp_path: Path) -> None:
+    """Promise B1."""
+    write_tiny(tmp_path)
+    run_ranks(noting_windows(training_with("--save_dir", "whole")), tmp_path, world_size=1)
+    expected = windows_read(tmp_path)
+    said = ""
+    for steps, world_size in ((4, 2), (8, 1), (12, 2)):
+        flags = ("--save_dir", "changing", "--resume", "auto", "--train_steps", str(steps))
+        ended = run_ranks(noting_windows(training_with(*flags)), tmp_path, world_size)
+        assert [rank.code for rank in ended] == [0] * world_size
+        said += ended[0].out
+    assert windows_read(tmp_path) == expected
+    assert "not bit-exact, because of world_size 2 -> 1" in said
+    assert "not bit-exact, because of world_size 1 -> 2" in said
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_that_they_can(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    ended = run_ranks(
+        training_with("--training.batch_size", "3", "--training.gradient_accumulation_steps", "1"), tmp_path
+    )
+    assert [rank.code for rank in ended] == [2, 2]
+    assert said_once(ended, "which 2 devices cannot share equally; nearest that they can: 2 or 4")
+
+
+def said_once(ended: list[Ended], sentence: str) -> bool:
+    """Whether the ranks together wrote one line of errors, with this in it."""
+    errors = "".join(rank.err for rank in ended)
+    assert sentence in errors, ended
+    lines = [line for line in errors.splitlines() if line.startswith(("error: ", "stopped by "))]
+    assert len(lines) == 1, errors
+    assert "Traceback" not in errors
+    return True
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--input_file", "absent.txt"), 3, "absent.txt - there is no such file"),
+        (("--checkpoint_path", "absent.pt"), 4, "absent.pt"),
+        (("--save_dir", "input.txt"), 6, "input.txt - it cannot be written"),
+        (("--training.precision", "fp16"), 2, "fp16 needs a CUDA GPU"),
+    ],
+)
+def test_a_mistake_is_said_by_one_rank_and_ends_all(
+    flags: tuple[str, ...], code: int, said: str, tmp_path: Path
+) -> None:
+    write_tiny(tmp_path)
+    ended = run_ranks(training_with(*flags), tmp_path)
+    assert [rank.code for rank in ended] == [code, code]
+    assert said_once(ended, said)
+    assert max(rank.seconds for rank in ended) < 15
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def change_seed(rank: int) -> list[str]:
+    return ["--training.seed", "2"] if rank else []
+
+
+def change_code(rank: int) -> list[str]:
+    if rank:
+        training.fingerprint_code = lambda: "0123"
+    return []
+
+
+def change_tokens(rank: int) -> list[str]:
+    if rank:
+        run.fingerprint_tokens = lambda store: "4567"
+    return []
+
+
+def change_tokenizer(rank: int) -> list[str]:
+    whole = run.tokenizer_from_text
+    if rank:
+        run.tokenizer_from_text = lambda text, end: whole(run.train_tokenizer(["a b c"] * 9, 300).text)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_seed, "rank 1 is not in the same run as rank 0: training.seed 1337 -> 2"),
+        (change_code, "the code "),
+        (change_tokens, "the tokens "),
+        (change_tokenizer, "the tokenizer "),
+    ],
+)
+def test_ranks_that_are_not_in_the_same_run_are_refused(
+    change: Callable[[int], list[str]], said: str, tmp_path: Path
+) -> None:
+    """Promise F5."""
+    write_tiny(tmp_path)
+    ended = run_ranks(lambda rank: main(train_words(*change(rank))), tmp_path)
+    assert [rank.code for rank in ended] == [5, 5]
+    assert said_once(ended, said)
+    assert not list(tmp_path.glob("checkpoints/step_*.pt"))
+
+
+def test_the_text_on_standard_input_is_read_by_one_rank(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+
+    def work(rank: int) -> int:
+        sys.stdin = (tmp_path / "input.txt").open() if rank == 0 else None  # type: ignore[assignment]
+        return main(train_words("--input_file", "-", "--train_steps", "2"))
+
+    assert [rank.code for rank in run_ranks(work, tmp_path)] == [0, 0]
+
+
+def failing_saves(steps: set[int], work: Work) -> Work:
+    """`work` on a disk that is full at these steps, as rank 0 finds."""
+    whole = checkpoint.save_checkpoint
+
+    def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
+        if step in steps:
+            raise ResourceError("the disk is full")
+        return whole(folder, state, step=step)
+
+    def failing(rank: int) -> int:
+        checkpoint.save_checkpoint = save  # type: ignore[assignment]
+        return work(rank)
+
+    return failing
+
+
+def test_a_save_that_fails_on_rank_0_is_said_and_all_go_on(tmp_path: Path) -> None:
+    """Promise F4."""
+    write_tiny(tmp_path)
+    ended = run_ranks(failing_saves({4}, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == [0, 0]
+    assert "the disk is full" in ended[0].out
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [
+        "step_0008.pt",
+        "step_0012.pt",
+    ]
+
+
+def test_a_last_save_that_fails_on_rank_0_ends_all_with_its_code(tmp_path: Path) -> None:
+    """Promise F4."""
+    write_tiny(tmp_path)
+    ended = run_ranks(failing_saves({12}, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == [6, 6]
+    assert said_once(ended, "the disk is full")
+
+
+def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], work: Work) -> Work:
+    """`work`, with something done on rank 1 before an update."""
+    whole, done = training.update, []
+
+    def update(model: torch.nn.Module, *arguments: object, **named: object) -> object:
+        done.append(model)
+        if len(done) == step:
+            act(model)
+        return whole(model, *arguments, **named)  # type: ignore[arg-type]
+
+    def acting(rank: int) -> int:
+        if rank == 1:
+            training.update = update  # type: ignore[assignment]
+        return work(rank)
+
+    return acting
+
+
+def spoil_one_gradient(model: torch.nn.Module) -> None:
+    """The next gradient of one parameter is not finite on this rank, before the ranks share it."""
+    parameter = next(model.parameters())
+    handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float("nan"))[1])
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
+    """Promise C2."""
+    write_tiny(tmp_path)
+    ended = run_ranks(on_rank_1_before_step(3, spoil_one_gradient, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == [0, 0]
+    assert [row["skipped"] for row in metrics(tmp_path / "checkpoints") if "loss" in row] == [0, 0] + [1] * 10
+
+
+def flip_a_bit(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        next(model.parameters()).view(-1).view(torch.int32)[7] ^= (
+            1 << 22
+        )  # rounding would take in the lowest bit at the next update
+
+
+def test_weights_that_differ_by_one_bit_stop_the_run_before_they_are_saved(tmp_path: Path) -> None:
+    """Promise C7."""
+    write_tiny(tmp_path)
+    ended = run_ranks(on_rank_1_before_step(6, flip_a_bit, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == [5, 5]
+    assert said_once(ended, "step 8: the weights of rank 1 are no longer those of the others")
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+
+
+def have_room_for_one_sequence(model: torch.nn.Module) -> None:
+    """From here on this rank runs out of memory with more than one sequence at once."""
+
+    def refuse(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) > 1:
+            raise torch.OutOfMemoryError("no room")
+
+    model.register_forward_pre_hook(refuse)
+
+
+def in_parts_of(size: int) -> tuple[str, ...]:
+    return ("--training.batch_size", str(size), "--training.gradient_accumulation_steps", str(8 // size))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_out_of_memory_on_one_rank_makes_the_micro_batch_of_all_smaller_bit_for_bit_as_if_begun_so(
+    tmp_path: Path, size: int
+) -> None:
+    """Promise C10. With 4 each rank has one micro-batch, after whose forward pass the ranks meet."""
+    write_tiny(tmp_path)
+    cramped = on_rank_1_before_step(
+        1, have_room_for_one_sequence, training_with("--save_dir", "cramped", *in_parts_of(size))
+    )
+    ended = run_ranks(cramped, tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert f"step 1: out of memory with {size} sequences at once; from here on {size // 2} at once" in ended[0].out
+    assert [rank.code for rank in run_ranks(training_with("--save_dir", "small", *in_parts_of(1)), tmp_path)] == [0, 0]
+    assert outcome(tmp_path / "cramped", 12) == outcome(tmp_path / "small", 12)
+
+
+def have_no_room_for_gradients(model: torch.nn.Module) -> None:
+    """From here on this rank runs out of memory in every backward pass."""
+
+    def refuse(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model.register_forward_hook(lambda module, arguments, output: output[0].register_hook(refuse) and None)
+
+
+def test_out_of_memory_where_the_ranks_meet_ends_all_with_one_sentence_of_that_rank(tmp_path: Path) -> None:
+    """Promise C10. One micro-batch for each rank: the last."""
+    write_tiny(tmp_path)
+    ended = run_ranks(on_rank_1_before_step(6, have_no_room_for_gradients, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == [6, 6], ended
+    assert "error: rank 1: training.batch_size: 4 - out of memory - lower it" in ended[1].err
+    assert "rank 1 ended with exit code 6 and says why" in ended[0].err
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+
+
+def raise_a_data_error(model: torch.nn.Module) -> None:
+    raise DataError("a window cannot be read")
+
+
+def kill_itself(model: torch.nn.Module) -> None:
+    time.sleep(1.5)  # the watch has written where the ranks are
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("act", "codes", "said"),
+    [
+        (raise_a_data_error, [3, 3], ("error: rank 1: a window cannot be read", "rank 1 ended with exit code 3")),
+        (kill_itself, [5, -9], ("rank 1 was killed, or crashed",)),
+    ],
+)
+def test_a_rank_that_ends_ends_the_run_and_is_named(
+    act: Callable[[torch.nn.Module], object], codes: list[int], said: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Promise F1."""
+    write_tiny(tmp_path)
+    ended = run_ranks(on_rank_1_before_step(6, act, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == codes, ended
+    assert ended[0].seconds - ended[1].seconds < 10
+    assert all(sentence in ended[0].err + ended[1].err for sentence in said), ended
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+
+
+def test_a_rank_that_stalls_is_named_and_the_run_ends(tmp_path: Path) -> None:
+    """Promise F2."""
+    write_tiny(tmp_path)
+    work = on_rank_1_before_step(6, lambda model: time.sleep(60), training_with("--training.rank_timeout", "5"))
+    ended = run_ranks(work, tmp_path)
+    assert [rank.code for rank in ended] == [5, 5], ended
+    assert "rank 1 is behind: it stands at step 6, " in ended[0].err
+    assert ended[0].seconds < 5 + 10
+    assert ended[1].seconds < 25
+
+
+def test_a_rank_that_takes_long_over_a_save_is_named_and_waited_for(tmp_path: Path) -> None:
+    """Promise F2."""
+    write_tiny(tmp_path)
+    whole = checkpoint.save_checkpoint
+
+    def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
+        time.sleep(8 if step == 12 else 0)
+        return whole(folder, state, step=step)
+
+    def slow(rank: int) -> int:
+        checkpoint.save_checkpoint = save  # type: ignore[assignment]
+        return training_with("--training.rank_timeout", "5")(rank)
+
+    ended = run_ranks(slow, tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert "rank 0 is behind: it stands at step 12, a save" in ended[1].err
+
+
+def wait_for_step(folder: Path, ranks: Ranks) -> None:
+    deadline = time.monotonic() + 30
+    while not list(folder.glob("step_*.pt")):
+        assert time.monotonic() < deadline, [ranks.read(0), ranks.read(1)]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("receivers", [[0], [1], [0, 1], [0, 1, 0, 1]], ids=["rank 0", "rank 1", "both", "both, twice"])
+def test_a_signal_to_any_rank_stops_all_at_the_same_step(receivers: list[int], tmp_path: Path) -> None:
+    """Promise F3. Twice at once is what a launcher makes of a Ctrl-C that the terminal has sent to all."""
+    write_tiny(tmp_path)
+    ranks = start_ranks(training_with("--train_steps", "100000"), tmp_path)
+    wait_for_step(tmp_path / "checkpoints", ranks)
+    for rank in receivers:
+        os.kill(ranks.pids[rank], signal.SIGTERM)
+    ended = ranks.wait()
+    assert [rank.code for rank in ended] == [143, 143]
+    assert said_once(ended, "stopped by SIGTERM after step")
+    step = int(re.search(r"after step (\d+)", ended[0].err)[1])  # type: ignore[index]
+    assert checkpoint.list_checkpoints(tmp_path / "checkpoints")[-1].name == f"step_{step:04d}.pt"
+    assert "torchrun --nproc_per_node 2" in ended[0].err
+    assert not (tmp_path / "checkpoints" / ".ranks").exists()
+
+
+@pytest.mark.parametrize(
+    ("counts", "late"), [([3, 3], []), ([3, 2], [1]), ([2, 3, 2], [0, 2])], ids=["none", "one", "two"]
+)
+def test_the_rank_that_has_begun_least_is_late(counts: list[int], late: list[int]) -> None:
+    positions = [Position(rank, count, "a place", 1, "here") for rank, count in enumerate(counts)]
+    assert [position.rank for position in find_late(positions)] == late
+
+
+@pytest.mark.parametrize(
+    ("sums", "odd"),
+    [([[1, 2], [1, 2]], None), ([[1, 2], [1, 3]], (1, 1)), ([[9, 2], [1, 2], [1, 2]], (0, 0))],
+)
+def test_the_replica_that_differs_from_most_is_found(sums: list[list[int]], odd: tuple[int, int] | None) -> None:
+    assert find_odd_replica(sums) == odd
+
+
+def test_what_only_one_rank_knows_is_a_disagreement() -> None:
+    assert find_disagreement([{"a": 1}, {"a": 1}]) is None
+    assert find_disagreement([{"a": 1}, {"a": 1, "b": 2}]) == (1, ["b None -> 2"])
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    "accelerate with our file": [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs" / "accelerate" / "two_cpu_processes.yaml"),
+    ],
+}
+
+
+NOTING_TRAIN = f"""
+import runpy, sys
+sys.path.append({str(ROOT / "tests")!r})
+from test_distributed import note_windows
+note_windows()
+sys.argv[0] = {str(ROOT / "train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_every_launcher_gives_two_ranks_that_do_the_same_run_on_the_same_windows(tmp_path: Path) -> None:
+    """Promise B1."""
+    write_tiny(tmp_path)
+    (tmp_path / "noting_train.py").write_text(NOTING_TRAIN)
+    run_ranks(noting_windows(training_with("--save_dir", "one")), tmp_path, world_size=1)
+    windows = windows_read(tmp_path)
+    for name, words in LAUNCHERS.items():
+        command = [sys.executable, "-m", *words, "noting_train.py", *train_words("--save_dir", name)[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert "2 processes" in done.stdout
+        assert windows_read(tmp_path) == windows
+        assert max(relative(losses(tmp_path / name), losses(tmp_path / "one"))) <= 1e-4

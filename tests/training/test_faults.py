@@ -1,0 +1,379 @@
+"""What a run does when it is stopped, killed, short of memory, disk or time, or fed what is not as it was."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fork_trials import STAGES
+from runs import ROOT, TINY, metrics, outcome, tiny_config, write_tiny
+from torch import nn
+
+from smollm2.checkpoint import format as checkpoint
+from smollm2.cli.main import main
+from smollm2.errors import DataError, Interrupted, ResourceError
+from smollm2.model.transformer import SmolLM2
+from smollm2.plan import arithmetic as plan
+from smollm2.runtime.device import Runtime
+from smollm2.training import loop as training
+from smollm2.training.loop import Progress, train
+from smollm2.training.loop import setup as run
+from smollm2.training.step import SPIKE_WINDOW, is_spike, smaller_micro_batch
+
+
+def trials(what: str, folder: Path, *flags: str) -> list[dict[str, object]]:
+    """The trials of fork_trials.py in a process of their own: this one has threads, which a fork would not take along."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, str(ROOT / "tests" / "fork_trials.py"), what, str(folder), *flags]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_stop(trial: dict[str, object]) -> None:
+    assert trial["code"] == 128 + int(str(trial["signal"])), trial
+    if trial["signals"] == 1:
+        assert "stopped by SIG" in str(trial["said"]) and "Go on with: smollm2 train --resume auto" in str(
+            trial["said"]
+        )
+    assert trial["same"], trial
+
+
+def test_kill_9_at_random_moments_changes_no_bit_of_the_finished_run(tmp_path: Path) -> None:
+    """A1: weights, moments, random state and rows are those of the run that nobody disturbed."""
+    runs = trials("kills", tmp_path, "--kills", "6", "--seed", str(os.getpid()))
+    assert sum(int(str(run["kills"])) for run in runs) == 6
+    assert all(run["same"] for run in runs), runs
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_stage_ends_with_its_code_and_the_command_to_go_on_and_loses_no_bit(tmp_path: Path) -> None:
+    """A7, A8: sixteen stages from reading the text to closing the trackers, and two of them with a second signal."""
+    found = trials("signals", tmp_path)
+    assert len(found) == len(STAGES) >= 12
+    for trial in found:
+        check_stop(trial)
+
+
+@pytest.fixture(scope="module")
+def two_trials(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """The two stages that the default suite tries."""
+    titles = ["the second batch of an evaluation", "a save, twice"]
+    return trials("signals", tmp_path_factory.mktemp("signals"), *(f"--stage={title}" for title in titles))
+
+
+def test_a_signal_within_an_evaluation_ends_it_and_the_resume_does_it_again(
+    two_trials: list[dict[str, object]],
+) -> None:
+    """A7."""
+    check_stop(two_trials[0])
+    assert "after step 5" in str(two_trials[0]["said"])
+
+
+def test_a_second_signal_within_a_save_ends_at_once_and_the_checkpoint_before_is_whole(
+    two_trials: list[dict[str, object]],
+) -> None:
+    """A7, A8."""
+    check_stop(two_trials[1])
+    assert two_trials[1]["left"] == ["step_0003.pt"]
+
+
+def test_a_run_ends_by_itself_in_time_for_its_own_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny(tmp_path)
+    flags = ["train", "--config", str(path), "--input_file", str(tmp_path / "input.txt"), "--save_dir"]
+    short = [*flags, str(tmp_path / "short"), "--training.save_interval", "0"]
+    assert main([*short, "--training.time_limit", "0.01"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("training.time_limit is reached after step 1, which is saved. Go on with: ")
+    assert main([*short, "--resume", "auto"]) == 0
+    assert main([*flags, str(tmp_path / "whole")]) == 0
+    assert outcome(tmp_path / "short", 12) == outcome(tmp_path / "whole", 12)
+
+
+def test_the_time_limit_leaves_room_for_another_step_and_a_save() -> None:
+    clock = training.Clock(10.0, started=training.time.monotonic() - 7, longest=2.0)
+    clock.begin_step()
+    assert not clock.is_up(0.5)
+    assert clock.is_up(1.5)
+
+
+class Cramped(nn.Module):
+    """A model on a device that has room for `rows` sequences at once, from its forward pass number `after` on."""
+
+    def __init__(self, model: SmolLM2, rows: int, after: int = 0) -> None:
+        super().__init__()
+        self.model, self.rows, self.after, self.calls = model, rows, after, 0
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, **more: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1
+        if self.training and len(input_ids) > self.rows and self.calls > self.after:
+            raise torch.OutOfMemoryError("no room")
+        found: tuple[torch.Tensor, torch.Tensor] = self.model(input_ids, labels, **more)
+        return found
+
+
+def cramp(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> None:
+    """Runs of this process get a device that small."""
+    monkeypatch.setattr(Runtime, "prepare_model", lambda runtime, model: Cramped(model, rows, after))
+
+
+@pytest.mark.parametrize("after", [0, 1, 9], ids=["at once", "in the first step's second part", "in a later step"])
+def test_out_of_memory_begins_the_step_anew_in_smaller_parts_with_the_bits_of_a_run_that_began_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], after: int
+) -> None:
+    """C10. Up to the step that ran out, parts of 4 and of 2 give other roundings: compared where it ran out at once."""
+    write_tiny(tmp_path)
+    cramp(monkeypatch, 2, after)
+    train(tiny_config(tmp_path, "cramped", training__train_steps=6))
+    said = capsys.readouterr().out
+    assert "out of memory with 4 sequences at once; from here on 2 at once, as many an update" in said
+    assert "set training.batch_size 2 and training.gradient_accumulation_steps 4" in said
+    monkeypatch.undo()
+    parts = {"training__batch_size": 2, "training__gradient_accumulation_steps": 4}
+    train(tiny_config(tmp_path, "small", training__train_steps=6, **parts))
+    if after < 2:
+        assert outcome(tmp_path / "cramped", 6) == outcome(tmp_path / "small", 6)
+    for mine, row in zip(metrics(tmp_path / "cramped"), metrics(tmp_path / "small"), strict=True):
+        assert mine == pytest.approx(row, rel=1e-4)
+
+
+def test_no_room_for_one_sequence_is_one_sentence_and_exit_code_6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path)
+    cramp(monkeypatch, 0)
+    with pytest.raises(ResourceError, match=r"batch_size: 4 - out of memory even with one sequence .* shorter"):
+        train(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "smaller"), [(8, 4, 2), (30, 10, 5), (7, 7, 1), (12, 12, 6), (9, 9, 3), (4, 1, None)]
+)
+def test_the_ladder_takes_the_largest_divisor_up_to_half(share: int, size: int, smaller: int | None) -> None:
+    assert smaller_micro_batch(share, size) == smaller
+
+
+@pytest.mark.parametrize(("room", "said"), [(4, None), (3, "; 2 at once, as many an update")])
+def test_on_a_cpu_the_planned_memory_decides_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, said: str | None
+) -> None:
+    """C10: on a machine with room for so many sequences at once."""
+    write_tiny(tmp_path)
+    roomy = tiny_config(tmp_path, training__batch_size=room).with_vocab_size(257)
+    monkeypatch.setattr(run, "memory_limit", lambda: plan.estimate_memory(roomy, "cpu-float32").total)
+    train(tiny_config(tmp_path, training__train_steps=1))
+    shown = capsys.readouterr().out
+    assert said in shown if said else "at once" not in shown
+
+
+def test_a_cpu_without_room_for_one_sequence_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path)
+    monkeypatch.setattr(run, "memory_limit", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"one sequence.* are needed, and this machine has 1 kB"):
+        train(tiny_config(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_spike_is_a_loss_over_six_deviations_of_128_finite_ones() -> None:
+    """C5."""
+    calm = [2.0 + 0.1 * (-1) ** i for i in range(SPIKE_WINDOW)]  # mean 2, deviation 0.1
+    assert is_spike(calm, 2.61)
+    assert not is_spike(calm, 2.59)
+    assert not is_spike(calm[1:], 100.0)
+
+
+def test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C5; the losses of the window come back on a resume (A1)."""
+    write_tiny(tmp_path)
+    monkeypatch.setattr(run, "is_spike", lambda losses, loss: len(losses) == 5)
+    flags = {"training__save_interval": 2, "training__keep_last": 2}
+    train(tiny_config(tmp_path, **flags))
+    left = [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")]
+    assert left == ["step_0004.pt", "step_0010.pt", "step_0012.pt"]
+    events = [json.loads(line) for line in (tmp_path / "checkpoints" / "events.jsonl").read_text().splitlines()]
+    (spike,) = [event for event in events if event["kind"] == "spike"]
+    assert spike["step"] == 6 and "step_0004.pt is from before and stays" in spike["message"]
+
+
+def test_what_is_not_finite_stays_out_of_the_window() -> None:
+    result = training.StepResult(float("nan"), 1.0, 0.1, 10, 0.1, skipped=True)
+    after = Progress(losses=(1.0, 2.0)).after(result)
+    assert (after.losses, after.spikes, after.skipped) == ((1.0, 2.0), (), (1,))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def rewrite(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("change", [cut, rewrite])
+def test_a_token_cache_that_changes_under_the_run_stops_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    """D7: a file that is cut would end the process with SIGBUS."""
+    write_tiny(tmp_path)
+    original = training.validate
+
+    def changing(*arguments: object, **named: object) -> float:
+        (tokens,) = (tmp_path / "cache").glob("*/train.bin")
+        change(tokens)
+        return original(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "validate", changing)
+    with pytest.raises(
+        DataError, match=r"train\.bin - it was changed while the run was reading it - delete that folder"
+    ):
+        train(tiny_config(tmp_path, training__save_interval=1))
+    assert checkpoint.find_resumable(tmp_path / "checkpoints", print) is not None
+
+
+def test_the_text_and_the_cache_may_go_once_the_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D7: the run reads tokens, and those that it has opened stay with it."""
+    write_tiny(tmp_path)
+    original = training.validate
+
+    def removing(*arguments: object, **named: object) -> float:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        (tmp_path / "input.txt").write_text("another text")
+        return original(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "validate", removing)
+    assert train(tiny_config(tmp_path)).step == 12
+
+
+def test_a_full_disk_is_said_training_goes_on_and_the_end_is_exit_code_6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A4, with the answer of a full disk."""
+    write_tiny(tmp_path)
+    original = checkpoint.save_checkpoint
+
+    def full(folder: Path, state: dict[str, object], *, step: int) -> Path:
+        if step > 4:
+            raise ResourceError(f"{folder / 'step.pt'} - it was not saved: No space left on device")
+        return original(folder, state, step=step)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        train(tiny_config(tmp_path))
+    assert metrics(tmp_path / "checkpoints")[-1]["step"] == 12
+    monkeypatch.undo()
+    train(tiny_config(tmp_path), resume="auto")
+    train(tiny_config(tmp_path, "whole"))
+    assert outcome(tmp_path / "checkpoints", 12) == outcome(tmp_path / "whole", 12)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> "object":
+    """A disk of its own of 2 MB; skips where this user may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A4, on a tmpfs that another fills during the run."""
+    write_tiny(tmp_path)
+    run = small_disk / "checkpoints"
+    config = tiny_config(tmp_path, data__cache_dir=tmp_path / "cache").model_copy(deep=True)
+    config = config.model_copy(
+        update={"training": config.training.model_copy(update={"save_dir": str(run), "keep_last": 2})}
+    )
+    original = training.draw_samples
+
+    def filling(going: training.Run, step: int) -> object:
+        assert going.saver
+        going.saver.finish()  # before the other takes what is left
+        with (small_disk / "filler").open("wb") as file:
+            file.write(b"x" * (shutil.disk_usage(small_disk).free - 100_000))
+        return original(going, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_samples", filling)
+        with pytest.raises(
+            ResourceError, match=r"step_0012\.pt - it was not saved: .* bytes are needed and .* are free"
+        ):
+            train(config)
+    assert "step_0008.pt - it was not saved" in capsys.readouterr().out
+    found = checkpoint.find_resumable(run, print)
+    assert found is not None and found[0].name == "step_0004.pt"
+
+
+def test_a_resume_on_another_machine_says_that_it_is_not_bit_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """B4."""
+    write_tiny(tmp_path)
+    train(tiny_config(tmp_path, training__train_steps=2))
+    facts = run.machine_facts
+    monkeypatch.setattr(run, "machine_facts", lambda runtime: {**facts(runtime), "threads": 99})
+    train(tiny_config(tmp_path, training__train_steps=3), resume="auto")
+    assert "not bit-exact, because of threads" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_memory_is_flat_from_step_200_to_2000(tmp_path: Path) -> None:
+    """C9: with reports, evaluations, samples and saves."""
+    write_tiny(tmp_path, config=TINY.replace("save_interval: 4", "save_interval: 100, keep_last: 2"))
+    code = f"""
+import json, sys, torch
+from pathlib import Path
+from runs import tiny_config
+from smollm2.training import loop as training
+torch.set_num_threads(1)
+sizes, calls, original = [], 0, training.update
+def watched(*arguments, **named):
+    global calls
+    calls += 1
+    if calls in (200, 2000):
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    return original(*arguments, **named)
+training.update = watched
+flags = dict(training__train_steps=2000, training__eval_interval=50, training__sample_interval=100)
+training.train(tiny_config(Path({str(tmp_path)!r}), **flags))
+Path({str(tmp_path / "sizes")!r}).write_text(json.dumps(sizes))
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=True, stdout=subprocess.DEVNULL
+    )
+    before, after = json.loads((tmp_path / "sizes").read_text())
+    assert after < 1.01 * before, f"{before:,} -> {after:,} bytes"
+
+
+def test_a_stop_is_heard_between_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    prompts: list[str] = []
+    original = training.generate
+
+    def listening(model: SmolLM2, tokenizer: object, asked: list[str], **more: object) -> list[str]:
+        prompts.extend(asked)
+        os.kill(os.getpid(), training.signal.SIGTERM)
+        return original(model, tokenizer, asked, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "generate", listening)
+    with pytest.raises(Interrupted, match="after step 6"):
+        train(tiny_config(tmp_path))
+    assert prompts == ["a"]

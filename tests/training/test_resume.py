@@ -1,0 +1,194 @@
+"""A run that stopped and went on ends with the same bits as one that did not; what cannot go on is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, WORDS, metrics, outcome, tiny_config, write_tiny
+
+from smollm2.errors import CheckpointError, ConfigError, Smollm2Error
+from smollm2.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished tiny run of 12 steps and a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_tiny(folder)
+    train(tiny_config(folder, training__save_interval=1))
+    return folder
+
+
+def resumed(source: Path, folder: Path, steps: list[int], **flags: object) -> Path:
+    """A copy of the run at `steps[0]`, resumed; at each later one it is cut back to that step and resumed again."""
+    shutil.copytree(source, folder)
+    run = folder / "checkpoints"
+    for step in steps:
+        for path in run.glob("step_*.pt"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+        train(tiny_config(folder, training__save_interval=1, **flags), resume="auto")
+    return run
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[1], [5], [11], [4, 5], [6, 7, 8]],
+    ids=["first step", "an evaluation", "last but one", "straight after a resume", "three times"],
+)
+def test_a_resumed_run_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Path, steps: list[int]) -> None:
+    run = resumed(uninterrupted, tmp_path / "run", steps)
+    assert outcome(run, 12) == outcome(uninterrupted / "checkpoints", 12)
+
+
+def test_a_run_that_isolates_documents_falls_and_resumes_with_the_same_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [WORDS[start : start + 20 + 7 * start] for start in range(40)]  # of 0 to 3 windows
+    write_tiny(tmp_path / "whole", text="\f".join(texts * 3))
+    isolated = {"data__document_separator": "\f", "data__document_mask": "true", "training__train_steps": 40}
+    train(tiny_config(tmp_path / "whole", training__save_interval=1, **isolated))
+    assert "windows of 32 tokens, documents isolated" in capsys.readouterr().out
+    rows = metrics(tmp_path / "whole" / "checkpoints")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    assert 200 < rows[0]["tokens"] < 8 * 32  # the first token of each document is no target
+    run = resumed(tmp_path / "whole", tmp_path / "resumed", [7, 25], **isolated)
+    assert outcome(run, 40) == outcome(tmp_path / "whole" / "checkpoints", 40)
+
+
+def test_an_explicit_checkpoint_into_another_folder_begins_its_rows_after_its_step(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(uninterrupted, training__save_dir=tmp_path / "other", training__save_interval=1)
+    train(config, checkpoint_path=uninterrupted / "checkpoints" / "step_0007.pt")
+    expected_hash, rows = outcome(uninterrupted / "checkpoints", 12)
+    assert outcome(tmp_path / "other", 12) == (expected_hash, [row for row in rows if row["step"] > 7])
+
+
+def test_newer_checkpoints_of_the_course_that_is_left_are_set_aside(uninterrupted: Path, tmp_path: Path) -> None:
+    """Else `--resume auto` would find them after a kill."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run = tmp_path / "run" / "checkpoints"
+    changed = tiny_config(tmp_path / "run", training__learning_rate=1e-3, training__save_interval=0)
+    train(changed, checkpoint_path=run / "step_0007.pt")
+    assert [path.name for path in sorted(run.glob("step_*.pt"))][-2:] == ["step_0007.pt", "step_0012.pt"]
+    assert (run / "step_0008.pt.superseded").exists()
+
+
+def test_a_finished_run_has_nothing_to_do(uninterrupted: Path, tmp_path: Path) -> None:
+    before = metrics(uninterrupted / "checkpoints")
+    run = resumed(uninterrupted, tmp_path / "run", [12])
+    assert metrics(run) == before
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = resumed(uninterrupted, tmp_path / "run", [12], training__train_steps=14)
+    assert metrics(run)[-1]["step"] == 14
+    assert "training.train_steps: 12 -> 14" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "said"),
+    [
+        ({"training__train_steps": 6}, ConfigError, "training.train_steps: 6 is less than the 12"),
+        ({"model__hidden_size": 64}, CheckpointError, "model.hidden_size 32 -> 64"),
+        ({"training__seed": 2}, CheckpointError, "training.seed 1337 -> 2"),
+        ({"training__batch_size": 5}, CheckpointError, "training.batch_size 4 -> 5"),
+        ({"data__validation_fraction": 0.2}, CheckpointError, "data.validation_fraction 0.1 -> 0.2"),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(
+    uninterrupted: Path, tmp_path: Path, flags: dict[str, object], error: type[Smollm2Error], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        resumed(uninterrupted, tmp_path / "run", [12], **flags)
+
+
+def test_another_text_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "input.txt").write_text(WORDS * 41)
+    with pytest.raises(CheckpointError, match=r"the text behind data\.input is another one"):
+        train(tiny_config(tmp_path / "run"), resume="auto")
+
+
+def test_a_batch_cut_otherwise_goes_on_and_says_that_bits_may_differ(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"training__batch_size": 8, "training__gradient_accumulation_steps": 1}
+    run = resumed(uninterrupted, tmp_path / "run", [6], **flags)
+    assert "training.batch_size: 4 -> 8" in capsys.readouterr().out
+    theirs = metrics(uninterrupted / "checkpoints")
+    for mine, row in zip(metrics(run), theirs, strict=True):
+        assert mine == pytest.approx(row, rel=1e-3)
+
+
+def test_a_folder_that_holds_checkpoints_is_not_trained_over(uninterrupted: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--resume auto.*--save_dir .*checkpoints-2"):
+        train(tiny_config(uninterrupted))
+
+
+def test_resume_auto_in_an_empty_folder_starts_at_zero(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    assert train(tiny_config(tmp_path, training__train_steps=1), resume="auto").step == 1
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "step_0012.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    train(tiny_config(tmp_path / "run", training__save_interval=1), resume="auto")
+    assert "step_0012.pt" in (out := capsys.readouterr().out)
+    assert "after step 11" in out
+    assert outcome(tmp_path / "run" / "checkpoints", 12) == outcome(uninterrupted / "checkpoints", 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_users_commands_resume_bit_for_bit_on_shakespeare(
+    shakespeare: Path, tmp_path: Path, precision: str, optimizer: str
+) -> None:
+    """From an epoch's end, straight after a resume, in between, and after kill -9: always the same --train_steps."""
+    text = shakespeare.read_text(encoding="utf-8")[:250_000]
+    nano = (ROOT / "configs" / "nano.yaml").read_text(encoding="utf-8")
+    write_tiny(tmp_path, text=text, config=nano)
+    flags = ["--training.precision", precision, "--training.optimizer", optimizer]
+    flags += ["--training.log_interval", "1", "--training.eval_interval", "20", "--training.sample_interval", "30"]
+    flags += ["--training.save_interval", "10", "--training.eval_windows", "8"]
+
+    def command(save_dir: str, *more: str) -> list[str]:
+        words = ["--config", "config.yaml", "--input_file", "input.txt", "--train_steps", "60", "--disable_wandb"]
+        return [sys.executable, str(ROOT / "train.py"), *words, "--save_dir", save_dir, *flags, *more]
+
+    def run(save_dir: str, *more: str) -> Path:
+        subprocess.run(command(save_dir, *more), cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        return tmp_path / save_dir
+
+    whole = run("checkpoints")
+    expected_hash, rows = outcome(whole, 60)
+    epoch = next(r["step"] for r in rows if r.get("epoch", 0) >= 1)
+    assert 10 < epoch < 60, "the text is short enough for an epoch to end inside the run"
+    nearest = epoch // 10 * 10
+    for step in (nearest, 30):
+        again = run(f"from-{step}", "--checkpoint_path", f"checkpoints/step_{step:04d}.pt")
+        assert outcome(again, 60) == (expected_hash, [row for row in rows if row["step"] > step])
+    once_more = run("twice", "--checkpoint_path", "from-30/step_0040.pt")
+    assert outcome(once_more, 60) == (expected_hash, [row for row in rows if row["step"] > 40])
+
+    process = subprocess.Popen(command("killed"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "step_0020.pt").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert outcome(run("killed", "--resume", "auto"), 60) == (expected_hash, rows)
