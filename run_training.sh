@@ -29,10 +29,11 @@ import hashlib, sys
 from pathlib import Path
 config = Path("config.yaml")
 if config.is_file() and hashlib.sha256(config.read_bytes()).hexdigest() == sys.argv[1]:
-    from smollm2.plan.arithmetic import estimate_here, show_seconds
+    from smollm2.formatting import format_estimate
+    from smollm2.plan.arithmetic import estimate_here
     seconds = estimate_here(config)
     if seconds > 3600:
-        print(show_seconds(seconds))
+        print(format_estimate(seconds))
 '
 if [ -z "$chooses_config" ]; then
     cost=$("$python" -c "$ESTIMATE" "$SHIPPED_CONFIG" </dev/null)

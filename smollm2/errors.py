@@ -8,8 +8,10 @@
     ├── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
     └── Interrupted      130, 143 or 138: SIGINT, SIGTERM or SIGUSR1 asked the run to end; 0: its time limit did
 
-A message is one sentence or a list of them: where, what is wrong with its value, what to do.
+A message has three parts, given as three arguments and laid out here: `where: what is wrong (with the value). What to do.`
 """
+
+from pathlib import Path
 
 EXIT_CODE_FILE = "SMOLLM2_EXIT_CODE_FILE"
 """The variable that names the file in which rank 0 leaves its exit code: torchrun returns 1 whatever the ranks return."""
@@ -18,11 +20,26 @@ EXIT_CODE_FILE = "SMOLLM2_EXIT_CODE_FILE"
 class Smollm2Error(Exception):
     """A failure that a user can cause and mend; `exit_code` is what the command returns.
 
-    Of several processes only the one with the number `rank` says it: the others fail for the same reason.
+    If several processes fail for the same reason, only the one with the number `rank` reports it.
     """
 
     exit_code = 1
     rank = 0
+
+    def __init__(self, where: str | Path, what: str = "", advice: str = "") -> None:
+        """`where` is a file, key or flag; `what` names the problem and the value; `advice` is what to do about it.
+
+        `where` alone is a message that is already laid out, such as a list of config problems.
+        """
+        super().__init__(lay_out(where, what, advice))
+
+
+def lay_out(where: str | Path, what: str = "", advice: str = "") -> str:
+    """Return `where: what. Advice.`; `where` may be empty, and a part that is empty leaves no punctuation behind."""
+    head = f"{where}: {what}" if str(where) and what else f"{where}{what}"
+    if not advice:
+        return head
+    return f"{head}{'' if head.endswith(('.', '!', '?')) else '.'} {advice[0].upper()}{advice[1:]}{'' if advice.endswith(('.', '!', '?')) else '.'}"
 
 
 class ConfigError(Smollm2Error):

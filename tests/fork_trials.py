@@ -26,7 +26,7 @@ from smollm2.cli import main as cli
 from smollm2.runtime.device import Runtime
 from smollm2.tracking.base import Fanout
 from smollm2.training import loop as training
-from smollm2.training.loop import setup as run
+from smollm2.training import setup as run
 
 STEPS = 12
 CONFIG = (

@@ -10,7 +10,7 @@ from smollm2.config.schema import SECTIONS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "smollm2"
 
-FOUNDATION = ["errors", "config", "storage", "plan"]
+FOUNDATION = ["errors", "formatting", "config", "storage", "plan"]
 """No torch here."""
 
 ORDER = [

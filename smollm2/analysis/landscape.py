@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from smollm2.checkpoint.format import content_hash
-from smollm2.config.schema import Config
+from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import Windows
 from smollm2.errors import CheckpointError
+from smollm2.formatting import format_estimate
 from smollm2.inference.evaluation import score_windows, spread
 from smollm2.inference.loading import load_source, read_config
-from smollm2.model.loss import IGNORED
 from smollm2.plan import arithmetic as plan
 from smollm2.storage.atomic import probe_folder, write_atomically
 from smollm2.tracking.base import Landscape
@@ -145,7 +145,7 @@ def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
 def choose_windows(windows: Windows) -> tuple[list[int], int]:
     """The windows on which a landscape is measured, and how many targets they hold."""
     indices = spread(len(windows), WINDOWS)
-    return indices, sum(int((windows.read(index)[1] != IGNORED).sum()) for index in indices)
+    return indices, sum(int((windows.read(index)[1] != IGNORE_INDEX).sum()) for index in indices)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def draw_landscape(
 
     began = time.monotonic()
     losses[points[0]] = measure_loss()
-    cost = plan.show_seconds((time.monotonic() - began) * (len(points) - len(losses)))
+    cost = format_estimate((time.monotonic() - began) * (len(points) - len(losses)))
     say(f"{source.path}: {len(points)} points on {source.targets:,} tokens{found}; about {cost}")
     noted = time.monotonic()
 

@@ -23,6 +23,7 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
+from smollm2.storage.run_folder import BEST, CHECKPOINT, LATEST, checkpoint_path, step_of
 
 FORMAT = "smollm2-train/1"
 
@@ -79,7 +80,6 @@ SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype)
 MAX_DEPTH = 16
 MAX_RECORDS = 100_000
 TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
-NAME = re.compile(r"step_([0-9]{1,18})\.pt")
 
 
 def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
@@ -116,7 +116,7 @@ def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO
     problem = _find_wrong_entry(content)
     if problem or content["step"] != step:
         raise TypeError(problem or f"the state is of step {content['step']}, not {step}")
-    path = folder / f"step_{step:04d}.pt"
+    path = checkpoint_path(folder, step)
     if problem := _find_wrong_weight(content["model"]):
         raise TrainingError(
             f"{path} - it was not saved: {problem} - lower training.learning_rate and go on from the checkpoint before"
@@ -143,7 +143,7 @@ def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO
         check=check,
         io_ops=io_ops,
     )
-    write_atomically(folder / "latest.json", _to_json(hint), io_ops=io_ops)
+    write_atomically(folder / LATEST, _to_json(hint), io_ops=io_ops)
     return path
 
 
@@ -188,7 +188,7 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, S
 def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
     """The files of a folder that have a checkpoint's name, oldest step first. Links are not followed."""
     try:
-        paths = [folder / name for name in io_ops.listdir(folder) if NAME.fullmatch(name)]
+        paths = [folder / name for name in io_ops.listdir(folder) if CHECKPOINT.fullmatch(name)]
         files = [path for path in paths if path.is_file() and not path.is_symlink()]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -222,7 +222,7 @@ def prune_checkpoints(
             older = newest_first[position + 1 :]
             break
     best = _read_best(folder)
-    if not older or (best is None and (folder / "best.json").exists()):
+    if not older or (best is None and (folder / BEST).exists()):
         return []  # without knowing which one is the best, none may go
     removed = []
     for path in reversed(older):
@@ -245,7 +245,7 @@ def note_best(folder: Path, path: Path, step: int, validation_loss: float, io_op
     if not math.isfinite(validation_loss):
         return False
     found: dict[str, str | int | float] = {"file": path.name, "step": step, "validation_loss": float(validation_loss)}
-    write_atomically(folder / "best.json", _to_json(found), io_ops=io_ops)
+    write_atomically(folder / BEST, _to_json(found), io_ops=io_ops)
     return True
 
 
@@ -515,18 +515,11 @@ def _estimate_size(content: State) -> int:
 def _read_best(folder: Path) -> dict[str, Any] | None:
     """What best.json says; None where it is absent or damaged."""
     try:
-        best = json.loads((folder / "best.json").read_bytes())
+        best = json.loads((folder / BEST).read_bytes())
     except (OSError, ValueError):
         return None
-    sound = isinstance(best, dict) and isinstance(best.get("file"), str) and NAME.fullmatch(best["file"])
+    sound = isinstance(best, dict) and isinstance(best.get("file"), str) and CHECKPOINT.fullmatch(best["file"])
     return best if sound and type(best.get("validation_loss")) is float else None
-
-
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint that `list_checkpoints` found."""
-    match = NAME.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
 
 
 def _to_json(value: Mapping[str, str | int | float]) -> bytes:

@@ -14,6 +14,9 @@ Resume = Literal["free", "noted", "refused"]
 """On a resume a changed key is `free` (the numbers do not depend on it), `noted` (allowed, one line says old and new,
 no longer bit-exact) or `refused` (the run would be another run)."""
 
+IGNORE_INDEX = -100
+"""The label of a position that has no target, in data, loss and evaluation alike (PyTorch's `ignore_index`)."""
+
 A_PATH = {"min_length": 1, "pattern": r"^[^\x00]*$"}
 """Bounds of a text that names a file: no operating system takes a NUL character."""
 

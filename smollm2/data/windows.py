@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from smollm2.config.schema import IGNORE_INDEX
 from smollm2.errors import DataError
-
-NO_TARGET = -100
-"""The label of a position that has no target."""
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
@@ -86,13 +84,13 @@ class Windows:
             at = first + int(ids.argmax())
             what = f"token {at} is id {ids.max()}, outside the vocabulary of {self.vocab_size}"
             raise DataError(f"{self.name} - {what} - delete that folder: it is made again")
-        input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, NO_TARGET, np.int64)
+        input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, IGNORE_INDEX, np.int64)
         input_ids[: len(ids) - 1] = ids[:-1]
         context = self.length - self.stride if i > 0 else 0
         labels[context : len(ids) - 1] = ids[context + 1 :]
         if self.end_of_text is None:
             return Batch(input_ids, labels)
-        labels[input_ids == self.end_of_text] = NO_TARGET
+        labels[input_ids == self.end_of_text] = IGNORE_INDEX
         return Batch(input_ids, labels, number_documents(input_ids, self.end_of_text))
 
     def _identify(self) -> tuple[int, ...]:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from smollm2.config.schema import IGNORE_INDEX
 from smollm2.data.text import Piece, cut_pieces, open_text
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import Windows, number_documents, stack
 from smollm2.errors import ConfigError, DataError
-from smollm2.model.loss import IGNORED, next_token_loss
+from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 from smollm2.runtime.device import Runtime
 
@@ -78,7 +79,7 @@ def score_windows(
             stop()
             batch = stack([windows.read(index) for index in indices[start : start + batch_size]])
             loss, _ = model(*(torch.from_numpy(array).to(device) for array in batch if array is not None))
-            targets = batch.labels[batch.labels != IGNORED]
+            targets = batch.labels[batch.labels != IGNORE_INDEX]
             loss_sum += loss.item()
             tokens += len(targets)
             text_bytes += int(bytes_per_token[targets].sum())

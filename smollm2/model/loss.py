@@ -8,8 +8,7 @@ takes a tenth of the memory of the plain form (benchmarks/README.md).
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a position that has no target."""
+from smollm2.config.schema import IGNORE_INDEX
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -25,7 +24,7 @@ def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: f
     rows = hidden.reshape(-1, hidden.shape[-1])
     wants_gradient = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     total: Tensor = ChunkedLoss.apply(rows, weight, labels, z_loss, wants_gradient)  # type: ignore[no-untyped-call]
-    return total, (labels != IGNORED).sum()
+    return total, (labels != IGNORE_INDEX).sum()
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -45,7 +44,7 @@ class ChunkedLoss(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 rows, targets = hidden[start : start + chunk], labels[start : start + chunk]
                 logits = (rows @ head.T).float()
-                kept = targets != IGNORED
+                kept = targets != IGNORE_INDEX
                 index = targets.clamp_min(0).unsqueeze(-1)
                 log_probabilities = logits.log_softmax(-1)
                 chosen = log_probabilities.gather(-1, index)

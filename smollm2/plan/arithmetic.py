@@ -15,6 +15,7 @@ from pathlib import Path
 
 from smollm2.config.reading import load_config
 from smollm2.config.schema import Config, ModelConfig
+from smollm2.formatting import format_bytes, format_estimate, format_step_time
 from smollm2.storage.atomic import write_atomically
 
 REACHED_FLOPS = {"H200": 280e12, "H100": 250e12, "A100": 100e12, "L40S": 80e12, "RTX 4090": 60e12, "L4": 25e12}
@@ -152,13 +153,13 @@ def describe_plan(config: Config, device: str, cores: int) -> list[tuple[str, st
         ("arithmetic", f"{plan.flops_per_token / 1e9:.3g} GFLOP a token, {plan.tokens_per_step:,} tokens a step"),
         (
             "memory",
-            f"about {show_bytes(plan.memory.total)} on one {device} with {config.training.batch_size} sequences at once",
+            f"about {format_bytes(plan.memory.total)} on one {device} with {config.training.batch_size} sequences at once",
         ),
-        *((f"  {part}", show_bytes(size)) for part, size in asdict(plan.memory).items()),
+        *((f"  {part}", format_bytes(size)) for part, size in asdict(plan.memory).items()),
         ("checkpointing", describe_checkpointing(config, device, cores, pace)),
-        ("disk", f"{show_bytes(plan.disk_bytes)}: {plan.checkpoints:,} x {show_bytes(plan.checkpoint_bytes)}"),
+        ("disk", f"{format_bytes(plan.disk_bytes)}: {plan.checkpoints:,} x {format_bytes(plan.checkpoint_bytes)}"),
         ("tokens", describe_tokens(config, plan, corpus)),
-        ("time here", f"about {show_time(plan)} on {device}, {cores} cores; {origin}"),
+        ("time here", f"about {describe_time(plan)} on {device}, {cores} cores; {origin}"),
         *((f"  one {card}", describe_card(config, card, cores, size)) for card, size in CARDS.items()),
     ]
 
@@ -179,10 +180,9 @@ def describe_checkpointing(config: Config, device: str, cores: int, pace: Pace) 
     on, off = (make_plan(with_checkpointing(config, chosen), device, cores, pace=pace) for chosen in (True, False))
     state = "on" if config.training.gradient_checkpointing else "off"
     share = on.seconds_per_step / off.seconds_per_step - 1
-    return (
-        f"{state}; on: {show_bytes(on.memory.total)}, {show_step(on)}, off: {show_bytes(off.memory.total)}, {show_step(off)}: "
-        f"it saves {show_bytes(off.memory.total - on.memory.total)} and costs {share:.0%} of the time"
-    )
+    costs = [f"{format_bytes(p.memory.total)}, {format_step_time(p.seconds_per_step)}" for p in (on, off)]
+    saved = format_bytes(off.memory.total - on.memory.total)
+    return f"{state}; on: {costs[0]}, off: {costs[1]}: it saves {saved} and costs {share:.0%} of the time"
 
 
 def with_checkpointing(config: Config, chosen: bool) -> Config:
@@ -195,8 +195,8 @@ def describe_card(config: Config, card: str, cores: int, gigabytes: int) -> str:
     """What the run would take on a common GPU."""
     plan = make_plan(config, card, cores)
     if plan.memory.total > gigabytes * 1e9:
-        return f"does not fit: {show_bytes(plan.memory.total)} of {gigabytes} GB; lower training.batch_size"
-    return f"about {show_time(plan)}, {show_bytes(plan.memory.total)} of {gigabytes} GB; an estimate"
+        return f"does not fit: {format_bytes(plan.memory.total)} of {gigabytes} GB; lower training.batch_size"
+    return f"about {describe_time(plan)}, {format_bytes(plan.memory.total)} of {gigabytes} GB; an estimate"
 
 
 def count_parameters(model: ModelConfig) -> int:
@@ -425,34 +425,6 @@ def find_device() -> tuple[str, int]:
     return "cpu-bf16" if has_bf16 else "cpu-float32", cores
 
 
-def show_time(plan: Plan) -> str:
-    """`2.5 hours, 0.34 s a step`."""
-    return f"{show_seconds(plan.seconds)}, {show_step(plan)}"
-
-
-def show_step(plan: Plan) -> str:
-    """`0.34 s a step`."""
-    seconds = plan.seconds_per_step
-    return (
-        f"{seconds:.2g} s a step"
-        if seconds < 0.1
-        else f"{seconds:.2f} s a step"
-        if seconds < 10
-        else f"{seconds:,.0f} s a step"
-    )
-
-
-def show_bytes(number: float) -> str:
-    """`1.6 GB`."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"
-
-
-def show_seconds(seconds: float) -> str:
-    """`3 minutes`, `2.5 hours`, `12 days`, `620 years`."""
-    for unit, size in (("years", 31557600), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.0f} seconds"
+def describe_time(plan: Plan) -> str:
+    """Return `2.5 hours, 0.34 s per step`."""
+    return f"{format_estimate(plan.seconds)}, {format_step_time(plan.seconds_per_step)}"

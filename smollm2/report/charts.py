@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from smollm2.formatting import format_number
 from smollm2.report.curves import CURVES, POINTS, POINTS_OF_A_PAGE, WORDS, Curve, make_curve, pick_evenly
-from smollm2.report.markup import choices, figure, folded, note, show_number, table
+from smollm2.report.markup import choices, figure, folded, note, table
 from smollm2.report.reading import RunFolder
 from smollm2.report.verdict import begin_sentence
 
@@ -73,9 +74,9 @@ def list_rows(run: RunFolder) -> str:
         step = int(run.metrics["step"][index])
         last = next((value for at, value in reversed(validations) if at <= step), math.nan)
         forms = {"loss": "{:.4f}", "learning_rate": "{:.3g}", "grad_norm": "{:.3f}", "tokens_per_second": "{:,.0f}"}
-        numbers = {name: show_number(run.metrics[name][index], form) for name, form in forms.items()}
-        tokens = show_number(run.metrics["tokens"][index], "{:,.0f}")
-        return [f"{step:,}", tokens, numbers.pop("loss"), show_number(last), *numbers.values()]
+        numbers = {name: format_number(run.metrics[name][index], form) for name, form in forms.items()}
+        tokens = format_number(run.metrics["tokens"][index], "{:,.0f}")
+        return [f"{step:,}", tokens, numbers.pop("loss"), format_number(last), *numbers.values()]
 
     header = ("Update", "Tokens", "Loss", "Last validation", "Learning rate", "Gradient norm", "Tokens a second")
     return table(header, map(cells, shown), f"{len(shown)} reports of {len(rows):,}", numeric=True)

@@ -4,8 +4,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from smollm2.formatting import format_number
 from smollm2.report.curves import shorten, split_evenly
-from smollm2.report.markup import choices, figure, folded, note, show_number, table
+from smollm2.report.markup import choices, figure, folded, note, table
 from smollm2.report.reading import RunFolder
 from smollm2.tracking.base import Diagnosis
 
@@ -128,7 +129,7 @@ def list_parameters(one: Diagnosis) -> str:
         (
             name,
             *(
-                show_number(norms.get(name, math.nan), "{:.4g}")
+                format_number(norms.get(name, math.nan), "{:.4g}")
                 for norms in (one.gradient_norms, one.weight_norms, one.update_ratios)
             ),
         )

@@ -3,7 +3,6 @@
 import datetime
 import html
 import json
-import math
 from collections.abc import Iterable, Sequence
 
 from smollm2.tracking.base import escape_controls
@@ -77,37 +76,6 @@ def facts(pairs: Iterable[tuple[str, object]], kind: str = "facts") -> str:
 def note(sentence: str) -> str:
     """Why there is nothing to see."""
     return f'<p class="note">{show(sentence)}</p>'
-
-
-def show_number(number: float, form: str = "{:.4f}") -> str:
-    """The number, or a dash where there is none."""
-    return "–" if math.isnan(number) else form.format(number)
-
-
-def show_seconds(seconds: float) -> str:
-    """`2 min 41 s`, the two largest units."""
-    whole = round(seconds)
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part} {smaller}"
-    return f"{whole} s"
-
-
-def show_bytes(size: float) -> str:
-    """`25.2 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-
-
-def show_count(number: float) -> str:
-    """`2.05 M`."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
 
 
 def show_time(seconds: float) -> Markup:

@@ -6,7 +6,6 @@ A file may be absent, torn, damaged or another program's: what can be used is us
 
 import json
 import math
-import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import yaml
 
 from smollm2.errors import DataError
 from smollm2.storage.atomic import is_held
+from smollm2.storage.run_folder import CHECKPOINT, step_of
 from smollm2.tracking.base import Diagnosis, Landscape
 
 COLUMNS = (
@@ -310,8 +310,8 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
     found = []
     try:
         for path in folder.iterdir():
-            if match := re.fullmatch(r"step_([0-9]{1,15})\.pt", path.name):
-                found.append((int(match[1]), path, path.stat().st_size))
+            if CHECKPOINT.fullmatch(path.name):
+                found.append((step_of(path), path, path.stat().st_size))
     except OSError:
         pass
     return sorted(found)

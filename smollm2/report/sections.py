@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from smollm2.formatting import format_bytes, format_count, format_duration, format_number
 from smollm2.report.charts import draw_curves
 from smollm2.report.curves import pick_evenly, shorten, tail_mean
 from smollm2.report.inside import inside_section
@@ -22,10 +23,6 @@ from smollm2.report.markup import (
     folded,
     note,
     show,
-    show_bytes,
-    show_count,
-    show_number,
-    show_seconds,
     show_time,
     table,
 )
@@ -69,12 +66,12 @@ def key_figures(run: RunFolder) -> list[tuple[str, str]]:
     rate = median_of([value for _, value in run.points("tokens_per_second")])
     seconds = sum(end - start for start, end in sessions_of(run))
     return [
-        ("Training loss", show_number(tail_mean(losses), "{:.3f}") if losses else "–"),
+        ("Training loss", format_number(tail_mean(losses), "{:.3f}") if losses else "–"),
         ("Best validation loss", f"{validation[1]:.3f}" if validation else "–"),
         ("Bits per byte", f"{bits[1]:.3f}" if bits else "–"),
-        ("Tokens seen", "–" if math.isnan(tokens) else show_count(tokens)),
+        ("Tokens seen", "–" if math.isnan(tokens) else format_count(tokens)),
         ("Tokens a second", "–" if math.isnan(rate) else f"{rate:,.0f}"),
-        ("Time", show_seconds(seconds) if seconds else "–"),
+        ("Time", format_duration(seconds) if seconds else "–"),
     ]
 
 
@@ -177,11 +174,14 @@ def data_section(run: RunFolder) -> str:
         ("Size", f"{number('bytes')} bytes, {number('characters')} characters"),
         (
             "Documents",
-            f"{number('documents')}, {show_number(ratio('tokens', 'documents'), '{:,.0f}')} tokens each on average",
+            f"{number('documents')}, {format_number(ratio('tokens', 'documents'), '{:,.0f}')} tokens each on average",
         ),
         ("Tokenizer", f"{event.get('tokenizer', '–')}, {number('vocab_size')} entries"),
-        ("Tokens", f"{number('tokens')}, {show_number(ratio('characters', 'tokens'), '{:.2f}')} characters each"),
-        ("Not expressed", f"{show_number(unknown, '{:.2%}')} of the bytes, in {number('unknown_documents')} documents"),
+        ("Tokens", f"{number('tokens')}, {format_number(ratio('characters', 'tokens'), '{:.2f}')} characters each"),
+        (
+            "Not expressed",
+            f"{format_number(unknown, '{:.2%}')} of the bytes, in {number('unknown_documents')} documents",
+        ),
         ("To train on", f"{number('train_tokens')} tokens in {number('windows')} windows of {number('window_tokens')}"),
         ("To validate", f"{number('validation_tokens')} tokens"),
         ("Epochs", f"{number('epochs', '{:.2f}')} by the end of the run"),
@@ -305,7 +305,7 @@ def machine_section(run: RunFolder) -> str:
     differing = [key for key in MACHINE if len({str(event.get(key)) for event in starts}) > 1]
     changed = f" It changed on the way: {', '.join(MACHINE[key].lower() for key in differing)}." if differing else ""
     rows = [
-        (f"{number}", show_time(start), show_seconds(end - start))
+        (f"{number}", show_time(start), format_duration(end - start))
         for number, (start, end) in enumerate(sessions_of(run), 1)
     ]
     header = ("Process", "Began (UTC)", "Until it was last heard of")
@@ -334,7 +334,7 @@ def next_section(run: RunFolder) -> str:
         f'<button type="button" data-copy aria-label="Copy: {show(title)}">Copy</button></div></li>'
         for title, command in commands
     )
-    kept = ", ".join(f"{path.name} ({show_bytes(size)})" for _, path, size in run.checkpoints[-12:])
+    kept = ", ".join(f"{path.name} ({format_bytes(size)})" for _, path, size in run.checkpoints[-12:])
     best = run.best.get("file") if run.best else None
     intro = f"Checkpoints here: {kept}." if kept else "There is no checkpoint here."
     intro += f" The best by validation is {best}." if isinstance(best, str) else ""

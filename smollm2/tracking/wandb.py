@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from smollm2.config.schema import Config, WandbConfig
+from smollm2.formatting import format_bytes
 from smollm2.plan import arithmetic as plan
 from smollm2.tracking.base import Diagnosis, Fence, Landscape, Sample, Say, Tracker, describe
 from smollm2.tracking.charts import diagnosis_metrics, finite, flow_by_layer, group_metrics
@@ -169,7 +170,7 @@ def describe_upload(config: Config, done: int) -> str:
     count = math.ceil(t.train_steps / t.save_interval) - done // t.save_interval if t.save_interval else 1
     kind, most = ("checkpoints", "") if config.wandb.log_checkpoints == "all" else ("best checkpoints", "at most ")
     return (
-        f"{most}{count} {kind} of {plan.show_bytes(size)} = {plan.show_bytes(size * count)} will be uploaded; "
+        f"{most}{count} {kind} of {format_bytes(size)} = {format_bytes(size * count)} will be uploaded; "
         "wandb.log_checkpoints none sends none"
     )
 

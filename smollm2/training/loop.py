@@ -34,6 +34,7 @@ from smollm2.errors import (
     Smollm2Error,
     TrainingError,
 )
+from smollm2.formatting import format_bytes, format_estimate
 from smollm2.inference.evaluation import evaluate_on_ranks, spread
 from smollm2.inference.generation import generate
 from smollm2.model.transformer import Block
@@ -47,6 +48,7 @@ from smollm2.runtime.device import (
 )
 from smollm2.runtime.ranks import find_odd_replica
 from smollm2.storage.atomic import lock_folder, probe_folder
+from smollm2.storage.run_folder import step_of
 from smollm2.tracking.base import Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
 from smollm2.training.optim import learning_rate_at
@@ -506,11 +508,11 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"about {plan.show_bytes(estimate.memory.total)}; checkpoints {plan.show_bytes(estimate.disk_bytes)}",
+            f"about {format_bytes(estimate.memory.total)}; checkpoints {format_bytes(estimate.disk_bytes)}",
         ),
         (
             "time",
-            f"about {plan.show_seconds(seconds)} by {f'the pace measured here on {pace.measured}' if pace.measured else 'the table of smollm2 plan'}; "
+            f"about {format_estimate(seconds)} by {f'the pace measured here on {pace.measured}' if pace.measured else 'the table of smollm2 plan'}; "
             "the pace of the first updates corrects it",
         ),
         ("run folder", t.save_dir),
@@ -544,7 +546,7 @@ def note_stop(run: Run, error: Exception) -> None:
         saved = checkpoint.list_checkpoints(Path(run.config.training.save_dir))
     kind = "stopped" if isinstance(error, Interrupted) else "failed"
     reason = str(error) if isinstance(error, Smollm2Error) else type(error).__name__
-    run.tracker.log_event(kind, "", checkpoint.step_of(saved[-1]) if saved else 0, reason=reason)
+    run.tracker.log_event(kind, "", step_of(saved[-1]) if saved else 0, reason=reason)
 
 
 def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from smollm2.checkpoint import format as checkpoint
 from smollm2.config.schema import Config
 from smollm2.errors import ResourceError
 from smollm2.runtime.device import memory_free
+from smollm2.storage.run_folder import step_of
 from smollm2.tracking.base import Fanout
 from smollm2.tracking.jsonl import JsonlTracker
 
@@ -97,7 +98,7 @@ class Saver:
         path = checkpoint.save_checkpoint(self.folder, state, step=step)
         is_best = validation_loss is not None and checkpoint.note_best(self.folder, path, step, validation_loss)
         if t.keep_last is not None:
-            before_spikes = {checkpoint.step_of(path) for s in spikes for path in list_before(self.folder, s)[-1:]}
+            before_spikes = {step_of(path) for s in spikes for path in list_before(self.folder, s)[-1:]}
             protected = {resumed_step, *before_spikes}
             checkpoint.prune_checkpoints(self.folder, t.keep_last, t.keep_every, protected=protected)
         self.seconds = max(self.seconds, time.monotonic() - began)
@@ -106,7 +107,7 @@ class Saver:
 
 def list_before(folder: Path, step: int) -> list[Path]:
     """The checkpoints of less than `step` updates."""
-    return [path for path in checkpoint.list_checkpoints(folder) if checkpoint.step_of(path) < step]
+    return [path for path in checkpoint.list_checkpoints(folder) if step_of(path) < step]
 
 
 def is_room_for_copy(state: dict[str, Any]) -> bool:

@@ -37,6 +37,7 @@ from smollm2.errors import (
     Smollm2Error,
     TrainingError,
 )
+from smollm2.formatting import format_bytes
 from smollm2.inference.evaluation import spread
 from smollm2.inference.loading import check_shapes
 from smollm2.model.attention import check_backend, choose_backend
@@ -153,14 +154,14 @@ def choose_micro_batch(run: Run) -> int:
         size = smaller_micro_batch(share, size)
     if not size:
         raise ResourceError(
-            f"{describe_out_of_memory(config, 1)}: {plan.show_bytes(needed(1))} are needed, and this machine has "
-            f"{plan.show_bytes(limit)}"
+            f"{describe_out_of_memory(config, 1)}: {format_bytes(needed(1))} are needed, and this machine has "
+            f"{format_bytes(limit)}"
         )
     if size < asked:
         run.tracker.log_event(
             "micro_batch",
-            f"training.batch_size: {asked} sequences at once need about {plan.show_bytes(needed(asked))} and this machine has "
-            f"{plan.show_bytes(limit)}; {size} at once, as many an update",
+            f"training.batch_size: {asked} sequences at once need about {format_bytes(needed(asked))} and this machine has "
+            f"{format_bytes(limit)}; {size} at once, as many an update",
             run.resumed_step,
         )
     return size
@@ -348,8 +349,8 @@ def check_disk(config: Config, folder: Path) -> None:
     fits = int((free + held) / estimate.checkpoint_bytes) - 1  # one more lies there while the new one is checked
     advice = f"set training.keep_last: {fits - 1}" if fits > 2 else "free some space"
     raise ResourceError(
-        f"{folder} - the run's {estimate.checkpoints} checkpoints need {plan.show_bytes(estimate.disk_bytes)} and "
-        f"{plan.show_bytes(free)} are free - {advice}, or save less often, or choose another --save_dir"
+        f"{folder} - the run's {estimate.checkpoints} checkpoints need {format_bytes(estimate.disk_bytes)} and "
+        f"{format_bytes(free)} are free - {advice}, or save less often, or choose another --save_dir"
     )
 
 

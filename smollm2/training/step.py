@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from smollm2.config.schema import IGNORE_INDEX
 from smollm2.errors import ConfigError, TrainingError
 from smollm2.runtime.device import Runtime
 from smollm2.training.optim import set_learning_rate
@@ -114,7 +115,7 @@ def accumulate_gradients(
     Raises MicroBatchTooLarge, with no gradient left behind, on all ranks where one ran out of memory. In the last backward
     pass several ranks meet, and who runs out there can tell the others only by ending: OutOfMemoryError.
     """
-    local = torch.stack([(labels != -100).sum() for _, labels, *_ in micro_batches]).sum()
+    local = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels, *_ in micro_batches]).sum()
     count = runtime.sum(local)
     scale = runtime.world_size / count.float()  # DDP averages gradients over ranks
     total = torch.zeros((), dtype=torch.float32, device=runtime.device)

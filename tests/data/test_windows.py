@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm2.data.windows import NO_TARGET, Windows
+from smollm2.config.schema import IGNORE_INDEX
+from smollm2.data.windows import Windows
 from smollm2.errors import DataError
 
 
@@ -25,7 +26,7 @@ def test_every_token_but_the_first_is_a_target_exactly_once(shape: tuple[int, in
     for i in range(len(windows)):
         input_ids, labels, _ = windows.read(i)
         assert input_ids.shape == labels.shape == (length,)
-        used = labels != NO_TARGET
+        used = labels != IGNORE_INDEX
         assert used.any()
         assert np.array_equal(labels[used], input_ids[used] + 1)  # the stream counts: the next token is one more
         targets += labels[used].tolist()
@@ -47,7 +48,7 @@ def test_where_documents_are_isolated_the_first_token_of_each_is_the_only_one_th
         first = i * stride
         input_ids, labels, document_ids = windows.read(i)
         assert document_ids is not None and document_ids.shape == (length,)
-        used = np.flatnonzero(labels != NO_TARGET)
+        used = np.flatnonzero(labels != IGNORE_INDEX)
         assert np.array_equal(labels[used], tokens[first + used + 1])
         assert np.array_equal(input_ids[used], tokens[first + used])
         targets += (first + used + 1).tolist()
@@ -61,7 +62,7 @@ def test_an_end_of_text_belongs_to_the_document_that_it_ends() -> None:
     tokens = np.array([3, 4, 0, 5, 0, 6, 7], np.uint16)
     input_ids, labels, document_ids = Windows(tokens, 6, 6, 8, end_of_text=0).read(0)
     assert input_ids.tolist() == [3, 4, 0, 5, 0, 6]
-    assert labels.tolist() == [4, 0, NO_TARGET, 0, NO_TARGET, 7]
+    assert labels.tolist() == [4, 0, IGNORE_INDEX, 0, IGNORE_INDEX, 7]
     assert document_ids is not None and document_ids.tolist() == [0, 0, 0, 1, 1, 2]
 
 
@@ -72,7 +73,7 @@ def test_documents_are_not_numbered_where_they_are_not_isolated() -> None:
 def test_the_tokens_before_a_windows_targets_are_its_context() -> None:
     input_ids, labels, _ = Windows(np.arange(10, dtype=np.uint16), 4, 2, 10).read(1)
     assert input_ids.tolist() == [2, 3, 4, 5]
-    assert labels.tolist() == [NO_TARGET, NO_TARGET, 5, 6]
+    assert labels.tolist() == [IGNORE_INDEX, IGNORE_INDEX, 5, 6]
 
 
 def test_the_last_window_is_padded_and_not_dropped() -> None:
@@ -80,13 +81,13 @@ def test_the_last_window_is_padded_and_not_dropped() -> None:
     assert len(windows) == 2
     input_ids, labels, _ = windows.read(1)
     assert input_ids.tolist() == [4, 5, 0, 0]
-    assert labels.tolist() == [5, 6, NO_TARGET, NO_TARGET]
+    assert labels.tolist() == [5, 6, IGNORE_INDEX, IGNORE_INDEX]
 
 
 def test_a_text_shorter_than_a_window_is_one_padded_window() -> None:
     windows = Windows(np.array([3, 1], np.uint16), 8, 8, 4)
     assert len(windows) == 1
-    assert windows.read(0).labels.tolist() == [1] + [NO_TARGET] * 7
+    assert windows.read(0).labels.tolist() == [1] + [IGNORE_INDEX] * 7
 
 
 @pytest.mark.parametrize("count", [0, 1])

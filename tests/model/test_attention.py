@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smollm2.model.transformer import attention
+from smollm2.model import attention
 
 HEADS = [(4, 4, 32), (6, 2, 16), (4, 1, 64)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -23,8 +23,6 @@ from smollm2.plan.arithmetic import (
     flops_per_token,
     keep_pace,
     make_plan,
-    show_bytes,
-    show_seconds,
 )
 from smollm2.training.loop import train
 
@@ -297,25 +295,3 @@ def test_training_leaves_its_pace_in_the_cache_folder(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     assert find_pace(config, device, cores).measured
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (45, "45 seconds"),
-        (150, "2.5 minutes"),
-        (3000, "50 minutes"),
-        (9000, "2.5 hours"),
-        (1e6, "12 days"),
-        (2e10, "634 years"),
-    ],
-)
-def test_seconds_are_shown_in_the_unit_that_fits(seconds: float, words: str) -> None:
-    assert show_seconds(seconds) == words
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(1500, "1.5 kB"), (25.2e6, "25.2 MB"), (1.65e9, "1.65 GB"), (2e12, "2 TB")]
-)
-def test_bytes_are_shown_in_the_unit_that_fits(number: float, words: str) -> None:
-    assert show_bytes(number) == words

@@ -21,7 +21,7 @@ from smollm2.data.batches import Batches
 from smollm2.errors import DataError, ResourceError
 from smollm2.runtime.ranks import Position, find_disagreement, find_late, find_odd_replica
 from smollm2.training import loop as training
-from smollm2.training.loop import setup as run
+from smollm2.training import setup as run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
 

@@ -21,8 +21,8 @@ from smollm2.model.transformer import SmolLM2
 from smollm2.plan import arithmetic as plan
 from smollm2.runtime.device import Runtime
 from smollm2.training import loop as training
+from smollm2.training import setup as run
 from smollm2.training.loop import Progress, train
-from smollm2.training.loop import setup as run
 from smollm2.training.step import SPIKE_WINDOW, is_spike, smaller_micro_batch
 
 

@@ -15,7 +15,7 @@ from smollm2.config.reading import load_config
 from smollm2.config.schema import TrainingConfig
 from smollm2.data.windows import Batch
 from smollm2.errors import ResourceError, TrainingError
-from smollm2.model.transformer import attention
+from smollm2.model import attention
 from smollm2.runtime.device import start_runtime
 from smollm2.training.loop import split, train
 from smollm2.training.optim import learning_rate_at

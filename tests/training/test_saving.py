@@ -10,7 +10,8 @@ from runs import outcome, tiny_config, write_tiny
 from smollm2.checkpoint import format as checkpoint
 from smollm2.checkpoint.format import content_hash, save_checkpoint, take_snapshot
 from smollm2.training import loop as training
-from smollm2.training.loop import saving, train
+from smollm2.training import saving
+from smollm2.training.loop import train
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
