@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 WATCHING = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([A-G][0-9]+) \| (.+) \| (.+) \|$", PAGE, re.MULTILINE)
-NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::(test_\w+)`", PAGE)))
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", PAGE)))
 
 
 def find_tests(file: str) -> dict[str, bool]:
@@ -28,7 +28,7 @@ def test_at_least_forty_promises_stand_there_each_once() -> None:
 
 @pytest.mark.parametrize(("identity", "promise", "tests"), ROWS, ids=[row[0] for row in ROWS])
 def test_each_promise_is_a_sentence_with_a_test(identity: str, promise: str, tests: str) -> None:
-    assert promise.endswith(".") and re.search(r"`tests/\w+\.py::test_\w+`", tests)
+    assert promise.endswith(".") and re.search(r"`tests/[\w/]+\.py::test_\w+`", tests)
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=[name for _, name in NAMED])
@@ -38,14 +38,14 @@ def test_each_test_that_is_named_exists_and_is_called_slow_where_it_is(file: str
     assert found[name] == (f"`{file}::{name}` (slow)" in PAGE)
 
 
-@pytest.mark.parametrize(("file", "name"), sorted(set(re.findall(r"`(tests/\w+\.py)::(test_\w+)`", WATCHING))))
+@pytest.mark.parametrize(("file", "name"), sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", WATCHING))))
 def test_each_test_that_the_page_on_watching_names_exists(file: str, name: str) -> None:
     assert name in find_tests(file)
 
 
 def test_every_promise_that_a_test_claims_stands_there() -> None:
     claimed = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.FunctionDef)
