@@ -199,6 +199,11 @@ class TrainingConfig(Section):
         "Compile each block with torch.compile; on a CPU it wins about a tenth, after up to a minute at the first update.",
         resume="noted",
     )
+    deterministic: bool = key(
+        False,
+        "Use only deterministic GPU kernels: a run repeated on the same GPU is bit-identical, but slower.",
+        resume="noted",
+    )
     seed: int = key(1337, "Seed of weights, data order and samples.", resume="refused", ge=0, lt=2**63)
 
     log_interval: int = key(10, "Updates between two reports.", resume="free", ge=1, le=10**9)

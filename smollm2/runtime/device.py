@@ -281,6 +281,10 @@ def start_runtime(config: TrainingConfig) -> Runtime:
         keep_freed_memory()
     if precision.name == "tf32":
         torch.set_float32_matmul_precision("high")
+    if config.deterministic:
+        # cuBLAS is deterministic only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)

@@ -504,7 +504,7 @@ NOTED = re.findall(
     """
     training.train_steps training.learning_rate training.min_learning_rate training.warmup_steps training.schedule
     training.decay_steps training.weight_decay training.betas training.eps training.max_grad_norm training.z_loss
-    training.precision training.attention training.gradient_checkpointing training.compile data.input
+    training.deterministic training.precision training.attention training.gradient_checkpointing training.compile data.input
 """,
 )
 FREE = re.findall(
