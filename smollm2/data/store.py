@@ -25,7 +25,7 @@ from smollm2.data.batches import permute
 from smollm2.data.text import PIECE_RULE, Text, do_nothing
 from smollm2.data.windows import Tokens, Windows
 from smollm2.errors import DataError, ResourceError
-from smollm2.storage.atomic import is_running
+from smollm2.storage.processes import is_running
 
 STORE_VERSION = 1
 SPLIT_KEY = 0

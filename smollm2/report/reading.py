@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from smollm2.errors import DataError
-from smollm2.storage.atomic import is_held
+from smollm2.storage.locks import is_held
 from smollm2.storage.run_folder import CHECKPOINT, step_of
 from smollm2.tracking.base import Diagnosis, Landscape
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smollm2.errors import Smollm2Error, TrainingError
-from smollm2.storage.atomic import is_running
+from smollm2.storage.processes import is_running
 
 FOLDER = ".ranks"
 SECONDS_BETWEEN_LOOKS = 1.0

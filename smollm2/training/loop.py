@@ -47,7 +47,8 @@ from smollm2.runtime.device import (
     weight_sums,
 )
 from smollm2.runtime.ranks import find_odd_replica
-from smollm2.storage.atomic import lock_folder, probe_folder
+from smollm2.storage.atomic import probe_folder
+from smollm2.storage.locks import lock_folder
 from smollm2.storage.run_folder import step_of
 from smollm2.tracking.base import Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets

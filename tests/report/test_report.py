@@ -229,7 +229,7 @@ def test_the_state_of_a_run(tmp_path: Path, events: list[str], lock: bool, statu
     rows = [{"step": 5, "kind": kind, "message": "", "time": 1.0} for kind in events]
     (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if lock:
-        from smollm2.storage.atomic import lock_folder
+        from smollm2.storage.locks import lock_folder
 
         with lock_folder(run):
             assert status_of(read_run(run)) == status

@@ -19,7 +19,8 @@ from io_faults import (
 )
 
 from smollm2.errors import ResourceError
-from smollm2.storage.atomic import IoOps, Target, is_held, lock_folder, probe_folder, write_atomically
+from smollm2.storage.atomic import IoOps, Target, probe_folder, write_atomically
+from smollm2.storage.locks import is_held, lock_folder
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -257,7 +258,7 @@ def test_a_released_folder_can_be_held_again(tmp_path: Path) -> None:
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from smollm2.storage.atomic import lock_folder
+from smollm2.storage.locks import lock_folder
 with lock_folder(Path(sys.argv[1])):
     child = os.fork()
     if child == 0:
