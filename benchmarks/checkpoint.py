@@ -63,7 +63,8 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from smollm2.checkpoint.format import save_checkpoint, take_snapshot
+    from smollm2.checkpoint.format import take_snapshot
+    from smollm2.checkpoint.saving import save_checkpoint
 
     found, rows, results = machine(), [], []
     for millions in args.millions:

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from runs import TINY, WORDS, outcome, write_tiny
 
-from smollm2.checkpoint import format as checkpoint
+from smollm2.checkpoint import saving
+from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.cli import main as cli
 from smollm2.runtime.device import Runtime
 from smollm2.tracking.base import Fanout
@@ -59,13 +60,13 @@ STAGES = [
     Stage("an evaluation", training, "validate"),
     Stage("the second batch of an evaluation", Runtime, "raise_if_stopped", 2),
     Stage("sampling", training, "generate", 2),
-    Stage("a save", checkpoint, "save_checkpoint", 2),
-    Stage("pruning", checkpoint, "prune_checkpoints", 3),
+    Stage("a save", saving, "save_checkpoint", 2),
+    Stage("pruning", saving, "prune_checkpoints", 3),
     Stage("the last evaluation", training, "validate", 3),
     Stage("the last samples", training, "generate", 3),
-    Stage("the last save", checkpoint, "save_checkpoint", 4),
+    Stage("the last save", saving, "save_checkpoint", 4),
     Stage("closing the trackers", Fanout, "close"),
-    Stage("a save, twice", checkpoint, "save_checkpoint", 2, signals=2),
+    Stage("a save, twice", saving, "save_checkpoint", 2, signals=2),
     Stage("an evaluation, twice", training, "validate", 2, signals=2),
 ]
 
@@ -132,7 +133,7 @@ def try_signals(folder: Path, titles: list[str]) -> None:
         code = finish(in_a_fork(place, before=interrupting(stage, number)))
         seconds = time.monotonic() - began
         said = (place / "out.txt").read_text().splitlines()[-1:]
-        left = [path.name for path in checkpoint.list_checkpoints(place / "checkpoints")]
+        left = [path.name for path in list_checkpoints(place / "checkpoints")]
         again = finish(in_a_fork(place, "--resume", "auto"))
         same = again == 0 and outcome(place / "checkpoints", STEPS) == expected
         trial = {"stage": stage.title, "signal": int(number), "signals": stage.signals, "code": code, "said": said}

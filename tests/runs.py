@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from smollm2.checkpoint.format import content_hash, load_checkpoint
+from smollm2.checkpoint.discovery import load_checkpoint
+from smollm2.checkpoint.format import content_hash
 from smollm2.config.reading import load_config
 from smollm2.config.schema import Config
 

@@ -46,18 +46,18 @@ SABOTAGES = [
     ),
     Sabotage(
         "older checkpoints go before the new one is saved",
-        "training/saving.py",
-        "        path = checkpoint.save",
+        "checkpoint/saving.py",
+        "        path = save_checkpoint",
         "        if t.keep_last is not None:\n"
-        "            checkpoint.prune_checkpoints(self.folder, t.keep_last)\n        path = checkpoint.save",
+        "            prune_checkpoints(self.folder, t.keep_last)\n        path = save_checkpoint",
         "training/test_faults.py::test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last",
     ),
     Sabotage(
         "a checkpoint is written from the weights that training moves",
-        "training/saving.py",
-        "state = state if waits else checkpoint.take_snapshot(state, self.buffers)",
+        "checkpoint/saving.py",
+        "state = state if waits else take_snapshot(state, self.buffers)",
         "pass",
-        "training/test_saving.py::test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit",
+        "checkpoint/test_saving.py::test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit",
     ),
     Sabotage(
         "the loss is divided by the number of micro-batches",
@@ -75,17 +75,17 @@ SABOTAGES = [
     ),
     Sabotage(
         "a checkpoint may run code",
-        "checkpoint/format.py",
+        "checkpoint/validation.py",
         "mmap=True, weights_only=True",
         "mmap=True, weights_only=False",
         "test_architecture.py::test_no_file_that_we_load_can_run_code",
     ),
     Sabotage(
         "the newest checkpoint is the youngest by the clock",
-        "checkpoint/format.py",
+        "checkpoint/discovery.py",
         "key=lambda path: (step_of(path), path.name)",
         "key=lambda path: path.stat().st_mtime",
-        "checkpoint/test_format.py::test_clocks_have_no_say_in_what_is_newest_and_what_goes",
+        "checkpoint/test_retention.py::test_clocks_have_no_say_in_what_is_newest_and_what_goes",
     ),
     Sabotage(
         "gradients are not clipped",
@@ -131,10 +131,10 @@ SABOTAGES = [
     ),
     Sabotage(
         "checksums are not compared",
-        "checkpoint/format.py",
+        "checkpoint/validation.py",
         "damaged = archive.testzip()",
         "damaged = None",
-        "checkpoint/test_format.py::test_a_damaged_checkpoint_loads_equal_or_is_refused_by_name",
+        "checkpoint/test_validation.py::test_a_damaged_checkpoint_loads_equal_or_is_refused_by_name",
     ),
 ]
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smollm2.checkpoint.format import describe_missing, find_resumable, load_checkpoint
+from smollm2.checkpoint.discovery import describe_missing, find_resumable, load_checkpoint
 from smollm2.config.schema import Config, ModelConfig
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text
 from smollm2.errors import CheckpointError

@@ -23,7 +23,9 @@ import torch
 
 from smollm2.analysis.diagnostics import Look, measure_activations
 from smollm2.analysis.landscape import choose_side, choose_windows, list_points, measure_landscape
-from smollm2.checkpoint import format as checkpoint
+from smollm2.checkpoint.discovery import list_checkpoints
+from smollm2.checkpoint.retention import set_aside_later
+from smollm2.checkpoint.saving import list_before
 from smollm2.config.schema import Config
 from smollm2.data.batches import prefetched
 from smollm2.data.windows import Batch
@@ -53,7 +55,6 @@ from smollm2.storage.run_folder import step_of
 from smollm2.tracking.base import Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
 from smollm2.training.optim import learning_rate_at
-from smollm2.training.saving import list_before
 from smollm2.training.setup import (
     Progress,
     Run,
@@ -186,7 +187,7 @@ def train(
             more = f"--resume auto --train_steps {2 * progress.step}"
             console.say(f"{folder}: all {progress.step} updates are done; for more: {more}")
             return progress
-        if runtime.rank == 0 and (aside := checkpoint.set_aside_later(folder, progress.step)):
+        if runtime.rank == 0 and (aside := set_aside_later(folder, progress.step)):
             console.say(f"set aside, since the run goes on from before them: {', '.join(path.name for path in aside)}")
         started = time.perf_counter()
         console.show_page("SmolLM2 Training", start_page(run, progress))
@@ -544,7 +545,7 @@ def note_stop(run: Run, error: Exception) -> None:
     """Leave in events.jsonl why the run ends early, at the step from which it can go on; the command says it."""
     saved: list[Path] = []
     with contextlib.suppress(ResourceError):  # what ends the run is said, not what follows from it
-        saved = checkpoint.list_checkpoints(Path(run.config.training.save_dir))
+        saved = list_checkpoints(Path(run.config.training.save_dir))
     kind = "stopped" if isinstance(error, Interrupted) else "failed"
     reason = str(error) if isinstance(error, Smollm2Error) else type(error).__name__
     run.tracker.log_event(kind, "", step_of(saved[-1]) if saved else 0, reason=reason)

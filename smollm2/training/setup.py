@@ -19,7 +19,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from smollm2.checkpoint import format as checkpoint
+from smollm2.checkpoint.discovery import find_resumable, list_checkpoints, load_checkpoint
+from smollm2.checkpoint.format import FORMAT
+from smollm2.checkpoint.saving import Saver
 from smollm2.config.reading import changed_on_resume, effective_config_yaml
 from smollm2.config.schema import Config, TrainingConfig
 from smollm2.data.batches import ORDER_VERSION, Batches
@@ -68,7 +70,6 @@ from smollm2.training.optim import (
     optimizer_states,
     set_learning_rate,
 )
-from smollm2.training.saving import Saver
 from smollm2.training.step import (
     SPIKE_WINDOW,
     StepResult,
@@ -182,10 +183,10 @@ def find_start(
 ) -> tuple[Path, State] | None:
     """The checkpoint to go on from. Raises CheckpointError where it is absent, or where a run would bury another."""
     if checkpoint_path is not None:
-        return Path(checkpoint_path), checkpoint.load_checkpoint(Path(checkpoint_path))
+        return Path(checkpoint_path), load_checkpoint(Path(checkpoint_path))
     if resume == "auto":
-        return checkpoint.find_resumable(folder, console.say)
-    existing = checkpoint.list_checkpoints(folder)
+        return find_resumable(folder, console.say)
+    existing = list_checkpoints(folder)
     if existing:
         raise CheckpointError(
             f"{folder} - it holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name} - go on with it by "
@@ -342,7 +343,7 @@ def open_corpus(
 def check_disk(config: Config, folder: Path) -> None:
     """Raises ResourceError where the checkpoints of the whole run will not fit, with the keep_last that does."""
     estimate = plan.make_plan(config, "cpu-float32", 1)
-    held = sum(path.stat().st_size for path in checkpoint.list_checkpoints(folder))
+    held = sum(path.stat().st_size for path in list_checkpoints(folder))
     free = shutil.disk_usage(folder).free
     if estimate.disk_bytes <= free + held:
         return
@@ -524,7 +525,7 @@ def state_of(run: Run, progress: Progress) -> State:
     """All that a run needs to go on, and the tokenizer, so that a checkpoint is complete alone; plain types only."""
     t, batches = run.config.training, run.batches
     return {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "step": progress.step,
         "tokens": progress.tokens,
         "loss": progress.loss,

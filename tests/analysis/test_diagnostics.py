@@ -16,7 +16,7 @@ from two_ranks import run_ranks
 
 from smollm2.analysis import diagnostics
 from smollm2.analysis.diagnostics import Look, make_histograms, measure_activations
-from smollm2.checkpoint.format import load_checkpoint
+from smollm2.checkpoint.discovery import load_checkpoint
 from smollm2.cli.main import main
 from smollm2.config.schema import TrainingConfig
 from smollm2.errors import CheckpointError

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from twins import small_model
 
 from smollm2 import export, load_model, train
-from smollm2.checkpoint.format import list_checkpoints
+from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.cli.main import main
 from smollm2.data.tokenizer import load_tokenizer, train_tokenizer
 from smollm2.errors import CheckpointError, ConfigError, ResourceError

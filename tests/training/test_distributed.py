@@ -15,7 +15,8 @@ import torch
 from runs import ROOT, metrics, outcome, write_tiny
 from two_ranks import Ended, Ranks, run_ranks, start_ranks
 
-from smollm2.checkpoint import format as checkpoint
+from smollm2.checkpoint import saving
+from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.cli.main import main
 from smollm2.data.batches import Batches
 from smollm2.errors import DataError, ResourceError
@@ -212,7 +213,7 @@ def test_the_text_on_standard_input_is_read_by_one_rank(tmp_path: Path) -> None:
 
 def failing_saves(steps: set[int], work: Work) -> Work:
     """`work` on a disk that is full at these steps, as rank 0 finds."""
-    whole = checkpoint.save_checkpoint
+    whole = saving.save_checkpoint
 
     def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
         if step in steps:
@@ -220,7 +221,7 @@ def failing_saves(steps: set[int], work: Work) -> Work:
         return whole(folder, state, step=step)
 
     def failing(rank: int) -> int:
-        checkpoint.save_checkpoint = save  # type: ignore[assignment]
+        saving.save_checkpoint = save  # type: ignore[assignment]
         return work(rank)
 
     return failing
@@ -232,7 +233,7 @@ def test_a_save_that_fails_on_rank_0_is_said_and_all_go_on(tmp_path: Path) -> No
     ended = run_ranks(failing_saves({4}, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [0, 0]
     assert "the disk is full" in ended[0].out
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
         "step_0008.pt",
         "step_0012.pt",
     ]
@@ -291,7 +292,7 @@ def test_weights_that_differ_by_one_bit_stop_the_run_before_they_are_saved(tmp_p
     ended = run_ranks(on_rank_1_before_step(6, flip_a_bit, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [5, 5]
     assert said_once(ended, "step 8: the weights of rank 1 are no longer those of the others")
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
 def have_room_for_one_sequence(model: torch.nn.Module) -> None:
@@ -340,7 +341,7 @@ def test_out_of_memory_where_the_ranks_meet_ends_all_with_one_sentence_of_that_r
     assert [rank.code for rank in ended] == [6, 6], ended
     assert "error: rank 1: training.batch_size: 4 - out of memory - lower it" in ended[1].err
     assert "rank 1 ended with exit code 6 and says why" in ended[0].err
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
 def raise_a_data_error(model: torch.nn.Module) -> None:
@@ -368,7 +369,7 @@ def test_a_rank_that_ends_ends_the_run_and_is_named(
     assert [rank.code for rank in ended] == codes, ended
     assert ended[0].seconds - ended[1].seconds < 10
     assert all(sentence in ended[0].err + ended[1].err for sentence in said), ended
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
 def test_a_rank_that_stalls_is_named_and_the_run_ends(tmp_path: Path) -> None:
@@ -385,14 +386,14 @@ def test_a_rank_that_stalls_is_named_and_the_run_ends(tmp_path: Path) -> None:
 def test_a_rank_that_takes_long_over_a_save_is_named_and_waited_for(tmp_path: Path) -> None:
     """Promise F2."""
     write_tiny(tmp_path)
-    whole = checkpoint.save_checkpoint
+    whole = saving.save_checkpoint
 
     def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
         time.sleep(8 if step == 12 else 0)
         return whole(folder, state, step=step)
 
     def slow(rank: int) -> int:
-        checkpoint.save_checkpoint = save  # type: ignore[assignment]
+        saving.save_checkpoint = save  # type: ignore[assignment]
         return training_with("--training.rank_timeout", "5")(rank)
 
     ended = run_ranks(slow, tmp_path)
@@ -419,7 +420,7 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(receivers: list[int], t
     assert [rank.code for rank in ended] == [143, 143]
     assert said_once(ended, "stopped by SIGTERM after step")
     step = int(re.search(r"after step (\d+)", ended[0].err)[1])  # type: ignore[index]
-    assert checkpoint.list_checkpoints(tmp_path / "checkpoints")[-1].name == f"step_{step:04d}.pt"
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == f"step_{step:04d}.pt"
     assert "torchrun --nproc_per_node 2" in ended[0].err
     assert not (tmp_path / "checkpoints" / ".ranks").exists()
 

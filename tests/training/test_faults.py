@@ -14,7 +14,8 @@ from fork_trials import STAGES
 from runs import ROOT, TINY, metrics, outcome, tiny_config, write_tiny
 from torch import nn
 
-from smollm2.checkpoint import format as checkpoint
+from smollm2.checkpoint import saving
+from smollm2.checkpoint.discovery import find_resumable, list_checkpoints
 from smollm2.cli.main import main
 from smollm2.errors import DataError, Interrupted, ResourceError
 from smollm2.model.transformer import SmolLM2
@@ -201,7 +202,7 @@ def test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last(
     monkeypatch.setattr(run, "is_spike", lambda losses, loss: len(losses) == 5)
     flags = {"training__save_interval": 2, "training__keep_last": 2}
     train(tiny_config(tmp_path, **flags))
-    left = [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")]
+    left = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert left == ["step_0004.pt", "step_0010.pt", "step_0012.pt"]
     events = [json.loads(line) for line in (tmp_path / "checkpoints" / "events.jsonl").read_text().splitlines()]
     (spike,) = [event for event in events if event["kind"] == "spike"]
@@ -240,7 +241,7 @@ def test_a_token_cache_that_changes_under_the_run_stops_it(
         DataError, match=r"train\.bin - it was changed while the run was reading it - delete that folder"
     ):
         train(tiny_config(tmp_path, training__save_interval=1))
-    assert checkpoint.find_resumable(tmp_path / "checkpoints", print) is not None
+    assert find_resumable(tmp_path / "checkpoints", print) is not None
 
 
 def test_the_text_and_the_cache_may_go_once_the_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,14 +263,14 @@ def test_a_full_disk_is_said_training_goes_on_and_the_end_is_exit_code_6(
 ) -> None:
     """A4, with the answer of a full disk."""
     write_tiny(tmp_path)
-    original = checkpoint.save_checkpoint
+    original = saving.save_checkpoint
 
     def full(folder: Path, state: dict[str, object], *, step: int) -> Path:
         if step > 4:
             raise ResourceError(f"{folder / 'step.pt'} - it was not saved: No space left on device")
         return original(folder, state, step=step)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    monkeypatch.setattr(saving, "save_checkpoint", full)
     with pytest.raises(ResourceError, match="No space left"):
         train(tiny_config(tmp_path))
     assert metrics(tmp_path / "checkpoints")[-1]["step"] == 12
@@ -317,7 +318,7 @@ def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on
         ):
             train(config)
     assert "step_0008.pt - it was not saved" in capsys.readouterr().out
-    found = checkpoint.find_resumable(run, print)
+    found = find_resumable(run, print)
     assert found is not None and found[0].name == "step_0004.pt"
 
 

@@ -6,19 +6,25 @@ counts its workers too, lets all of them sleep between two operations, and every
 save. Where memory for a second state is scarce, and for a save that must succeed, the run waits.
 """
 
+import hashlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from smollm2.checkpoint import format as checkpoint
+from smollm2.checkpoint.discovery import list_checkpoints
+from smollm2.checkpoint.format import State, estimate_size, separate_ties, take_snapshot, to_plain
+from smollm2.checkpoint.retention import note_best, prune_checkpoints, to_json
+from smollm2.checkpoint.validation import find_wrong_entry, find_wrong_weight, read_checked
 from smollm2.config.schema import Config
-from smollm2.errors import ResourceError
+from smollm2.errors import CheckpointError, ResourceError, TrainingError
 from smollm2.runtime.device import memory_free
-from smollm2.storage.run_folder import step_of
+from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
+from smollm2.storage.run_folder import LATEST, checkpoint_path, step_of
 from smollm2.tracking.base import Fanout
 from smollm2.tracking.jsonl import JsonlTracker
 
@@ -61,7 +67,7 @@ class Saver:
         must_succeed = must_succeed or self.failures + 1 == MAX_FAILED_SAVES
         self.rows.sync()
         waits = must_succeed or not (self.buffers or is_room_for_copy(state))
-        state = state if waits else checkpoint.take_snapshot(state, self.buffers)
+        state = state if waits else take_snapshot(state, self.buffers)
         self.step = state["step"]
         thread = ThreadPoolExecutor(1, THREAD_NAME)
         self.pending = thread.submit(self._write, state, validation_loss, spikes, resumed_step)
@@ -95,19 +101,64 @@ class Saver:
         self, state: dict[str, Any], validation_loss: float | None, spikes: tuple[int, ...], resumed_step: int
     ) -> Saved:
         began, step, t = time.monotonic(), state["step"], self.config.training
-        path = checkpoint.save_checkpoint(self.folder, state, step=step)
-        is_best = validation_loss is not None and checkpoint.note_best(self.folder, path, step, validation_loss)
+        path = save_checkpoint(self.folder, state, step=step)
+        is_best = validation_loss is not None and note_best(self.folder, path, step, validation_loss)
         if t.keep_last is not None:
             before_spikes = {step_of(path) for s in spikes for path in list_before(self.folder, s)[-1:]}
             protected = {resumed_step, *before_spikes}
-            checkpoint.prune_checkpoints(self.folder, t.keep_last, t.keep_every, protected=protected)
+            prune_checkpoints(self.folder, t.keep_last, t.keep_every, protected=protected)
         self.seconds = max(self.seconds, time.monotonic() - began)
         return Saved(path, is_best)
 
 
+def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO_OPS) -> Path:
+    """Write `step_XXXX.pt`, then `latest.json`, each whole or not at all; what was written is read back before it counts.
+
+    `state` may be a snapshot. Raises ResourceError where the disk refuses, and then every older file is intact; TypeError
+    for a state that is not made of plain values, which is a bug of the caller; TrainingError for weights that are not
+    finite.
+    """
+    content = state
+    if "tied" not in state:
+        model, tied = separate_ties(state["model"])
+        content = to_plain({**state, "model": model, "tied": tied}, "state")
+    problem = find_wrong_entry(content)
+    if problem or content["step"] != step:
+        raise TypeError(problem or f"the state is of step {content['step']}, not {step}")
+    path = checkpoint_path(folder, step)
+    if problem := find_wrong_weight(content["model"]):
+        raise TrainingError(
+            f"{path} - it was not saved: {problem} - lower training.learning_rate and go on from the checkpoint before"
+        )
+    hint: dict[str, str | int] = {"file": path.name, "step": step}
+
+    def check(temporary: Path) -> None:
+        try:
+            read_checked(temporary)
+        except CheckpointError as error:
+            raise ResourceError(
+                f"{path} - it was not saved, because it does not read back as written: {error} - check the disk; the "
+                "checkpoints before it are intact"
+            ) from error
+        with temporary.open("rb") as file:
+            hint["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        hint["size"] = temporary.stat().st_size
+
+    # torch asks of a file only that it can write and flush.
+    write_atomically(
+        path,
+        lambda file: torch.save(content, file),  # type: ignore[arg-type]
+        size=estimate_size(content),
+        check=check,
+        io_ops=io_ops,
+    )
+    write_atomically(folder / LATEST, to_json(hint), io_ops=io_ops)
+    return path
+
+
 def list_before(folder: Path, step: int) -> list[Path]:
     """The checkpoints of less than `step` updates."""
-    return [path for path in checkpoint.list_checkpoints(folder) if step_of(path) < step]
+    return [path for path in list_checkpoints(folder) if step_of(path) < step]
 
 
 def is_room_for_copy(state: dict[str, Any]) -> bool:

@@ -1,0 +1,178 @@
+"""Read a checkpoint as if a stranger had made it.
+
+torch.load notices no flipped bit (588 of 600 loaded with wrong numbers), but the archive holds checksums: they are
+compared at each save and each load.
+"""
+
+import copy
+import re
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
+
+from smollm2.checkpoint.format import ENTRIES, FORMAT, LATER_ENTRIES, SCALARS, State, walk
+from smollm2.errors import CheckpointError
+from smollm2.storage.run_folder import step_of
+
+MAX_RECORDS = 100_000
+TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
+
+
+def read_checked(path: Path) -> State:
+    """The checked state in a file, its tensors still on the disk. Raises CheckpointError with the reason alone."""
+    try:
+        tensor_bytes = _check_archive(path)
+        with _no_added_globals():
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        problem = (
+            _find_wrong_format(state)
+            or _find_wrong_value(state, tensor_bytes)
+            or find_wrong_entry(state)
+            or find_wrong_weight(state["model"])
+        )
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # over bytes that anyone may have written, the parsers raise nearly everything
+        # Their words are not passed on: torch advises to load with weights_only=False, which runs the file's code.
+        raise CheckpointError(f"it is damaged, or no checkpoint of this program ({type(error).__name__})") from None
+    if problem:
+        raise CheckpointError(problem)
+    checked: State = state
+    return checked
+
+
+def read_own_step(path: Path) -> State:
+    """`read_checked`, for a file that is found by its name: the step inside must be that of the name."""
+    state = read_checked(path)
+    if state["step"] != step_of(path):
+        raise CheckpointError(f"its own step is {state['step']}, which is not that of its name")
+    return state
+
+
+def is_valid(path: Path) -> bool:
+    """Return whether `read_own_step` accepts the file."""
+    try:
+        read_own_step(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def detach_from_disk(state: State) -> State:
+    """The state in memory of its own, with tied tensors under each of their names."""
+    state = copy.deepcopy(state)
+    for alias, name in state.pop("tied"):
+        state["model"][alias] = state["model"][name]
+    return state
+
+
+def _check_archive(path: Path) -> int:
+    """Bytes of tensors in such a zip as torch writes. Raises CheckpointError where it is another, or a checksum fails.
+
+    All of it before anything in the file is interpreted.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("it is not a regular file")
+    if status.st_size == 0:
+        raise CheckpointError("it is empty")
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        names = {record.filename for record in records}
+        if len(names) < len(records) or len(records) > MAX_RECORDS:
+            raise CheckpointError("its archive has a name twice, or too many")
+        if any(name.endswith("constants.pkl") for name in names):
+            raise CheckpointError("it is a TorchScript program, not a checkpoint")
+        if not all(map(_is_plain_record, records)) or sum(r.file_size for r in records) > status.st_size:
+            raise CheckpointError("its archive is packed, or has paths that leave it")
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(f"it is damaged: {damaged!r} does not match its checksum")
+    return sum(record.file_size for record in records if TENSOR_RECORD.fullmatch(record.filename))
+
+
+def _is_plain_record(record: zipfile.ZipInfo) -> bool:
+    parts = record.filename.split("/")
+    return (
+        record.compress_type == zipfile.ZIP_STORED and "\\" not in record.filename and not {"", ".", ".."} & set(parts)
+    )
+
+
+@contextmanager
+def _no_added_globals() -> Iterator[None]:
+    """Without the classes that other packages of this process declared harmless to torch.load."""
+    added = get_safe_globals()
+    clear_safe_globals()
+    try:
+        yield
+    finally:
+        add_safe_globals(added)
+
+
+def _find_wrong_format(state: object) -> str | None:
+    found = state.get("format") if type(state) is dict else None
+    if type(found) is not str or not found.startswith("smollm2-train/"):
+        return "it is no checkpoint of this program"
+    if found != FORMAT:
+        return (
+            f"it is of format {found[:40]!r} and this version reads {FORMAT!r}; a newer version of the program reads it"
+        )
+    return None
+
+
+def _find_wrong_value(state: State, tensor_bytes: int) -> str | None:
+    """A value of a kind that no checkpoint has, or tensors of another size than the file's; None where there is none."""
+    storages: dict[int, int] = {}
+    for name, value in walk(state):
+        if type(value) is Tensor and value.layout is torch.strided and value.device.type == "cpu":
+            # A file of 1.5 kB can hold a tensor of 10^12 entries that are all the same byte.
+            storages[value.data_ptr()] = value.nbytes
+            if value.untyped_storage().nbytes() != value.nbytes:
+                return f"{name[:80]!r} is a tensor that is not as large as it says"
+        elif type(value) not in SCALARS:
+            return f"{name[:80]!r} is a {type(value).__name__}, which no checkpoint holds"
+    if sum(storages.values()) != tensor_bytes:
+        return f"its tensors should take {tensor_bytes:,} bytes and take {sum(storages.values()):,}"
+    return None
+
+
+def find_wrong_entry(state: State) -> str | None:
+    """The first entry that is absent, or is not what it must be; None where there is none."""
+    for name, kinds in {**ENTRIES, **LATER_ENTRIES}.items():
+        value: object = state
+        for part in name.split("."):
+            value = value.get(part, ...) if isinstance(value, dict) else ...
+        if value is ... and name in ENTRIES:
+            return f"{name} is missing"
+        if value is not ... and type(value) not in kinds:
+            return f"{name} is a {type(value).__name__} and must be a {kinds[0].__name__}"
+    for name, optimizer in state["optimizer"].items():
+        if not isinstance(optimizer, dict):
+            return f"optimizer.{str(name)[:80]!r} is a {type(optimizer).__name__} and must be a dict"
+        for part, kind in (("parameters", list), ("state", dict)):
+            if type(optimizer.get(part)) is not kind:
+                return f"optimizer.{str(name)[:80]!r}: {part} is missing or no {kind.__name__}"
+    model = state["model"]
+    for name, weight in model.items():
+        if type(name) is not str or type(weight) is not Tensor:
+            return f"{str(name)[:80]!r} in model is no tensor"
+    for pair in state["tied"]:
+        if not (type(pair) is list and len(pair) == 2 and all(type(name) is str for name in pair) and pair[1] in model):
+            return "tied does not name tensors of the model"
+    return None
+
+
+def find_wrong_weight(model: Mapping[str, Tensor]) -> str | None:
+    """A weight that is NaN or infinite; None where there is none. Its extremes say so without a copy of its size."""
+    for name, weight in model.items():
+        if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
+            return f"{name[:80]!r} in model holds values that are not finite"
+    return None
