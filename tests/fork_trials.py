@@ -26,8 +26,7 @@ from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.cli import main as cli
 from smollm2.runtime.device import Runtime
 from smollm2.tracking.base import Fanout
-from smollm2.training import loop as training
-from smollm2.training import setup as run
+from smollm2.training import actions, corpus, loop, setup
 
 STEPS = 12
 CONFIG = (
@@ -50,24 +49,24 @@ class Stage:
 
 
 STAGES = [
-    Stage("reading the text", run, "open_text"),
-    Stage("training the tokenizer", run, "train_tokenizer"),
-    Stage("tokenizing", run, "prepare_tokens"),
-    Stage("building the model", run, "build_model"),
-    Stage("the first update", training, "update"),
-    Stage("a later update", training, "update", 7),
-    Stage("a report", training, "report", 4),
-    Stage("an evaluation", training, "validate"),
+    Stage("reading the text", corpus, "open_text"),
+    Stage("training the tokenizer", corpus, "train_tokenizer"),
+    Stage("tokenizing", corpus, "prepare_tokens"),
+    Stage("building the model", setup, "build_model"),
+    Stage("the first update", loop, "update"),
+    Stage("a later update", loop, "update", 7),
+    Stage("a report", loop, "report", 4),
+    Stage("an evaluation", actions, "validate"),
     Stage("the second batch of an evaluation", Runtime, "raise_if_stopped", 2),
-    Stage("sampling", training, "generate", 2),
+    Stage("sampling", actions, "generate", 2),
     Stage("a save", saving, "save_checkpoint", 2),
     Stage("pruning", saving, "prune_checkpoints", 3),
-    Stage("the last evaluation", training, "validate", 3),
-    Stage("the last samples", training, "generate", 3),
+    Stage("the last evaluation", actions, "validate", 3),
+    Stage("the last samples", actions, "generate", 3),
     Stage("the last save", saving, "save_checkpoint", 4),
     Stage("closing the trackers", Fanout, "close"),
     Stage("a save, twice", saving, "save_checkpoint", 2, signals=2),
-    Stage("an evaluation, twice", training, "validate", 2, signals=2),
+    Stage("an evaluation, twice", actions, "validate", 2, signals=2),
 ]
 
 

@@ -268,17 +268,10 @@ READING = {
         300,
         {
             "training.step": None,
-            "training.setup": {"Progress"},
-            "training.loop": {
-                "Meter",
-                "run_steps",
-                "update_or_shrink",
-                "duties_of",
-                "do_duties",
-                "due",
-                "split",
-                "report",
-            },
+            "training.progress": {"Progress"},
+            "training.timing": {"Meter"},
+            "training.actions": {"duties_of", "do_duties", "due", "split"},
+            "training.loop": {"run_steps", "update_or_shrink", "report"},
         },
     ),
 }

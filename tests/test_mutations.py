@@ -110,7 +110,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "a resume begins with empty moments",
-        "training/setup.py",
+        "training/resume.py",
         '        load_optimizer_states(run.optimizers, state["optimizer"])\n',
         "        pass\n",
         "training/test_resume.py::test_a_resumed_run_ends_with_the_same_bits",

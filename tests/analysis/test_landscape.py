@@ -223,7 +223,7 @@ def test_a_run_that_is_stopped_within_its_landscape_is_saved_and_draws_it_when_i
         return evaluate_on_ranks(*arguments, runtime=runtime, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr("smollm2.training.loop.evaluate_on_ranks", stopping)
+        patch.setattr("smollm2.training.actions.evaluate_on_ranks", stopping)
         with pytest.raises(Interrupted):
             train(config_of(tmp_path / "run"), resume="auto")
     assert next(calls) == 21
@@ -289,7 +289,7 @@ def test_a_run_without_memory_for_its_landscape_says_so_and_ends_well(
             raise torch.OutOfMemoryError
         return evaluate_on_ranks(*arguments, **named)
 
-    monkeypatch.setattr("smollm2.training.loop.evaluate_on_ranks", without_memory)
+    monkeypatch.setattr("smollm2.training.actions.evaluate_on_ranks", without_memory)
     assert train(config_of(tmp_path / "run"), resume="auto").step == 100
     assert "no loss landscape: out of memory" in capsys.readouterr().out
     left = weights(tmp_path / "run" / "checkpoints", 100)

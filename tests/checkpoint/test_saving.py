@@ -21,7 +21,7 @@ from smollm2.checkpoint.retention import note_best, prune_checkpoints
 from smollm2.checkpoint.saving import save_checkpoint
 from smollm2.errors import ResourceError
 from smollm2.storage.atomic import IO_OPS, IoOps
-from smollm2.training import loop as training
+from smollm2.training import loop
 from smollm2.training.loop import train
 
 
@@ -169,7 +169,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
         patch.setattr(saving, "memory_free", lambda: 1000)  # the run to compare with waits for its saves
         train(tiny_config(tmp_path, "whole"))
     came, updates = threading.Event(), 0
-    original, update = saving.save_checkpoint, training.update
+    original, update = saving.save_checkpoint, loop.update
 
     def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
         assert step > 4 or came.wait(60)
@@ -183,7 +183,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
         return update(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(saving, "save_checkpoint", save)
-    monkeypatch.setattr(training, "update", count)
+    monkeypatch.setattr(loop, "update", count)
     train(tiny_config(tmp_path))
     for step in (4, 8, 12):
         assert outcome(tmp_path / "checkpoints", step)[0] == outcome(tmp_path / "whole", step)[0], (

@@ -21,8 +21,7 @@ from smollm2.cli.main import main
 from smollm2.data.batches import Batches
 from smollm2.errors import DataError, ResourceError
 from smollm2.runtime.ranks import Position, find_disagreement, find_late, find_odd_replica
-from smollm2.training import loop as training
-from smollm2.training import setup as run
+from smollm2.training import agreement, corpus, loop, setup
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
 
@@ -83,7 +82,7 @@ def note_windows() -> None:
                 file.write("".join(f"{n} {start + row} {window}\n" for row, window in enumerate(ids)))
             return super().read(n, start, stop)
 
-    run.Batches = Noting
+    setup.Batches = Noting
 
 
 def noting_windows(work: Work) -> Work:
@@ -164,20 +163,20 @@ def change_seed(rank: int) -> list[str]:
 
 def change_code(rank: int) -> list[str]:
     if rank:
-        training.fingerprint_code = lambda: "0123"
+        loop.fingerprint_code = lambda: "0123"
     return []
 
 
 def change_tokens(rank: int) -> list[str]:
     if rank:
-        run.fingerprint_tokens = lambda store: "4567"
+        agreement.fingerprint_tokens = lambda store: "4567"
     return []
 
 
 def change_tokenizer(rank: int) -> list[str]:
-    whole = run.tokenizer_from_text
+    whole = corpus.tokenizer_from_text
     if rank:
-        run.tokenizer_from_text = lambda text, end: whole(run.train_tokenizer(["a b c"] * 9, 300).text)
+        corpus.tokenizer_from_text = lambda text, end: whole(corpus.train_tokenizer(["a b c"] * 9, 300).text)
     return []
 
 
@@ -249,7 +248,7 @@ def test_a_last_save_that_fails_on_rank_0_ends_all_with_its_code(tmp_path: Path)
 
 def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], work: Work) -> Work:
     """`work`, with something done on rank 1 before an update."""
-    whole, done = training.update, []
+    whole, done = loop.update, []
 
     def update(model: torch.nn.Module, *arguments: object, **named: object) -> object:
         done.append(model)
@@ -259,7 +258,7 @@ def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], w
 
     def acting(rank: int) -> int:
         if rank == 1:
-            training.update = update  # type: ignore[assignment]
+            loop.update = update  # type: ignore[assignment]
         return work(rank)
 
     return acting

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from smollm2.errors import DataError, Interrupted, ResourceError
 from smollm2.model.transformer import SmolLM2
 from smollm2.plan import arithmetic as plan
 from smollm2.runtime.device import Runtime
-from smollm2.training import loop as training
-from smollm2.training import setup as run
-from smollm2.training.loop import Progress, train
+from smollm2.training import actions, memory, progress, resume, setup, step, timing
+from smollm2.training.loop import train
+from smollm2.training.progress import Progress
 from smollm2.training.step import SPIKE_WINDOW, is_spike, smaller_micro_batch
 
 
@@ -99,7 +100,7 @@ def test_a_run_ends_by_itself_in_time_for_its_own_save(tmp_path: Path, capsys: p
 
 
 def test_the_time_limit_leaves_room_for_another_step_and_a_save() -> None:
-    clock = training.Clock(10.0, started=training.time.monotonic() - 7, longest=2.0)
+    clock = timing.Clock(10.0, started=timing.time.monotonic() - 7, longest=2.0)
     clock.begin_step()
     assert not clock.is_up(0.5)
     assert clock.is_up(1.5)
@@ -170,7 +171,7 @@ def test_on_a_cpu_the_planned_memory_decides_before_the_run(
     """C10: on a machine with room for so many sequences at once."""
     write_tiny(tmp_path)
     roomy = tiny_config(tmp_path, training__batch_size=room).with_vocab_size(257)
-    monkeypatch.setattr(run, "memory_limit", lambda: plan.estimate_memory(roomy, "cpu-float32").total)
+    monkeypatch.setattr(memory, "memory_limit", lambda: plan.estimate_memory(roomy, "cpu-float32").total)
     train(tiny_config(tmp_path, training__train_steps=1))
     shown = capsys.readouterr().out
     assert said in shown if said else "at once" not in shown
@@ -180,7 +181,7 @@ def test_a_cpu_without_room_for_one_sequence_is_refused_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny(tmp_path)
-    monkeypatch.setattr(run, "memory_limit", lambda: 1000)
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
     with pytest.raises(ResourceError, match=r"one sequence.* are needed, and this machine has 1 kB"):
         train(tiny_config(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
@@ -199,7 +200,7 @@ def test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last(
 ) -> None:
     """C5; the losses of the window come back on a resume (A1)."""
     write_tiny(tmp_path)
-    monkeypatch.setattr(run, "is_spike", lambda losses, loss: len(losses) == 5)
+    monkeypatch.setattr(progress, "is_spike", lambda losses, loss: len(losses) == 5)
     flags = {"training__save_interval": 2, "training__keep_last": 2}
     train(tiny_config(tmp_path, **flags))
     left = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
@@ -210,7 +211,7 @@ def test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last(
 
 
 def test_what_is_not_finite_stays_out_of_the_window() -> None:
-    result = training.StepResult(float("nan"), 1.0, 0.1, 10, 0.1, skipped=True)
+    result = step.StepResult(float("nan"), 1.0, 0.1, 10, 0.1, skipped=True)
     after = Progress(losses=(1.0, 2.0)).after(result)
     assert (after.losses, after.spikes, after.skipped) == ((1.0, 2.0), (), (1,))
 
@@ -229,14 +230,14 @@ def test_a_token_cache_that_changes_under_the_run_stops_it(
 ) -> None:
     """D7: a file that is cut would end the process with SIGBUS."""
     write_tiny(tmp_path)
-    original = training.validate
+    original = actions.validate
 
     def changing(*arguments: object, **named: object) -> float:
         (tokens,) = (tmp_path / "cache").glob("*/train.bin")
         change(tokens)
         return original(*arguments, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "validate", changing)
+    monkeypatch.setattr(actions, "validate", changing)
     with pytest.raises(
         DataError, match=r"train\.bin - it was changed while the run was reading it - delete that folder"
     ):
@@ -247,14 +248,14 @@ def test_a_token_cache_that_changes_under_the_run_stops_it(
 def test_the_text_and_the_cache_may_go_once_the_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D7: the run reads tokens, and those that it has opened stay with it."""
     write_tiny(tmp_path)
-    original = training.validate
+    original = actions.validate
 
     def removing(*arguments: object, **named: object) -> float:
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         (tmp_path / "input.txt").write_text("another text")
         return original(*arguments, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "validate", removing)
+    monkeypatch.setattr(actions, "validate", removing)
     assert train(tiny_config(tmp_path)).step == 12
 
 
@@ -302,9 +303,9 @@ def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on
     config = config.model_copy(
         update={"training": config.training.model_copy(update={"save_dir": str(run), "keep_last": 2})}
     )
-    original = training.draw_samples
+    original = actions.draw_samples
 
-    def filling(going: training.Run, step: int) -> object:
+    def filling(going: setup.Run, step: int) -> object:
         assert going.saver
         going.saver.finish()  # before the other takes what is left
         with (small_disk / "filler").open("wb") as file:
@@ -312,7 +313,7 @@ def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on
         return original(going, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_samples", filling)
+        patch.setattr(actions, "draw_samples", filling)
         with pytest.raises(
             ResourceError, match=r"step_0012\.pt - it was not saved: .* bytes are needed and .* are free"
         ):
@@ -328,8 +329,8 @@ def test_a_resume_on_another_machine_says_that_it_is_not_bit_exact(
     """B4."""
     write_tiny(tmp_path)
     train(tiny_config(tmp_path, training__train_steps=2))
-    facts = run.machine_facts
-    monkeypatch.setattr(run, "machine_facts", lambda runtime: {**facts(runtime), "threads": 99})
+    facts = resume.machine_facts
+    monkeypatch.setattr(resume, "machine_facts", lambda runtime: {**facts(runtime), "threads": 99})
     train(tiny_config(tmp_path, training__train_steps=3), resume="auto")
     assert "not bit-exact, because of threads" in capsys.readouterr().out
 
@@ -342,18 +343,18 @@ def test_memory_is_flat_from_step_200_to_2000(tmp_path: Path) -> None:
 import json, sys, torch
 from pathlib import Path
 from runs import tiny_config
-from smollm2.training import loop as training
+from smollm2.training import loop
 torch.set_num_threads(1)
-sizes, calls, original = [], 0, training.update
+sizes, calls, original = [], 0, loop.update
 def watched(*arguments, **named):
     global calls
     calls += 1
     if calls in (200, 2000):
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     return original(*arguments, **named)
-training.update = watched
+loop.update = watched
 flags = dict(training__train_steps=2000, training__eval_interval=50, training__sample_interval=100)
-training.train(tiny_config(Path({str(tmp_path)!r}), **flags))
+loop.train(tiny_config(Path({str(tmp_path)!r}), **flags))
 Path({str(tmp_path / "sizes")!r}).write_text(json.dumps(sizes))
 """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -367,14 +368,14 @@ Path({str(tmp_path / "sizes")!r}).write_text(json.dumps(sizes))
 def test_a_stop_is_heard_between_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_tiny(tmp_path)
     prompts: list[str] = []
-    original = training.generate
+    original = actions.generate
 
     def listening(model: SmolLM2, tokenizer: object, asked: list[str], **more: object) -> list[str]:
         prompts.extend(asked)
-        os.kill(os.getpid(), training.signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
         return original(model, tokenizer, asked, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "generate", listening)
+    monkeypatch.setattr(actions, "generate", listening)
     with pytest.raises(Interrupted, match="after step 6"):
         train(tiny_config(tmp_path))
     assert prompts == ["a"]

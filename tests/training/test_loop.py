@@ -17,7 +17,8 @@ from smollm2.data.windows import Batch
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.model import attention
 from smollm2.runtime.device import start_runtime
-from smollm2.training.loop import split, train
+from smollm2.training.actions import split
+from smollm2.training.loop import train
 from smollm2.training.optim import learning_rate_at
 
 
