@@ -14,6 +14,7 @@ DEPENDENCIES = [
     "accelerate",
     "numpy",
     "plotly",
+    "psutil",
     "pydantic",
     "yaml",
     "rich",

@@ -203,7 +203,7 @@ def draw_landscape(
 ) -> Landscape:
     """Measure, and write `output` and a page beside it. Says the cost before; goes on where an earlier call was stopped,
     whose points lie beside the output until all are there. Raises ResourceError where the folder cannot be written."""
-    probe_folder(output.parent)
+    probe_folder(output.parent, "--output")
     partial, points = output.with_name(f"{output.name}.partial"), list_points(side)
     of = {
         "weights": content_hash(source.state["model"]),

@@ -25,6 +25,7 @@ from smollm2.data.batches import permute
 from smollm2.data.text import PIECE_RULE, Text, do_nothing
 from smollm2.data.windows import Tokens, Windows
 from smollm2.errors import DataError, ResourceError
+from smollm2.storage.atomic import IO_OPS, sync_file
 from smollm2.storage.processes import is_running
 
 STORE_VERSION = 1
@@ -287,10 +288,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Make a file or a folder survive a power cut."""
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if path.is_dir():
+        IO_OPS.fsync_dir(path)
+    else:
+        sync_file(path)

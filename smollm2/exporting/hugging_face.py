@@ -6,7 +6,6 @@ made under a temporary name, loaded again from the disk and compared with the so
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from smollm2.exporting.certificate import certify, choose_text
 from smollm2.exporting.safetensors import DTYPES, count_bytes, write_weights
 from smollm2.inference.loading import load_source, read_config
 from smollm2.model.transformer import SmolLM2
-from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically, write_folder_atomically
+from smollm2.storage.atomic import IO_OPS, IoOps, sync_file, write_atomically, write_folder_atomically
 
 Dtype = Literal["float32", "bf16", "fp16"]
 
@@ -278,5 +277,4 @@ def settle_files(folder: Path) -> None:
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(mode)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)

@@ -1,8 +1,8 @@
-"""Files that are whole or not there at all, and folders that one run holds.
+"""Files and folders that are written whole or not at all.
 
-A file is written under a temporary name, synced, checked, renamed, and then its folder is synced: in this order a crash
-at any point leaves the old file or the new one. All of it goes through `IoOps`, so that a test can break each operation
-in its turn.
+A file is written under a temporary name, synced, checked and renamed, and then its folder is synced: in this order a
+crash at any point leaves the old file or the new one. Every operation goes through `IoOps`, so that a test can make each
+of them fail.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,10 @@ from smollm2.errors import ResourceError, Smollm2Error
 from smollm2.storage.processes import is_running
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What a file system answers that lacks an operation."""
+"""Error numbers of a file system that lacks an operation."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What a disk answers that has no room, for anyone, for this user, for so large a file."""
+"""Error numbers for a full disk, a used-up quota, and a file that is larger than allowed."""
 
 SECONDS_PER_DAY = 86400
 
@@ -32,60 +33,60 @@ TEMPORARY = re.compile(r"\..+\.tmp\.([0-9]+)-[0-9a-f]+")
 
 
 class IoOps:
-    """What a save asks of the system, one method an operation. Tests wrap it to count, fail, crash or record."""
+    """The operating system calls of a save, one method per call. Tests wrap it to record calls or to make them fail."""
 
     def free_bytes(self, folder: Path) -> int:
-        """Bytes that this user may still write on the folder's disk."""
+        """Return how many bytes this user may still write on the folder's disk."""
         return shutil.disk_usage(folder).free
 
     def open_temporary(self, path: Path) -> FileIO:
-        """A new file for this user alone, without a buffer: what was written is the system's."""
+        """Create a file that only this user can read. It has no buffer, so that nothing written is lost at a crash."""
         return FileIO(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
 
     def allocate(self, file: FileIO, size: int) -> None:
-        """Claim the room, so that a disk without it says so before a byte is written."""
+        """Reserve `size` bytes, so that a full disk is found before anything is written."""
         if size and hasattr(os, "posix_fallocate"):
-            with _tolerating_what_is_unsupported():
+            with _ignoring_unsupported():
                 os.posix_fallocate(file.fileno(), 0, size)
 
     def write(self, file: FileIO, data: bytes | memoryview) -> None:
-        """All of `data`; the system may take less at a time."""
+        """Write all of `data`; one call of the system may write only a part."""
         rest = memoryview(data).cast("B")
         while rest:
             rest = rest[file.write(rest) :]
 
     def truncate(self, file: FileIO) -> None:
-        """Give back the room behind the last byte written."""
+        """Release the reserved bytes after the last one that was written."""
         file.truncate(file.tell())
 
     def fsync(self, file: FileIO) -> None:
-        """Onto the disk, and out of the page cache: what is checked afterwards comes from the disk."""
+        """Write the file to the disk and drop it from the page cache, so that a check afterwards reads the disk."""
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def replace(self, source: Path, target: Path) -> None:
-        """Rename, over whatever has the name."""
+        """Rename `source` to `target`, replacing a file of that name."""
         source.replace(target)
 
     def fsync_dir(self, folder: Path) -> None:
-        """The folder's list of names onto the disk, where a system can do that."""
+        """Write the folder's list of names to the disk, if the system can."""
         if os.name == "nt":
             return
         handle = os.open(folder, os.O_RDONLY)
         try:
-            with _tolerating_what_is_unsupported():
+            with _ignoring_unsupported():
                 os.fsync(handle)
         finally:
             os.close(handle)
 
     def unlink(self, path: Path) -> None:
-        """Remove one name; a link itself, never what it points to."""
+        """Remove a file, or a link but not its target."""
         path.unlink()
 
     def listdir(self, folder: Path) -> list[str]:
-        """The names in a folder, in no order."""
+        """Return the names in a folder, in no order."""
         return [path.name for path in folder.iterdir()]
 
 
@@ -93,18 +94,18 @@ IO_OPS = IoOps()
 
 
 class Target:
-    """What a writer callback writes to; it hands everything to `io_ops`."""
+    """The file object that a writer callback gets; it writes through `io_ops`."""
 
     def __init__(self, file: FileIO, io_ops: IoOps) -> None:
         self.file, self.io_ops = file, io_ops
 
     def write(self, data: bytes | memoryview) -> int:
-        """All of `data`; returns its length, as files do."""
+        """Write all of `data` and return its length, as files do."""
         self.io_ops.write(self.file, data)
         return len(data)
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Do nothing: there is no buffer."""
 
 
 def write_atomically(
@@ -115,10 +116,10 @@ def write_atomically(
     check: Callable[[Path], object] | None = None,
     io_ops: IoOps = IO_OPS,
 ) -> None:
-    """Write a file whole or not at all; `path` holds the old content until the new one lies on the disk.
+    """Write a file whole or not at all: `path` has its old content until the new content is on the disk.
 
-    `content` is bytes, or a function that writes about `size` bytes. `check` reads the temporary file before it gets its
-    name, and raises what it finds. Raises ResourceError where the system refuses; KeyboardInterrupt comes out as itself.
+    `content` is bytes, or a function that writes about `size` bytes. `check` reads the temporary file before it is
+    renamed, and raises if it is wrong. Raise ResourceError if the system refuses; a KeyboardInterrupt is raised as it is.
     """
     outer = sys.exc_info()[1]
     size = len(content) if isinstance(content, bytes) else size
@@ -146,7 +147,7 @@ def write_atomically(
     except BaseException as error:
         cause = _hidden_cause(error, outer)
         if isinstance(cause, OSError):
-            raise ResourceError(_describe_failure(path, cause, size, io_ops)) from error
+            raise _save_error(path, cause, size, io_ops) from error
         if cause is error:
             raise
         raise cause from None
@@ -155,13 +156,13 @@ def write_atomically(
 def write_folder_atomically(
     target: Path, fill: Callable[[Path], object], *, replaces: bool = False, io_ops: IoOps = IO_OPS
 ) -> None:
-    """Make a folder whole or not at all: `fill` writes it under a temporary name beside `target`, then it is renamed.
+    """Write a folder whole or not at all: `fill` writes it under a temporary name beside `target`, then it is renamed.
 
-    What `fill` raises comes out, and nothing is left behind. With `replaces` a folder of the name gives way at the end.
-    Raises ResourceError where the system refuses.
+    If `fill` raises, nothing is left behind. With `replaces`, an existing folder of that name is removed at the end.
+    Raise ResourceError if the system refuses.
     """
     mark = f"tmp.{os.getpid()}-{secrets.token_hex(4)}"
-    temporary, aside = target.with_name(f".export.{mark}"), target.with_name(f".replaced.{mark}")
+    temporary, replaced = target.with_name(f".export.{mark}"), target.with_name(f".replaced.{mark}")
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -170,12 +171,12 @@ def write_folder_atomically(
         fill(temporary)
         io_ops.fsync_dir(temporary)
         if replaces:
-            io_ops.replace(target, aside)
+            io_ops.replace(target, replaced)
         try:
             io_ops.replace(temporary, target)
         except BaseException:
             if replaces:
-                aside.rename(target)
+                replaced.rename(target)
             raise
         io_ops.fsync_dir(target.parent)
     except BaseException as error:
@@ -184,26 +185,56 @@ def write_folder_atomically(
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise ResourceError(_describe_failure(target, error, 0, io_ops)) from error
+            raise _save_error(target, error, 0, io_ops) from error
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def probe_folder(folder: Path) -> None:
-    """Make the folder and write a file in it, now and not at the first save. Raises ResourceError where that fails."""
-    probe = folder / ".probe"
+def sync_file(path: Path) -> None:
+    """Write a file that is closed already to the disk. Windows can sync only a file that is open for writing."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def make_folder(folder: Path, option: str = "--save_dir") -> list[Path]:
+    """Make a folder and its parents; return those that were missing, the innermost first.
+
+    Raise ResourceError, naming the option that chooses another folder, if that is not possible.
+    """
+    made: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in [*reversed(folder.parents), folder]:
+            try:
+                if not path.is_dir():
+                    path.mkdir()
+                    made.insert(0, path)
+            except FileExistsError:
+                if not path.is_dir():  # else another process made it at this moment
+                    raise
+    except (OSError, ValueError) as error:
+        raise folder_error(folder, error, option) from error
+    return made
+
+
+def probe_folder(folder: Path, option: str = "--save_dir") -> None:
+    """Make the folder and write a file in it, to find out at the start whether a save is possible.
+
+    Raise ResourceError, naming the option that chooses another folder, if it is not.
+    """
+    make_folder(folder, option)
+    probe = folder / f".probe.{os.getpid()}"
+    try:
         write_atomically(probe, b"probe")
         probe.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise ResourceError(
-            f"{folder} - it cannot be written: {_reason(error)} - make it writable or choose another --save_dir"
-        ) from error
+    except (OSError, ResourceError) as error:
+        cause = error.__cause__ if isinstance(error, ResourceError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise folder_error(folder, cause, option) from error
 
 
 def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
-    """Remove temporary files of processes that are gone. Only the holder of the folder's lock may call this."""
+    """Remove temporary files of processes that have ended. Only the holder of the folder's lock may call this."""
     for name in io_ops.listdir(folder):
         match = TEMPORARY.fullmatch(name)
         if match and not is_running(int(match[1])):
@@ -212,7 +243,7 @@ def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
 
 
 def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:
-    """Remove what killed exports left here; only after a day, because another machine's process may be writing it."""
+    """Remove folders of exports that were killed. Wait a day: they may belong to a process of another machine."""
     for name in io_ops.listdir(parent):
         match, path = TEMPORARY.fullmatch(name), parent / name
         if match and name.startswith(".export.") and not is_running(int(match[1])):
@@ -221,10 +252,59 @@ def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:
                     shutil.rmtree(path)
 
 
-def _hidden_cause(error: BaseException, outer: BaseException | None) -> BaseException:
-    """What a library hid behind an error of its own: torch turns a full disk and Ctrl-C alike into a RuntimeError.
+def describe_problem(path: Path, error: Exception) -> str:
+    """Return why `path` cannot be used, for a system error whose own words would mislead.
 
-    `outer` is what the caller was handling already; from there on the chain is the caller's.
+    The system says "File exists" of a link to nothing, and "No such file" of a folder that is missing.
+    """
+    if isinstance(error, ValueError):
+        return "the name contains a NUL character"
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.ENAMETOOLONG:
+        return "the name is too long"
+    if code in (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ELOOP):
+        for part in [*reversed(path.parents), path]:
+            name = "it" if part == path else str(part)
+            try:
+                if not stat.S_ISDIR(part.stat().st_mode) and (part != path or code != errno.ENOENT):
+                    return f"{name} is a file, not a folder"
+            except OSError as found:
+                if found.errno == errno.ELOOP:
+                    return f"{name} is a symbolic link that leads back to itself"
+                if part.is_symlink():
+                    return f"{name} is a symbolic link to {part.readlink()}, which does not exist"
+                return f"the folder {part} does not exist"
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return reason[:1].lower() + reason[1:]
+
+
+def folder_error(folder: Path, error: Exception, option: str) -> ResourceError:
+    """Return the error of a folder that cannot be written; `option` is what chooses another one."""
+    code = error.errno if isinstance(error, OSError) else None
+    advice = "Make it writable, or choose" if code in (errno.EACCES, errno.EPERM, errno.EROFS) else "Choose"
+    advice = "Free some space, or choose" if code in FULL else advice
+    problem = describe_problem(folder, error)
+    return ResourceError(_printable(folder), f"cannot be written: {problem}", f"{advice} another {option}")
+
+
+def _printable(path: Path) -> str:
+    return str(path).replace("\0", "\\0")
+
+
+def _save_error(path: Path, error: OSError, size: int, io_ops: IoOps) -> ResourceError:
+    need = ""
+    if error.errno in FULL:
+        with contextlib.suppress(OSError):
+            need = f" ({size:,} bytes are needed, {io_ops.free_bytes(path.parent):,} are free)"
+    advice = "Free some space" if error.errno in FULL else "Make the folder writable"
+    problem = describe_problem(path.parent, error)
+    return ResourceError(path, f"was not saved: {problem}{need}", f"{advice}, or choose another folder")
+
+
+def _hidden_cause(error: BaseException, outer: BaseException | None) -> BaseException:
+    """Return the error that a library hid behind its own: torch turns a full disk and Ctrl-C into a RuntimeError.
+
+    `outer` is the exception that the caller was handling already; the chain behind it is not searched.
     """
     found: BaseException | None = error
     while found is not None and found is not outer:
@@ -234,21 +314,8 @@ def _hidden_cause(error: BaseException, outer: BaseException | None) -> BaseExce
     return error
 
 
-def _describe_failure(path: Path, error: OSError, size: int, io_ops: IoOps) -> str:
-    need = ""
-    if error.errno in FULL:
-        with contextlib.suppress(OSError):
-            need = f"; {size:,} bytes are needed and {io_ops.free_bytes(path.parent):,} are free"
-    advice = "free some space" if error.errno in FULL else "make the folder writable"
-    return f"{path} - it was not saved: {_reason(error)}{need} - {advice} or choose another folder"
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
-
-
 @contextlib.contextmanager
-def _tolerating_what_is_unsupported() -> Iterator[None]:
+def _ignoring_unsupported() -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,64 +1,130 @@
-"""The lock of a run folder."""
+"""The lock of a run folder: one run at a time writes in it.
+
+The lock is the operating system's lock on `.lock`, so that it is free as soon as its process ends, even by `kill -9`.
+The text in `.lock` says who holds it, for messages only.
+"""
 
 import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from smollm2.errors import ResourceError
-from smollm2.storage.atomic import _reason, remove_stale_temporaries
-from smollm2.storage.processes import is_running
+from smollm2.storage.atomic import folder_error, make_folder, probe_folder, remove_stale_temporaries
+from smollm2.storage.processes import is_running, start_time
+from smollm2.storage.run_folder import LOCK
+
+
+@dataclass
+class HeldFolder:
+    """A run folder while this process holds it. `made` are the folders that it had to make, the run folder first."""
+
+    path: Path
+    made: list[Path]
+    is_exclusive: bool  # False if the file system has no locks: nobody is kept out
+    is_discarded: bool = False
+
+    def discard(self) -> None:
+        """Remove the folder when it is released, if this process made it. A folder that was there before stays."""
+        self.is_discarded = True
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[bool]:
-    """Hold a folder; a kill frees it. False where its file system has no locks, and then nobody is kept out.
+def lock_folder(folder: Path) -> Iterator[HeldFolder]:
+    """Make the folder if it is missing, check that it can be written, and hold its lock.
 
-    Removes what killed runs left half written. Raises ResourceError, naming the holder, where another run has it.
+    Removes the temporary files of processes that were killed. Raise ResourceError if the folder cannot be written, or if
+    another run holds it; the message names that run.
     """
-    path = folder / ".lock"
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    except OSError as error:
-        raise ResourceError(f"{path} - it cannot be opened: {_reason(error)} - choose another --save_dir") from error
-    held = [handle]
-    # A forked child shares the lock and would keep it when this process is killed. A child that runs another program
-    # does not: Python's handles close there.
+    made = make_folder(folder)
+    handle, is_exclusive = _open_locked(folder)
+    lock = [handle]
+    # A forked child shares the lock and would keep it after this process was killed. In a child that runs another program
+    # the lock is closed anyway: Python's file descriptors are not inherited.
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: _close_all(held))
+        os.register_at_fork(after_in_child=lambda: _close_all(lock))
+    held = HeldFolder(folder, made, is_exclusive, is_discarded=True)
     try:
-        locked = _take_lock(handle)
-        if locked is None:
-            raise ResourceError(
-                f"{folder} - another run holds it: {_read_holder(path)} - wait for it, stop it, or choose another --save_dir"
-            )
-        if locked:
-            _write_holder(handle)
-            remove_stale_temporaries(folder)
-        yield locked
+        try:
+            if is_exclusive:
+                _write_holder(handle)
+                remove_stale_temporaries(folder)
+            probe_folder(folder)
+            held.is_discarded = False
+            yield held
+        finally:
+            if held.is_discarded and held.made and held.is_exclusive:
+                _remove(held, lock)
     finally:
-        _close_all(held)
+        _close_all(lock)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether the process that last took the folder's lock is there, as far as this machine can say. Takes nothing."""
+    """Return whether the process that last took the folder's lock is running on this machine. Does not take the lock."""
     try:
-        holder = json.loads((folder / ".lock").read_bytes())
-        return bool(holder["boot_id"] == _read_boot_id() and is_running(int(holder["pid"])))
-    except (OSError, ValueError, KeyError, TypeError):
+        holder = json.loads((folder / LOCK).read_bytes())
+        started = holder.get("process_started")
+        return bool(holder["boot_id"] == _read_boot_id()) and is_running(int(holder["pid"]), started)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _open_locked(folder: Path) -> tuple[int, bool]:
+    """Open `.lock` and lock it; return its descriptor, and whether the file system has locks."""
+    path = folder / LOCK
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        except OSError as error:
+            if path.is_symlink():  # which a stranger may have pointed anywhere
+                raise ResourceError(path, "is a symbolic link", "Remove it, or choose another --save_dir") from None
+            raise folder_error(folder, error, "--save_dir") from error
+        taken = _take_lock(handle)
+        if taken is None:
+            os.close(handle)
+            raise ResourceError(
+                folder,
+                f"is in use by another run ({_describe_holder(path)})",
+                "Wait for it, stop it, or choose another --save_dir",
+            )
+        # Between opening and locking, the holder may have removed its folder, and this file with it: then begin again.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle, taken
+        os.close(handle)
+        make_folder(folder)
+
+
+def _remove(held: HeldFolder, lock: list[int]) -> None:
+    """Remove the folder, `.lock` last: until then no other run can begin to write in it."""
+    for path in held.path.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if os.name == "nt":  # where an open file cannot be removed
+        _close_all(lock)
+    with contextlib.suppress(OSError):
+        (held.path / LOCK).unlink()
+        for folder in held.made:
+            folder.rmdir()
 
 
 if sys.platform == "win32":
     import msvcrt
 
     def _lock_or_raise(handle: int) -> None:
-        # Windows forbids others to read what is locked: a byte far behind the text is.
+        # Windows does not let others read a locked range: lock one byte far behind the text.
         os.lseek(handle, 2**20, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 
@@ -70,7 +136,7 @@ else:
 
 
 def _take_lock(handle: int) -> bool | None:
-    """True: taken; None: another has it; False: this file system has no locks."""
+    """Return True if the lock was taken, None if another process holds it, False if the file system has no locks."""
     try:
         _lock_or_raise(handle)
     except OSError as error:
@@ -83,6 +149,7 @@ def _write_holder(handle: int) -> None:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "boot_id": _read_boot_id(),
+        "process_started": start_time(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     os.ftruncate(handle, 0)
@@ -91,17 +158,17 @@ def _write_holder(handle: int) -> None:
 
 
 def _read_boot_id() -> str:
-    """What tells this start of the machine from the one before; empty where the system does not say."""
+    """Return an identifier of this boot of the machine, or "" if the system has none."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
 
 
-def _read_holder(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_bytes())
         return f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has not said which it is"
+        return "an unknown process"
 
 
 def _close_all(handles: list[int]) -> None:

@@ -1,16 +1,27 @@
-"""Processes of this machine."""
+"""Processes of this machine: whether one is still running."""
 
-import os
+import psutil
+
+START_TOLERANCE = 10.0
+"""Seconds by which the start time of one process may differ between two readings: the clock may be set in between."""
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine is there; on Windows, where asking would end it, always true."""
-    if os.name == "nt":
-        return True
+def is_running(pid: int, started: float | None = None) -> bool:
+    """Return whether process `pid` is running; with `started`, whether it is the process that started at that time.
+
+    A zombie, which has ended but was not waited for, is not running. `started` is in seconds since the epoch.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        if started is not None and abs(process.create_time() - started) > START_TOLERANCE:
+            return False
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+
+
+def start_time() -> float:
+    """Return when this process started, in seconds since the epoch."""
+    return float(psutil.Process().create_time())

@@ -74,7 +74,7 @@ def open_corpus(
         if not trained.exists():
             console.say(f"training a tokenizer of up to {config.model.vocab_size:,} entries on {text.name}")
             made = train_tokenizer(text.sample(stop=stop), config.model.vocab_size)
-            probe_folder(cache)
+            probe_folder(cache, "data.cache_dir")
             write_atomically(trained, made.text.encode())
         tokenizer = tokenizer_from_text(trained.read_text(encoding="utf-8"))
     store = prepare_tokens(

@@ -7,7 +7,6 @@ the seed and its number, a sample of the seed and the step. So a run that was ki
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -32,8 +31,7 @@ from smollm2.runtime.device import (
     environment,
     start_runtime,
 )
-from smollm2.storage.atomic import probe_folder
-from smollm2.storage.locks import lock_folder
+from smollm2.storage.locks import HeldFolder, lock_folder
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
 from smollm2.training.actions import begin_look, check_replicas, do_duties, due, duties_of, end_look, save, split
 from smollm2.training.agreement import config_facts, fingerprint_code, refuse_disagreement, start_facts, watched
@@ -79,7 +77,7 @@ def train(
     clock = Clock(config.training.time_limit)
     runtime = start_runtime(config.training)
     folder = Path(config.training.save_dir)
-    is_new = not folder.exists()
+    held: HeldFolder | None = None
     log = RunLog(folder, runtime.rank, find_secrets(environment()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.stop.listening())
@@ -90,8 +88,8 @@ def train(
             with runtime.together():
                 micro_batch_size(config.global_batch_size, runtime.world_size, config.training.batch_size)
                 if runtime.rank == 0:
-                    probe_folder(folder)
-                    if not stack.enter_context(lock_folder(folder)):
+                    held = stack.enter_context(lock_folder(folder))
+                    if not held.is_exclusive:
                         console.say(f"{folder}: this file system has no locks; take care that no other run writes here")
             if runtime.world_size > 1:
                 watch.start()
@@ -108,9 +106,9 @@ def train(
             if number := runtime.stop_requested():
                 raise Interrupted(f"stopped by {signal.Signals(number).name} before a step; nothing was lost", number)
         except Smollm2Error:
+            if held:  # nothing was trained: leave nothing behind
+                held.discard()
             stack.close()
-            if is_new and runtime.rank == 0:  # nothing was trained: leave nothing behind
-                shutil.rmtree(folder, ignore_errors=True)
             raise
         if progress.step == config.training.train_steps and not progress.pending:
             more = f"--resume auto --train_steps {2 * progress.step}"

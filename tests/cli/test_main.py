@@ -93,7 +93,7 @@ MISTAKES = {
         "XXXX stands for the number of a step",
     ),
     "a checkpoint that is none": (["--checkpoint_path", "input.txt"], 4, "input.txt - "),
-    "a file in the run folder's place": (["--save_dir", "input.txt"], 6, "input.txt - it cannot be written"),
+    "a file in the run folder's place": (["--save_dir", "input.txt"], 6, "input.txt: cannot be written"),
     "fp16 on a CPU": (["--training.precision", "fp16"], 2, "fp16 needs a CUDA GPU"),
 }
 FILES = {

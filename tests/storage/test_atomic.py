@@ -1,10 +1,6 @@
 import errno
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +11,22 @@ from io_faults import (
     exit_code_in_a_fork,
     raising_at,
     record_operations,
-    write_temporary,
 )
+from runs import WORDS
 
+from smollm2.data.store import prepare_tokens
+from smollm2.data.text import open_text
+from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import ResourceError
-from smollm2.storage.atomic import IoOps, Target, probe_folder, write_atomically
-from smollm2.storage.locks import is_held, lock_folder
+from smollm2.exporting.hugging_face import settle_files
+from smollm2.storage.atomic import IoOps, Target, probe_folder, sync_file, write_atomically
+from smollm2.storage.locks import lock_folder
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
 def hide_behind_a_runtime_error(write: Callable[[], object]) -> None:
-    """What torch does with an error of its file."""
+    """Do what torch does with an error of its file."""
     try:
         write()
     except BaseException:
@@ -85,7 +85,7 @@ def test_a_failing_operation_leaves_the_old_file_or_the_new_one_and_nothing_else
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ResourceError, match=f"^{path} - it was not saved: {os.strerror(code)}"):
+    with pytest.raises(ResourceError, match=f"(?i)^{path}: was not saved: {os.strerror(code)}"):
         write_atomically(path, b"new", io_ops=raising_at(position, OSError(code, os.strerror(code))))
     assert path.read_bytes() == (b"new" if position == 7 else b"old")
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
@@ -101,26 +101,26 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(tmp_path: Path, position: in
     assert path.read_bytes() == (b"new" if position == 7 else b"old")
 
 
-def test_a_full_disk_is_found_before_a_byte_is_written_and_told_with_both_numbers(tmp_path: Path) -> None:
+def test_a_full_disk_is_found_before_a_byte_is_written_and_reported_with_both_numbers(tmp_path: Path) -> None:
     """Promise A4."""
 
     class FullDisk(IoOps):
         def free_bytes(self, folder: Path) -> int:
             return 1234
 
-    with pytest.raises(ResourceError, match=r"file - .*; 5,000 bytes are needed and 1,234 are free - free some space"):
+    with pytest.raises(ResourceError, match=r"file: .* \(5,000 bytes are needed, 1,234 are free\)\. Free some space"):
         write_atomically(tmp_path / "file", lambda file: pytest.fail("it was written"), size=5000, io_ops=FullDisk())
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_fork
-def test_a_real_limit_of_the_system_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_real_limit_of_the_system_is_reported_in_one_line(tmp_path: Path) -> None:
     """Promise A4."""
     resource = pytest.importorskip("resource")
 
     def write_beyond_the_limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with pytest.raises(ResourceError, match=r"^[^\n]*file - [^\n]*5,000 bytes are needed[^\n]*$"):
+        with pytest.raises(ResourceError, match=r"^[^\n]*file: [^\n]*5,000 bytes are needed[^\n]*$"):
             write_atomically(tmp_path / "file", bytes(5000))
 
     assert exit_code_in_a_fork(write_beyond_the_limit) == 0
@@ -131,7 +131,7 @@ def test_a_real_limit_of_the_system_is_told_in_one_line(tmp_path: Path) -> None:
     ("error", "expected"),
     [(OSError(errno.EIO, "the disk broke"), ResourceError), (KeyboardInterrupt(), KeyboardInterrupt)],
 )
-def test_an_error_that_a_library_hides_comes_out_as_itself(
+def test_an_error_that_a_library_hides_is_raised_as_itself(
     tmp_path: Path, error: BaseException, expected: type[BaseException]
 ) -> None:
     def write(file: Target) -> None:
@@ -153,7 +153,7 @@ def test_an_error_that_the_caller_is_handling_is_not_taken_for_the_cause(tmp_pat
             write_atomically(tmp_path / "file", write)
 
 
-def test_a_write_that_the_system_cuts_short_is_completed(tmp_path: Path) -> None:
+def test_a_partial_write_of_the_system_is_completed(tmp_path: Path) -> None:
     class Slow:
         def __init__(self) -> None:
             self.taken = bytearray()
@@ -167,10 +167,42 @@ def test_a_write_that_the_system_cuts_short_is_completed(tmp_path: Path) -> None
     assert slow.taken == b"0123456789"
 
 
+@pytest.fixture
+def fsync_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let fsync refuse a file that is open for reading only, as Windows does."""
+    fcntl = pytest.importorskip("fcntl")
+    fsync = os.fsync
+
+    def refuse_readers(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        if not is_folder and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "fsync of a file that is open for reading")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_readers)
+
+
+@pytest.mark.usefixtures("fsync_of_windows")
+def test_files_are_synced_as_windows_needs_it_when_they_are_written_stored_or_exported(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"text")
+    sync_file(path)
+    settle_files(tmp_path)
+    text = tmp_path / "input.txt"
+    text.write_text(WORDS * 20)
+    store = prepare_tokens(open_text(str(text), tmp_path), load_tokenizer("bytes"), tmp_path / "cache", 0.1)
+    assert len(store.train) > 0
+
+
 def test_the_probe_makes_the_folder_and_leaves_it_empty(tmp_path: Path) -> None:
     probe_folder(tmp_path / "a" / "b")
     probe_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def make_and_lock(folder: Path) -> None:
+    with lock_folder(folder):
+        pass
 
 
 def a_file(tmp_path: Path) -> Path:
@@ -202,132 +234,58 @@ def a_folder_of_the_kernel(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "problem", "advice"),
     [
-        a_file,
-        lambda tmp_path: a_file(tmp_path) / "below",
-        a_dead_link,
-        a_link_to_itself,
-        a_read_only_folder,
-        a_folder_of_the_kernel,
-        lambda tmp_path: tmp_path / ("x" * 300),
-        lambda tmp_path: tmp_path / "a\0b",
+        (a_file, "it is a file, not a folder", "Choose another --save_dir."),
+        (lambda tmp_path: a_file(tmp_path) / "below", "file is a file, not a folder", "Choose another --save_dir."),
+        (a_dead_link, "it is a symbolic link to {}/nowhere, which does not exist", "Choose another --save_dir."),
+        (lambda tmp_path: a_dead_link(tmp_path) / "below", "link is a symbolic link to {}/nowhere, which does not", ""),
+        (a_link_to_itself, "it is a symbolic link that leads back to itself", "Choose another --save_dir."),
+        (
+            lambda tmp_path: a_link_to_itself(tmp_path) / "below",
+            "loop is a symbolic link that leads back to itself",
+            "",
+        ),
+        (a_read_only_folder, "permission denied", "Make it writable, or choose another --save_dir."),
+        (a_folder_of_the_kernel, "", "choose another --save_dir."),
+        (lambda tmp_path: tmp_path / ("x" * 300), "the name is too long", "Choose another --save_dir."),
+        (lambda tmp_path: tmp_path / "a\0b", "the name contains a NUL character", "Choose another --save_dir."),
     ],
-    ids=["file", "below a file", "dead link", "link to itself", "read-only", "kernel's", "long name", "NUL"],
+    ids=[
+        "file",
+        "below a file",
+        "dead link",
+        "below a dead link",
+        "link to itself",
+        "below a link to itself",
+        "read-only",
+        "kernel's",
+        "long name",
+        "NUL",
+    ],
 )
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+@pytest.mark.parametrize("use", [probe_folder, make_and_lock], ids=["probe", "lock"])
+def test_a_folder_that_cannot_be_written_is_reported_with_the_reason(
+    tmp_path: Path, make: Callable[[Path], Path], problem: str, advice: str, use: Callable[[Path], None]
+) -> None:
     """Promise A5."""
     folder = make(tmp_path)
     with pytest.raises(ResourceError) as raised:
-        probe_folder(folder)
-    assert str(raised.value).startswith(str(folder)) and "\n" not in str(raised.value)
+        use(folder)
+    message = str(raised.value)
+    assert message.startswith(f"{str(folder).replace(chr(0), chr(92) + '0')}: cannot be written: ")
+    assert problem.format(tmp_path) in message and message.endswith(advice) and "\n" not in message
 
 
-def test_a_folder_that_vanished_is_told_at_the_write(tmp_path: Path) -> None:
+def test_the_option_that_chose_the_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"Choose another data\.cache_dir\.$"):
+        probe_folder(a_file(tmp_path), "data.cache_dir")
+
+
+def test_a_folder_that_vanished_is_reported_at_the_next_write(tmp_path: Path) -> None:
     """Promise A5."""
-    with pytest.raises(ResourceError, match="gone/file - it was not saved: No such file"):
+    with pytest.raises(ResourceError, match=r"gone/file: was not saved: the folder .*gone does not exist"):
         write_atomically(tmp_path / "gone" / "file", b"text")
-
-
-def test_a_folder_is_held_while_its_process_is_there(tmp_path: Path) -> None:
-    assert not is_held(tmp_path)
-    with lock_folder(tmp_path):
-        assert is_held(tmp_path)
-    holder = json.loads((tmp_path / ".lock").read_bytes())
-    for changed in ({"boot_id": "another start"}, {"pid": 2**22 + 1}, {"pid": "none"}):
-        (tmp_path / ".lock").write_text(json.dumps({**holder, **changed}))
-        assert not is_held(tmp_path)
-
-
-def test_a_held_folder_refuses_a_second_run_and_names_the_first(tmp_path: Path) -> None:
-    """Promise A9."""
-    expected = f"^{tmp_path} - another run holds it: process {os.getpid()} on {socket.gethostname()}, since "
-    with lock_folder(tmp_path) as locked:
-        assert locked
-        with pytest.raises(ResourceError, match=expected), lock_folder(tmp_path):
-            pytest.fail("two runs hold one folder")
-
-
-def test_a_released_folder_can_be_held_again(tmp_path: Path) -> None:
-    for _ in range(3):
-        with lock_folder(tmp_path):
-            holder = json.loads((tmp_path / ".lock").read_bytes())
-    assert set(holder) == {"pid", "host", "boot_id", "started"}
-
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from smollm2.storage.locks import lock_folder
-with lock_folder(Path(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
-        print(os.getpid(), flush=True)
-    time.sleep(60)
-"""
-
-
-@needs_fork
-def test_kill_minus_9_frees_a_folder_while_a_forked_child_lives_on(tmp_path: Path) -> None:
-    """Promise A9."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout
-        child = int(holder.stdout.readline())
-        try:
-            with pytest.raises(ResourceError, match=f"process {holder.pid} on"), lock_folder(tmp_path):
-                pytest.fail("two runs hold one folder")
-            holder.kill()
-            holder.wait()
-            with lock_folder(tmp_path) as locked:
-                os.kill(child, 0)
-                assert locked
-        finally:
-            holder.kill()
-            os.kill(child, signal.SIGKILL)
-
-
-@needs_fork
-def test_a_forked_child_that_ends_does_not_free_the_folder(tmp_path: Path) -> None:
-    with lock_folder(tmp_path):
-        assert exit_code_in_a_fork(lambda: None) == 0
-        with pytest.raises(ResourceError), lock_folder(tmp_path):
-            pytest.fail("two runs hold one folder")
-
-
-@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="this system opens every link")
-def test_a_link_in_the_locks_place_is_not_followed(tmp_path: Path) -> None:
-    target = tmp_path / "precious"
-    target.write_text("text")
-    (tmp_path / ".lock").symlink_to(target)
-    with pytest.raises(ResourceError, match="lock - it cannot be opened"), lock_folder(tmp_path):
-        pytest.fail("a link was taken for the lock")
-    assert target.read_text() == "text"
-
-
-@needs_fork
-def test_the_lock_clears_away_what_dead_runs_left_and_only_that(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    dead, living = write_temporary(tmp_path, child), write_temporary(tmp_path, os.getpid())
-    other = tmp_path / "notes.tmp.1-a"
-    other.write_text("text")
-    with lock_folder(tmp_path):
-        assert not dead.exists() and living.exists() and other.exists()
-
-
-@needs_fork
-def test_a_refused_run_clears_nothing_away(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    with lock_folder(tmp_path):
-        dead = write_temporary(tmp_path, child)
-        with pytest.raises(ResourceError), lock_folder(tmp_path):
-            pytest.fail("two runs hold one folder")
-        assert dead.exists()
 
 
 def test_every_operation_of_the_seam_can_be_watched() -> None:
