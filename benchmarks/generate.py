@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from results import Contestant, machine, publish, take_turns
+from results import Contestant, find_precisions, machine, publish, take_turns
 
 PROMPT = "It is a truth universally known "
 NEW_TOKENS = 128
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -61,7 +61,8 @@ def build_transformers(precision: str, batch: int) -> Callable[[], str]:
 
     torch.manual_seed(1337)
     weights = SmolLM2(ModelConfig(norm="rmsnorm", **SHAPE)).state_dict()
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5)).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5))
+    model.eval()
     model.load_state_dict(weights)
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     tokenizer = load_tokenizer("bytes")
@@ -116,14 +117,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--calls", type=int, default=2, help="texts (batches of them) in one turn")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", choices=["float32", "bf16"], help="default: both")
+    parser.add_argument(
+        "--precision", choices=["float32", "bf16"], help="default: float32, and bf16 if the CPU computes it"
+    )
     parser.add_argument("--batch", type=int, help="default: 1 and 8")
     parser.add_argument("--child", choices=BUILDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         serve(args.child, args.precision, args.batch, args.threads)
         return
-    precisions = [args.precision] if args.precision else ["float32", "bf16"]
+    precisions = [args.precision] if args.precision else find_precisions()
     batches = [args.batch] if args.batch else [1, 8]
     found = machine("transformers")
     results = [compare(p, batch, args.pairs, args.calls, args.threads) for p in precisions for batch in batches]

@@ -19,7 +19,7 @@ from typing import Any
 from results import machine, publish
 
 TARGET, STEPS, BATCH, LENGTH = 1.905, 2000, 12, 64
-SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPE |= {"max_position_embeddings": LENGTH, "norm": "rmsnorm"}
 RECIPES = {"AdamW 1e-3": ("adamw", 1e-3, 1e-4), "Muon 3e-3": ("muon", 3e-3, 3e-4)}
 
@@ -52,7 +52,7 @@ def pace_of_nanogpt(turns: int = 5, steps: int = 20) -> float:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=65,

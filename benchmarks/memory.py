@@ -14,13 +14,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
-from results import machine, publish
-
-VOCABULARY, WIDTH, TOKENS = 49_152, 576, 4096
+from results import find_precisions, machine, publish
 
 
-def run_form(name: str, precision: str, repeats: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Sizes:
+    """The output head: hidden states (tokens, width) and a weight (vocabulary, width)."""
+
+    vocabulary: int
+    width: int
+    tokens: int
+
+
+def run_form(name: str, precision: str, sizes: Sizes, repeats: int) -> dict[str, float]:
     """Median seconds and the rise of the peak, of one form, in this process."""
     import torch
     import torch.nn.functional as F
@@ -29,11 +37,11 @@ def run_form(name: str, precision: str, repeats: int) -> dict[str, float]:
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()
-    weight = (torch.randn(VOCABULARY, WIDTH) * 0.02).requires_grad_()
-    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    hidden = torch.randn(sizes.tokens, sizes.width).to(dtype).requires_grad_()
+    weight = (torch.randn(sizes.vocabulary, sizes.width) * 0.02).requires_grad_()
+    labels = torch.randint(0, sizes.vocabulary, (sizes.tokens,))
     weight.grad = torch.zeros_like(weight)
-    (hidden[:8] @ weight[:8].to(dtype).T).sum().backward()  # the libraries' own buffers
+    torch.autograd.backward((hidden[:8] @ weight[:8].to(dtype).T).sum())  # the libraries' own buffers
 
     def plain() -> torch.Tensor:
         return F.cross_entropy((hidden @ weight.to(dtype).T).float(), labels, reduction="sum")
@@ -51,26 +59,34 @@ def run_form(name: str, precision: str, repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         started = time.perf_counter()
         loss = forms[name]()
-        loss.backward()
+        torch.autograd.backward(loss)
         seconds.append(time.perf_counter() - started)
     rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"megabytes": rise, "seconds": statistics.median(seconds), "loss": float(loss.detach()) / TOKENS}
+    return {"megabytes": rise, "seconds": statistics.median(seconds), "loss": float(loss.detach()) / sizes.tokens}
 
 
 def main() -> None:
     """Every form in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=49_152)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sizes = Sizes(args.vocabulary, args.width, args.tokens)
     if args.child:
-        print(json.dumps(run_form(*args.child, args.repeats)))
+        name, precision = args.child
+        print(json.dumps(run_form(name, precision, sizes, args.repeats)))
         return
     found, rows, results = machine(), [], []
-    for precision in ("float32", "bf16"):
+    flags = ["--repeats", str(args.repeats)]
+    for name, value in asdict(sizes).items():
+        flags += [f"--{name}", str(value)]
+    for precision in find_precisions():
         figures = {}
         for name in ("plain", "linear_cross_entropy", "ours"):
-            command = [sys.executable, __file__, "--repeats", str(args.repeats), "--child", name, precision]
+            command = [sys.executable, __file__, *flags, "--child", name, precision]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 rows.append([precision, name, "does not run here", "", "", done.stderr.strip().splitlines()[-1][:80]])
@@ -83,8 +99,7 @@ def main() -> None:
             )
         results.append({"precision": precision, **figures})
     columns = ["precision", "form", "MB over the inputs", "of plain", "seconds", "mean loss"]
-    shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "tokens": TOKENS}
-    publish(__file__, columns, rows, machine=found, shape=shape, results=results)
+    publish(__file__, columns, rows, machine=found, shape=asdict(sizes), results=results)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,15 @@ def machine(*packages: str) -> dict[str, object]:
     return found | {name: importlib.metadata.version(name) for name in ("torch", *packages)}
 
 
+def find_precisions() -> list[str]:
+    """Return the formats to compare on this CPU: bf16 only if it has the units, since emulation is 100 times slower."""
+    import torch
+
+    from smollm2.runtime.device import device_features
+
+    return ["float32", "bf16"] if "bf16" in device_features(torch.device("cpu")) else ["float32"]
+
+
 def publish(script: str, columns: Sequence[str], rows: Sequence[Sequence[object]], **more: object) -> None:
     """Print the table, write `<script>.json`, and put the table between its marks in README.md."""
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows))

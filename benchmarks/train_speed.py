@@ -17,11 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-from results import Contestant, machine, publish, take_turns
+from results import Contestant, find_precisions, machine, publish, take_turns
 
-SHAPE = {
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -31,31 +35,52 @@ SHAPE = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-BATCH, LENGTH = 8, 256
 LEARNING_RATE, MAX_GRAD_NORM = 3e-4, 1.0
 
 
-def build_ours(precision: str, compiled: bool) -> Callable[[], float]:
+@dataclass(frozen=True)
+class Task:
+    """What every contestant does: `batch` sequences of `length` tokens a step, in one precision, compiled or not."""
+
+    precision: str
+    compiled: bool
+    batch: int = 8
+    length: int = 256
+
+    def flags(self) -> list[str]:
+        """Return the flags that tell a child process the same."""
+        sizes = ["--batch", str(self.batch), "--length", str(self.length)]
+        return ["--precision", self.precision, *sizes, *(["--compiled"] if self.compiled else [])]
+
+    def read(self) -> "tuple[Tensor, Tensor]":
+        """Return the input ids and the labels, each (batch, length); labels[t] is the token after input_ids[t]."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, SHAPE["vocab_size"], (self.batch, self.length + 1), generator=generator)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def build_ours(task: Task) -> Callable[[], float]:
     """One update of this package, as `train` makes it."""
-    import torch
 
     from smollm2.config.schema import ModelConfig, TrainingConfig
     from smollm2.model.attention import choose_backend
-    from smollm2.model.transformer import SmolLM2
+    from smollm2.model.transformer import Block, SmolLM2
     from smollm2.runtime.device import compile_blocks, start_runtime
     from smollm2.training.optim import build_optimizers
     from smollm2.training.step import update
 
-    config = TrainingConfig(precision=precision, learning_rate=LEARNING_RATE)
+    config = TrainingConfig.model_validate({"precision": task.precision, "learning_rate": LEARNING_RATE})
     runtime = start_runtime(config)
     model = SmolLM2(ModelConfig(norm="rmsnorm", **SHAPE))
+    backend = choose_backend("auto", runtime.device.type, runtime.precision.dtype)
     for layer in model.model.layers:
-        layer.self_attn.backend = choose_backend("auto", runtime.device.type, runtime.precision.dtype)
-    if compiled:
+        cast(Block, layer).self_attn.backend = backend
+    if task.compiled:
         compile_blocks(model.model.layers)
     optimizers = build_optimizers(model, config)
-    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+    batch = [task.read()]
 
     def step() -> float:
         result = update(model, optimizers, batch, runtime, learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
@@ -64,23 +89,22 @@ def build_ours(precision: str, compiled: bool) -> Callable[[], float]:
     return step
 
 
-def build_transformers(precision: str, compiled: bool) -> Callable[[], float]:
+def build_transformers(task: Task) -> Callable[[], float]:
     """One update of a plain loop: autocast, the model's own loss, torch's clipping and fused AdamW."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1337)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5))
-    if compiled:
+    if task.compiled:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    input_ids, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    input_ids, labels = task.read()
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
             loss = model(input_ids=input_ids, labels=labels, shift_labels=labels).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -89,7 +113,7 @@ def build_transformers(precision: str, compiled: bool) -> Callable[[], float]:
     return step
 
 
-def build_litgpt(precision: str, compiled: bool) -> Callable[[], float]:
+def build_litgpt(task: Task) -> Callable[[], float]:
     """One update of litgpt's model with its own loss, in autocast as its bf16-mixed is; the head tied as in the others."""
     import torch
     from litgpt.config import Config
@@ -98,7 +122,7 @@ def build_litgpt(precision: str, compiled: bool) -> Callable[[], float]:
 
     torch.manual_seed(1337)
     config = Config(
-        block_size=LENGTH,
+        block_size=task.length,
         vocab_size=SHAPE["vocab_size"],
         padded_vocab_size=SHAPE["vocab_size"],
         n_layer=SHAPE["num_hidden_layers"],
@@ -115,16 +139,15 @@ def build_litgpt(precision: str, compiled: bool) -> Callable[[], float]:
     model = GPT(config)
     model.lm_head.weight = model.transformer.wte.weight
     model.apply(model._init_weights)
-    if compiled:
+    if task.compiled:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    input_ids, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    input_ids, labels = task.read()
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
             loss = chunked_cross_entropy(model(input_ids), labels, chunk_size=0)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -133,14 +156,14 @@ def build_litgpt(precision: str, compiled: bool) -> Callable[[], float]:
     return step
 
 
-def serve_trainer(threads: int) -> None:
+def serve_trainer(task: Task, threads: int) -> None:
     """Child process: transformers' Trainer with its defaults, which waits before an update until it is told to go on."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     torch.set_num_threads(threads)
     torch.manual_seed(1337)
-    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids, _ = task.read()
     before = peak_megabytes()
 
     class Turns(TrainerCallback):
@@ -164,7 +187,7 @@ def serve_trainer(threads: int) -> None:
         Trainer(
             model=LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5)),
             args=TrainingArguments(folder, max_steps=10**6, report_to="none", save_strategy="no", disable_tqdm=True),
-            train_dataset=[{"input_ids": ids[n % BATCH], "labels": ids[n % BATCH]} for n in range(8000)],
+            train_dataset=[{"input_ids": ids[n % task.batch], "labels": ids[n % task.batch]} for n in range(8000)],
             callbacks=[Turns()],
         ).train()
 
@@ -174,12 +197,12 @@ BUILDERS = {"ours": build_ours, "transformers": build_transformers, "litgpt": bu
 PEERS = ["transformers", "litgpt", "trainer"]
 
 
-def serve(name: str, precision: str, compiled: bool, threads: int) -> None:
+def serve(name: str, task: Task, threads: int) -> None:
     """Child process: for each number read from standard input make that many updates and answer with one JSON line."""
     import torch
 
     torch.set_num_threads(threads)
-    step = BUILDERS[name](precision, compiled)
+    step = BUILDERS[name](task)
     before = peak_megabytes()
     for line in sys.stdin:
         started = time.perf_counter()
@@ -194,25 +217,23 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def compare(
-    precision: str, compiled: bool, peers: list[str], rounds: int, steps: int, threads: int
-) -> list[dict[str, Any]]:
+def compare(task: Task, peers: list[str], rounds: int, steps: int, threads: int) -> list[dict[str, Any]]:
     """Rounds in which ours and each peer take a turn; one row of medians for each peer."""
     names = ["ours", *peers]
-    flags = ["--precision", precision, "--threads", str(threads), *(["--compiled"] if compiled else [])]
+    flags = [*task.flags(), "--threads", str(threads)]
     contestants = {name: Contestant(__file__, "--child", name, *flags) for name in names}
     for contestant in contestants.values():
         contestant.run(3)
     runs = take_turns(contestants, rounds, steps)
-    rates = {name: [steps * BATCH * LENGTH / run["seconds"] for run in found] for name, found in runs.items()}
+    rates = {name: [steps * task.batch * task.length / run["seconds"] for run in found] for name, found in runs.items()}
     memory = {name: found[-1]["peak_mb"] for name, found in runs.items()}
     rows = []
     for peer in peers:
         ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates[peer], strict=True)]
         rows.append(
             {
-                "precision": precision,
-                "compiled": compiled,
+                "precision": task.precision,
+                "compiled": task.compiled,
                 "peer": peer,
                 "tokens_per_second": [round(statistics.median(rates[name])) for name in ("ours", peer)],
                 "speed_ratio": round(statistics.median(ratios), 3),
@@ -230,30 +251,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="updates in one turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--precision", choices=["float32", "bf16"], nargs="+", default=["float32", "bf16"])
+    parser.add_argument(
+        "--precision", choices=["float32", "bf16"], nargs="+", help="default: float32, and bf16 if the CPU computes it"
+    )
     parser.add_argument("--peers", choices=PEERS, nargs="+", default=PEERS, help="those not installed are left out")
     parser.add_argument("--modes", choices=["eager", "compiled"], nargs="+", default=["eager", "compiled"])
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--child", choices=["ours", *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child == "trainer":
-        sys.stdout = sys.stderr
-        serve_trainer(args.threads)
-        return
     if args.child:
-        serve(args.child, args.precision[0], args.compiled, args.threads)
+        task = Task(args.precision[0], args.compiled, args.batch, args.length)
+        if args.child == "trainer":
+            sys.stdout = sys.stderr
+            serve_trainer(task, args.threads)
+        else:
+            serve(args.child, task, args.threads)
         return
     installed = [
         peer for peer in args.peers if importlib.util.find_spec("litgpt" if peer == "litgpt" else "transformers")
     ]
     found = machine("transformers", *(["litgpt"] if "litgpt" in installed else []))
     results: list[dict[str, Any]] = []
-    for precision in args.precision:
+    for precision in args.precision or find_precisions():
         for mode in args.modes:
             # The Trainer's defaults are float32 and eager: it is compared with what ours takes by itself here.
             peers = [peer for peer in installed if peer != "trainer" or mode == "eager"]
             if peers:
-                results += compare(precision, mode == "compiled", peers, args.rounds, args.steps, args.threads)
+                task = Task(precision, mode == "compiled", args.batch, args.length)
+                results += compare(task, peers, args.rounds, args.steps, args.threads)
     rows = []
     for row in results:
         mode = "compiled" if row["compiled"] else "eager"
