@@ -237,8 +237,8 @@ def test_a_killed_service_and_a_full_disk_cost_no_row(tmp_path: Path) -> None:
     whole.start()
     await_service(whole).kill()
     whole.finish()
-    assert whole.code == 0 and whole.when("W&B - ") < whole.when("Done")
-    assert len(whole.said()) == 2 and whole.said()[1].endswith("it is off from here; the run folder has every row")
+    assert whole.code == 0 and whole.when("W&B: turned off") < whole.when("Done")
+    assert len(whole.said()) == 2 and whole.said()[1].endswith(" The run folder is complete.")
     assert [row["step"] for row in metrics(whole.folder) if "loss" in row] == list(range(1, 601))
 
     full = WholeRun(tmp_path / "full", "", LONG)
