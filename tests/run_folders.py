@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from smollm2.config.reading import effective_config_yaml, load_config
-from smollm2.tracking.base import Diagnosis, Landscape, Sample
+from smollm2.tracking.base import Diagnosis, Fanout, Landscape, Sample
 from smollm2.tracking.jsonl import JsonlTracker
 
 PARTS = (
@@ -31,7 +31,7 @@ def write_run(folder: Path, *, reports: int = 40, interval: int = 10, name: str 
     origins = {"training.learning_rate": "nano.yaml:21", **{key: f"--{key}" for key in given}}
     config = load_config(preset="nano", flags={key: (f"--{key}", value) for key, value in given.items()})
     (run / "config.yaml").write_text(effective_config_yaml(config, origins), encoding="utf-8")
-    tracker = JsonlTracker(run, 0, print)
+    tracker = Fanout([JsonlTracker(run, 0, print)])
     log_start(tracker, 0)
     noise = random.Random(0)
     middle = (reports // 2) * interval
@@ -54,7 +54,7 @@ def write_run(folder: Path, *, reports: int = 40, interval: int = 10, name: str 
     return run
 
 
-def log_start(tracker: JsonlTracker, step: int) -> None:
+def log_start(tracker: Fanout, step: int) -> None:
     """What a process of a run leaves when it begins."""
     statistics = {"characters": 1_947_559, "bytes": 1_951_000, "documents": 457, "tokens": 531_380, "unknown_bytes": 0}
     counts = {"unknown_documents": 0, "train_tokens": 504_388, "validation_tokens": 26_992, "windows": 3_941}
@@ -64,7 +64,7 @@ def log_start(tracker: JsonlTracker, step: int) -> None:
     tracker.log_event("start", "", step, system="Linux x86_64", **machine, python="3.11.2", smollm2="0.1.0")
 
 
-def log_report(tracker: JsonlTracker, step: int, steps: int, noise: random.Random) -> None:
+def log_report(tracker: Fanout, step: int, steps: int, noise: random.Random) -> None:
     """A row of metrics that falls as a training does."""
     done = step / steps
     loss = 3.1 + 5.2 * math.exp(-6 * done) + noise.gauss(0, 0.08)
@@ -80,7 +80,7 @@ def write_words(noise: random.Random, done: float) -> str:
     return " " + " ".join(noise.choice(words[: 3 + int(8 * done)]) for _ in range(40)) + "."
 
 
-def log_inside(tracker: JsonlTracker, step: int, steps: int, noise: random.Random) -> None:
+def log_inside(tracker: Fanout, step: int, steps: int, noise: random.Random) -> None:
     """A look inside a model of four blocks."""
     done = step / steps
     names = [f"model.layers.{layer}.{part}.weight" for layer in range(4) for part in PARTS]
@@ -106,7 +106,7 @@ def log_inside(tracker: JsonlTracker, step: int, steps: int, noise: random.Rando
     )
 
 
-def log_end(tracker: JsonlTracker, run: Path, steps: int) -> None:
+def log_end(tracker: Fanout, run: Path, steps: int) -> None:
     """The landscape, the last checkpoint, and the end."""
     at = [round(-1 + i / 10, 2) for i in range(21)]
     grid = [

@@ -279,7 +279,7 @@ class WandbConfig(Section):
     project: str = key("smollm2", "Project name.", resume="free", min_length=1, max_length=128)
     entity: str | None = key(None, "Team or user; default: the account's own.", resume="free", min_length=1)
     name: str | None = key(
-        None, "Name of the run; default: chosen by W&B.", resume="free", min_length=1, max_length=128
+        None, "Name of the run; default: the name of the run folder.", resume="free", min_length=1, max_length=128
     )
     tags: tuple[str, ...] = key((), "Tags of the run.", resume="free", max_length=64)
     log_checkpoints: Literal["none", "best", "all"] = key(

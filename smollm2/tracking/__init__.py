@@ -1,4 +1,5 @@
-"""Who hears of what happens: files in the run folder, the console, and mirrors such as Weights & Biases.
+"""Trackers: where a run's metrics and events go (run folder, console, Weights & Biases, TensorBoard).
 
-The files are the truth and are written in-line. Mirrors stand behind a fence: none can delay, gate or end a run.
+`base.py` has the messages and the fence, `jsonl.py` the files of the run folder, `console.py` what a person sees.
+The files are the record and are written in line. The other trackers run behind a fence: none can delay or end a run.
 """

@@ -1,7 +1,8 @@
-"""What a tracker is, how one report reaches several, and the fence behind which the unreliable ones stand.
+"""What a tracker is, the messages that it receives, how one message reaches several, and the fence around unreliable ones.
 
-A fenced tracker lives on its own daemon thread and hears of things through a bounded queue, so that a server that hangs
-costs the run nothing: what the queue cannot hold is dropped and counted, and the local files have it all.
+Everything that a run records is a `Message`. A fenced tracker runs on its own daemon thread and receives messages through
+a bounded queue, so a server that hangs costs the run nothing: what the queue cannot hold is dropped and counted, and the
+local files are complete.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,21 +23,44 @@ CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 """What a terminal obeys instead of showing it: C0, DEL and C1, marks that reorder text, line separators; and lone
 surrogates, which cannot be written at all."""
 
-Say = Callable[[str], None]
-"""Puts one line before the user."""
+Report = Callable[[str], None]
+"""Shows one message to the user."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers of one step: a training report, or a validation."""
+
+    values: Mapping[str, float | int]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model wrote after a prompt; `text` is the continuation alone."""
+    """What the model generated for a prompt; `text` is the continuation alone."""
 
     prompt: str
     text: str
 
 
 @dataclass(frozen=True)
+class Samples:
+    """One round of samples."""
+
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened once: a resume, a skipped step, a checkpoint. `details` are plain JSON values."""
+
+    kind: str
+    text: str
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Histogram:
-    """How often a number fell between `edges[i]` and `edges[i + 1]`: one count fewer than edges."""
+    """How many values are between `edges[i]` and `edges[i + 1]`: one count fewer than edges."""
 
     counts: Sequence[int]
     edges: Sequence[float]
@@ -44,11 +68,12 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One look inside the model, at one update.
+    """The diagnostics of the model at one step.
 
-    By parameter: the norms of its gradient (before clipping) and of its weights, and how far the update moved it over that
-    weight norm. By block: its activations (`rms`, `max_abs`, `max_attention_logit`, `dead_units`: a share). `clipped` is the
-    share of updates since the last look whose gradient was clipped. The histograms are for mirrors that draw them.
+    By parameter: the norm of its gradient before clipping, the norm of its weights, and the norm of its update divided by
+    the norm of its weights. By block: its activations (`rms`, `max_abs`, `max_attention_logit`, `dead_units`: a share).
+    `clipped` is the share of steps since the last diagnostics whose gradient was clipped. The histograms are for trackers
+    that draw them.
     """
 
     gradient_norms: Mapping[str, float]
@@ -64,8 +89,9 @@ class Diagnosis:
 class Landscape:
     """The loss around the weights of one step, along two random filter-normalized directions (Li et al. 2018).
 
-    `loss` is that of the weights themselves. `line[i]` is the loss at `line_at[i]` along the first direction; `grid[i][j]`
-    that at `grid_at[i]` along the first and `grid_at[j]` along the second. Drawn from `seed`, measured on `targets` tokens.
+    `loss` is the loss at the weights themselves. `line[i]` is the loss at `line_at[i]` along the first direction;
+    `grid[i][j]` the loss at `grid_at[i]` along the first and `grid_at[j]` along the second. The directions are drawn from
+    `seed`; each loss is measured on `targets` tokens.
     """
 
     loss: float
@@ -77,40 +103,34 @@ class Landscape:
     targets: int
 
 
+@dataclass(frozen=True)
+class SavedFile:
+    """A checkpoint that was written and verified; `is_best` by its validation loss. It may be removed after the call."""
+
+    path: Path
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class Message:
+    """One record of a run. `step` is the number of optimizer steps done."""
+
+    step: int
+    content: Metrics | Samples | Event | Diagnosis | Landscape | SavedFile
+
+
 class Tracker(Protocol):
-    """Hears of a run, and does nothing about what it does not override. `step` is the number of updates done."""
+    """Receives the messages of a run and ignores the kinds that it has no use for."""
 
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """Numbers: one report, or one validation."""
-        return
-
-    def log_text(self, samples: Sequence[Sample], step: int) -> None:
-        """One round of samples."""
-        return
-
-    def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
-        """Something that happened once: a resume, a skipped step, a checkpoint; `details` are plain JSON values."""
-        return
-
-    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
-        """One look inside the model."""
-        return
-
-    def log_landscape(self, landscape: Landscape, step: int) -> None:
-        """The loss around the weights."""
-        return
-
-    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
-        """A checkpoint that was written and verified; `is_best` by its validation loss. It may be removed after the call."""
-        return
+    def on(self, message: Message) -> None:
+        """Record one message."""
 
     def close(self) -> None:
-        """The run is over."""
-        return
+        """End the record: no message follows."""
 
 
 class Fanout(Tracker):
-    """Passes everything on to several trackers, in order, and counts the seconds that the run spends on them."""
+    """Passes each message to several trackers in order, and counts the seconds that the run spends on them."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = tuple(trackers)
@@ -118,121 +138,115 @@ class Fanout(Tracker):
 
     @property
     def seconds(self) -> float:
-        """What watching took so far: what the run waited for, and what fenced trackers computed beside it."""
+        """The tracking overhead so far: the time that the run waited, and what fenced trackers computed beside it."""
         return self.seconds_in_line + sum(tracker.seconds for tracker in self.trackers if isinstance(tracker, Fence))
 
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """To each tracker."""
-        self._tell(lambda tracker: tracker.log(metrics, step))
-
-    def log_text(self, samples: Sequence[Sample], step: int) -> None:
-        """To each tracker."""
-        self._tell(lambda tracker: tracker.log_text(samples, step))
-
-    def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
-        """To each tracker."""
-        self._tell(lambda tracker: tracker.log_event(kind, message, step, **details))
-
-    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
-        """To each tracker."""
-        self._tell(lambda tracker: tracker.log_diagnosis(diagnosis, step))
-
-    def log_landscape(self, landscape: Landscape, step: int) -> None:
-        """To each tracker."""
-        self._tell(lambda tracker: tracker.log_landscape(landscape, step))
-
-    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
-        """To each tracker."""
-        self._tell(lambda tracker: tracker.save_file(path, step, is_best=is_best))
+    def on(self, message: Message) -> None:
+        """Pass the message to each tracker."""
+        with self.counted():
+            for tracker in self.trackers:
+                tracker.on(message)
 
     def close(self) -> None:
-        """To each tracker."""
-        self._tell(lambda tracker: tracker.close())
+        """Close each tracker."""
+        with self.counted():
+            for tracker in self.trackers:
+                tracker.close()
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count what the block takes among the seconds spent on watching the run."""
+        """Count the time of the block as tracking overhead."""
         began = time.perf_counter()
         try:
             yield
         finally:
             self.seconds_in_line += time.perf_counter() - began
 
-    def _tell(self, call: Callable[[Tracker], None]) -> None:
-        with self.counted():
-            for tracker in self.trackers:
-                call(tracker)
+    # One method per kind of message, so that the training loop reads well.
+
+    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
+        """Record the numbers of a training report or a validation."""
+        self.on(Message(step, Metrics(metrics)))
+
+    def log_text(self, samples: Sequence[Sample], step: int) -> None:
+        """Record one round of samples."""
+        self.on(Message(step, Samples(samples)))
+
+    def log_event(self, kind: str, text: str, step: int, **details: object) -> None:
+        """Record an event; `text` is shown to the user unless it is empty."""
+        self.on(Message(step, Event(kind, text, details)))
+
+    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
+        """Record the diagnostics of one step."""
+        self.on(Message(step, diagnosis))
+
+    def log_landscape(self, landscape: Landscape, step: int) -> None:
+        """Record the loss landscape around the weights of one step."""
+        self.on(Message(step, landscape))
+
+    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
+        """Record a checkpoint that was written and verified."""
+        self.on(Message(step, SavedFile(path, is_best)))
 
 
 KeepFile = Callable[[Path, bool], Path | None]
-"""Of a saved file and whether it is the best: what stands in for it until a thread gets to it; None: it is not wanted."""
+"""Takes a saved file and whether it is the best; returns the file to use until the thread gets to it, or None to skip it."""
 
 
-def keep_as_it_is(path: Path, is_best: bool) -> Path:
-    """For trackers that need no more than the name."""
+def keep_path(path: Path, is_best: bool) -> Path:
+    """Keep the path itself: for trackers that need no more than its name."""
     return path
 
 
 class Fence(Tracker):
-    """A tracker that cannot hurt: opened, called and closed on a thread of its own, off after three failures."""
+    """Runs a tracker on its own thread, so that it can neither delay nor end the run; off after three failures."""
 
     def __init__(
         self,
         name: str,
         open_tracker: Callable[[], Tracker],
-        say: Say,
+        report: Report,
         *,
-        keep_file: KeepFile = keep_as_it_is,
-        leave: Callable[[], None] = lambda: None,
+        keep_file: KeepFile = keep_path,
+        abandon: Callable[[], None] = lambda: None,
         capacity: int = QUEUE_CAPACITY,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
-        """`keep_file` is asked in-line for each file that is saved: it may be removed before the thread hears of it.
-        `leave` is called where the thread did not finish within `close_seconds`."""
+        """`keep_file` is called in line for each saved file, since the file may be removed before the thread gets to it.
+        `abandon` is called if the thread does not finish within `close_seconds`."""
         self.name = name
-        self.seconds = 0.0  # of this thread's computing; of the interpreter's lock the run has as little as of a core
-        self.keep_file, self.leave = keep_file, leave
-        self.say = say
+        self.seconds = 0.0  # CPU time of this thread, which competes with the run for the interpreter's lock
+        self.keep_file, self.abandon = keep_file, abandon
+        self.report = report
         self.close_seconds = close_seconds
         self.dropped = 0
         self.is_off = False
-        self.calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(capacity)
+        self.messages: queue.Queue[Message | None] = queue.Queue(capacity)
         self.thread = threading.Thread(target=self._work, args=(open_tracker,), name=name, daemon=True)
         self.thread.start()
 
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """Queue it; never waits."""
-        copied = dict(metrics)
-        self._queue(lambda tracker: tracker.log(copied, step))
-
-    def log_text(self, samples: Sequence[Sample], step: int) -> None:
-        """Queue it; never waits."""
-        copied = tuple(samples)
-        self._queue(lambda tracker: tracker.log_text(copied, step))
-
-    def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
-        """Queue it; never waits."""
-        self._queue(lambda tracker: tracker.log_event(kind, message, step, **details))
-
-    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
-        """Queue it; never waits."""
-        self._queue(lambda tracker: tracker.log_diagnosis(diagnosis, step))
-
-    def log_landscape(self, landscape: Landscape, step: int) -> None:
-        """Queue it; never waits."""
-        self._queue(lambda tracker: tracker.log_landscape(landscape, step))
-
-    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
-        """Queue what `keep_file` makes of it; never waits."""
-        kept = None if self.is_off else self.keep_file(path, is_best)
-        if kept is not None:
-            self._queue(lambda tracker: tracker.save_file(kept, step, is_best=is_best))
+    def on(self, message: Message) -> None:
+        """Queue the message; never waits."""
+        if self.is_off:
+            return
+        content = message.content
+        if isinstance(content, Metrics):
+            content = Metrics(dict(content.values))  # the caller may reuse its dictionary
+        elif isinstance(content, SavedFile):
+            kept = self.keep_file(content.path, content.is_best)
+            if kept is None:
+                return
+            content = SavedFile(kept, content.is_best)
+        try:
+            self.messages.put_nowait(replace(message, content=content))
+        except queue.Full:
+            self.dropped += 1
 
     def close(self) -> None:
-        """Let the thread finish, for `close_seconds` at most, and say what it could not send."""
+        """Let the thread finish, for `close_seconds` at most, and report what it could not send."""
         deadline = time.monotonic() + self.close_seconds
         try:
-            self.calls.put(None, timeout=self.close_seconds)
+            self.messages.put(None, timeout=self.close_seconds)
             self.thread.join(max(0.0, deadline - time.monotonic()))
         except queue.Full:
             pass
@@ -240,23 +254,17 @@ class Fence(Tracker):
             return
         if self.thread.is_alive():
             self.is_off = True
-            self.say(
-                f"{self.name} - did not finish within {self.close_seconds:g} s - it is left behind; the run folder has every row"
+            self.report(
+                f"{self.name}: abandoned, it did not finish within {self.close_seconds:g} s. The run folder is complete."
             )
-            self.leave()
+            self.abandon()
         elif self.dropped:
-            self.say(f"{self.name} - {self.dropped} calls found its queue full - the run folder has every row")
-
-    def _queue(self, call: Callable[[Tracker], None]) -> None:
-        if self.is_off:
-            return
-        try:
-            self.calls.put_nowait(call)
-        except queue.Full:
-            self.dropped += 1
+            self.report(
+                f"{self.name}: {self.dropped} messages dropped, its queue was full. The run folder is complete."
+            )
 
     def _work(self, open_tracker: Callable[[], Tracker]) -> None:
-        """The thread: the one place of the project where every exception is caught, because none may reach the run."""
+        """Run the thread: the one place of the project that catches every exception, because none may reach the run."""
         failures = 0
         tracker = None
         try:
@@ -264,11 +272,11 @@ class Fence(Tracker):
         except BaseException as error:
             self._turn_off(error)
         self.seconds = time.thread_time()
-        while (call := self.calls.get()) is not None:
+        while (message := self.messages.get()) is not None:
             if tracker is None or self.is_off:
                 continue
             try:
-                call(tracker)
+                tracker.on(message)
             except BaseException as error:
                 failures += 1
                 if failures == FAILURES_ALLOWED:
@@ -281,20 +289,19 @@ class Fence(Tracker):
                 self._turn_off(error)
 
     def _turn_off(self, error: BaseException) -> None:
-        """Say it once."""
         if not self.is_off:
             self.is_off = True
-            self.say(f"{self.name} - {describe(error)} - it is off from here; the run folder has every row")
+            self.report(f"{self.name}: turned off after an error ({describe(error)}). The run folder is complete.")
 
 
 def describe(error: BaseException) -> str:
-    """An error of other people's code in one line: its type and the start of its first line."""
+    """Return an error of a foreign library in one line: its type and the start of its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def escape_controls(text: str, *, keep_newlines: bool = True) -> str:
-    """The text with everything that a terminal would obey made visible: ESC becomes the four characters `\\x1b`."""
+    """Return the text with every control character made visible: ESC becomes the four characters `\\x1b`."""
 
     def show(match: re.Match[str]) -> str:
         character = match[0]

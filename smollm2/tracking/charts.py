@@ -1,20 +1,24 @@
-"""The names and groups under which mirrors show numbers, and what they draw of a look inside the model.
+"""What trackers and the report draw: the names and groups of metrics, diagnostics by layer, the landscape's figures.
 
-Parameters have Hugging Face's names; a layer is what these have in common: `layers.3` for all of block 3, else
-`embed_tokens`, `norm` or `lm_head`.
+Parameters have Hugging Face's names; a layer is their common part: `layers.3` for all of block 3, else `embed_tokens`,
+`norm` or `lm_head`. Figures are plain plotly JSON, so nothing here imports plotly.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from smollm2.tracking.base import Diagnosis
+from smollm2.tracking.base import Diagnosis, Landscape
+
+Figure = dict[str, Any]
+"""A plotly figure as JSON: `data` and `layout`."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What passes through a layer in one update: norms of gradient and weights, and how far it moved over the latter."""
+    """The norms of a layer's gradient and weights at one step, and its update ratio (norm of the update over the latter)."""
 
     gradient_norm: float
     weight_norm: float
@@ -22,7 +26,7 @@ class Flow:
 
 
 def group_metrics(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
-    """`validation_loss` becomes `validation/loss`, `loss` becomes `train/loss`: mirrors draw one section per group."""
+    """Rename `validation_loss` to `validation/loss` and `loss` to `train/loss`: W&B draws one section per group."""
     return {
         f"validation/{name.removeprefix('validation_')}" if name.startswith("validation_") else f"train/{name}": value
         for name, value in metrics.items()
@@ -30,27 +34,33 @@ def group_metrics(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
 
 
 def layer_of(parameter: str) -> str:
-    """`layers.3` for `model.layers.3.mlp.up_proj.weight`, `embed_tokens` for `model.embed_tokens.weight`."""
-    block = re.search(r"layers\.\d+", parameter)
-    return block[0] if block else parameter.removeprefix("model.").partition(".")[0]
+    """Return `layers.3` for `model.layers.3.mlp.up_proj.weight`, `embed_tokens` for `model.embed_tokens.weight`."""
+    block = re.search(r"\blayers\.\d+(?![^.])", parameter)
+    return block[0] if block else parameter.removeprefix("model.").removesuffix(".weight").removesuffix(".bias")
 
 
 def flow_by_layer(diagnosis: Diagnosis) -> dict[str, Flow]:
-    """The parameters of each layer taken together, in the model's order."""
+    """Combine the parameters of each layer, in the model's order; NaN if a number is missing."""
     members: dict[str, list[str]] = {}
     for parameter in diagnosis.gradient_norms:
         members.setdefault(layer_of(parameter), []).append(parameter)
+
+    def norm(values: Sequence[float]) -> float:
+        return math.hypot(*values)
+
     flows = {}
     for layer, names in members.items():
-        weight = math.hypot(*(diagnosis.weight_norms[name] for name in names))
-        moved = math.hypot(*(diagnosis.update_ratios[name] * diagnosis.weight_norms[name] for name in names))
-        gradient = math.hypot(*(diagnosis.gradient_norms[name] for name in names))
-        flows[layer] = Flow(gradient, weight, moved / weight if weight else 0.0)
+        weights = [diagnosis.weight_norms.get(name, math.nan) for name in names]
+        ratios = [diagnosis.update_ratios.get(name, math.nan) for name in names]
+        weight = norm(weights)
+        update = norm([ratio * size for ratio, size in zip(ratios, weights, strict=True)])
+        gradient = norm([diagnosis.gradient_norms[name] for name in names])
+        flows[layer] = Flow(gradient, weight, update / weight if weight else 0.0)
     return flows
 
 
 def diagnosis_metrics(diagnosis: Diagnosis) -> dict[str, float]:
-    """The numbers of a look, by layer and block."""
+    """Return the numbers of a diagnosis as metrics by layer and block."""
     found = {"gradients/clipped": diagnosis.clipped}
     for layer, flow in flow_by_layer(diagnosis).items():
         found[f"gradients/norm/{layer}"] = flow.gradient_norm
@@ -61,6 +71,62 @@ def diagnosis_metrics(diagnosis: Diagnosis) -> dict[str, float]:
     return found
 
 
+def flow_figure(diagnosis: Diagnosis) -> Figure:
+    """Return the norms of gradients and weights and the update ratio over the layers."""
+    flows = flow_by_layer(diagnosis)
+    curves = {
+        "gradient norm": [flow.gradient_norm for flow in flows.values()],
+        "weight norm": [flow.weight_norm for flow in flows.values()],
+        "update / weight": [flow.update_ratio for flow in flows.values()],
+    }
+    return {
+        "data": [{"type": "scatter", "x": list(flows), "y": finite(ys), "name": name} for name, ys in curves.items()],
+        "layout": {"title": {"text": "Gradient flow"}, "xaxis": axis("layer"), "yaxis": {"type": "log"}},
+    }
+
+
+def landscape_figures(landscape: Landscape) -> dict[str, Figure]:
+    """Return the landscape as a `surface` and a `map` over both directions, and as a `line` along the first."""
+    at, loss = list(landscape.grid_at), landscape.loss
+    # grid[i][j] is at i along the first direction; plotly's z[row][column] has x in its columns.
+    grid = [finite(column) for column in zip(*landscape.grid, strict=True)]
+    plane = {"x": at, "y": at, "z": grid}
+    hover = "%{x:.3~g}, %{y:.3~g}: loss %{z:.4~f}<extra></extra>"
+    centre = {"x": [0], "y": [0], "mode": "markers", "showlegend": False}
+    centre |= {"hovertemplate": f"the weights: loss {loss:.4f}<extra></extra>"}
+    title = {"title": {"text": f"Loss around the weights: {loss:.4f} at the centre"}}
+    axes = {"xaxis": axis("first direction"), "yaxis": axis("second direction")}
+    line = {"x": list(landscape.line_at), "y": finite(landscape.line), "mode": "lines", "name": "loss"}
+    return {
+        "surface": {
+            "data": [
+                {"type": "surface", **plane, "showscale": False, "hovertemplate": hover},
+                {"type": "scatter3d", **centre, "z": [loss], "marker": {"size": 4}},
+            ],
+            "layout": {**title, "scene": {**axes, "zaxis": axis("loss")}},
+        },
+        "map": {
+            "data": [
+                {"type": "contour", **plane, "hovertemplate": hover, "contours": {"coloring": "heatmap"}},
+                {"type": "scatter", **centre, "marker": {"symbol": "cross", "size": 10}},
+            ],
+            "layout": {**title, **axes},
+        },
+        "line": {
+            "data": [
+                {"type": "scatter", **line, "hovertemplate": "%{x:.3~g}: %{y:.4f}<extra></extra>"},
+                {"type": "scatter", **centre, "y": [loss], "marker": {"size": 8}},
+            ],
+            "layout": {**title, "xaxis": axis("distance along the first direction"), "yaxis": axis("loss")},
+        },
+    }
+
+
+def axis(title: str) -> Figure:
+    """Return a plotly axis with a title."""
+    return {"title": {"text": title}}
+
+
 def finite(numbers: Sequence[float]) -> list[float | None]:
-    """With a gap where a number is not finite: JSON has no such numbers."""
+    """Replace each number that is not finite by None: JSON has no such numbers."""
     return [number if math.isfinite(number) else None for number in numbers]

@@ -1,8 +1,8 @@
-"""What a person sees while a run goes on, and run.log, which holds the detail.
+"""The console, which shows a run while it trains, and run.log, which holds the detail.
 
-On a terminal: a bar and the latest numbers below, reports, samples and messages scrolling above. Elsewhere rich would
-wrap and truncate at 80 columns, so there it is one plain line per report, without control characters. Only rank 0 has
-a console; every rank may have a log. This file and cli.py alone print.
+On a terminal: a progress bar with the latest numbers below it; reports, samples and messages scroll above it. Elsewhere
+each report is one plain line without control characters, because rich would wrap and truncate it at 80 columns. Only
+rank 0 has a console; every rank may have a log.
 """
 
 import contextlib
@@ -11,10 +11,11 @@ import math
 import os
 import re
 import sys
+import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -24,7 +25,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from smollm2.tracking.base import Sample, Tracker, escape_controls
+from smollm2.storage.run_folder import RUN_LOG
+from smollm2.tracking.base import Event, Message, Metrics, Sample, Samples, Tracker, escape_controls
 
 FORMATS = {
     "loss": "{:.4f}",
@@ -35,13 +37,13 @@ FORMATS = {
     "grad_norm": "{:.3f}",
     "tokens_per_second": "{:.0f}",
 }
-"""The metrics that a person is shown, in order; metrics.jsonl holds the others too."""
+"""The metrics that are shown, in order; metrics.jsonl has all of them."""
 
 SCROLLED = ("loss", "validation_loss", "validation_bpb")
-"""Those in a scrolling report of a terminal, which has room for 80 columns; all stand below its bar."""
+"""The metrics of a scrolling report on a terminal, which may have only 80 columns; all are shown below its bar."""
 
 SMOOTHING = 0.9
-"""Weight of the past in smoothed_loss: a mean over about ten reports. It starts afresh after a resume."""
+"""Weight of the past in smoothed_loss: a mean over about ten reports."""
 
 SECONDS_BETWEEN_FRACTIONS = 2.0
 
@@ -51,7 +53,7 @@ URL_CREDENTIALS = re.compile(r"\b(\w+://)[^/\s@]+@")
 
 
 class ConsoleTracker(Tracker):
-    """Shows one run. A stream that nobody reads any more (a closed pipe) silences it and ends nothing."""
+    """Shows one run. If nobody reads the stream any more (a closed pipe), the console is silent and the run continues."""
 
     def __init__(
         self, train_steps: int, start_step: int, stream: TextIO | None = None, log: "RunLog | None" = None
@@ -60,8 +62,8 @@ class ConsoleTracker(Tracker):
         self.run_log = log
         self.train_steps = train_steps
         self.stream = stream or sys.stdout
-        # Markup, highlighting and emoji off: "[/bold]" and ":smile:" in a sample are text. The stream alone decides what
-        # it is: rich would follow FORCE_COLOR and send control characters into a pipe.
+        # Markup, highlighting and emoji off: "[/bold]" and ":smile:" in a sample are text. The stream alone decides
+        # whether it is a terminal: rich would follow FORCE_COLOR and send control characters into a pipe.
         self.is_terminal = self.stream.isatty()
         self.console = Console(
             file=self.stream, force_terminal=self.is_terminal, highlight=False, markup=False, emoji=False
@@ -77,52 +79,41 @@ class ConsoleTracker(Tracker):
         self.first_report: tuple[int, float] | None = None
         self.last_fraction = ("", 0.0, 0.0)
 
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """One report or one validation, as one line."""
-        shown = {name: metrics[name] for name in FORMATS if name in metrics}
-        if "loss" in shown:
-            shown["smoothed_loss"] = self._smooth(shown["loss"])
-        self.latest |= shown
-        name, left = f"step {step}/{self.train_steps}", self._time_left(step)
-        if not self.is_terminal:
-            self._write(name + format_metrics(shown) + left)
-            return
-        self._write(name + format_metrics({key: shown[key] for key in SCROLLED if key in shown}))
-        self.bar.update(step)
-        top = Table.grid(expand=True, padding=(0, 2, 0, 0))
-        top.add_row(Text(name + left, no_wrap=True), self.bar)
-        self._show(Group(top, Text(format_metrics(self.latest).strip())))
+    def on(self, message: Message) -> None:
+        """Show metrics, samples and the text of events."""
+        match message.content:
+            case Metrics(values):
+                self._show_metrics(values, message.step)
+            case Samples(samples):
+                for sample in samples:
+                    self._show_sample(sample, message.step)
+            case Event(_, text) if text:
+                self.report(text)
 
-    def log_text(self, samples: Sequence[Sample], step: int) -> None:
-        """Each sample, its prompt in brackets; with its line breaks on a terminal, on one line elsewhere."""
-        for sample in samples:
-            text = escape_controls(f"[{sample.prompt}]{sample.text}", keep_newlines=self.is_terminal)
-            self._write(f"step {step}/{self.train_steps}  sample: {text}")
-
-    def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
-        """The message, where it has one; `details` are for events.jsonl."""
-        if message:
-            self.say(message)
-
-    def say(self, message: str) -> None:
-        """Put a message before the user; it may have several lines."""
+    def report(self, message: str) -> None:
+        """Show a message to the user; it may have several lines."""
         if self.run_log:
             self.run_log.write(message)
         self._write(escape_controls(message))
 
+    say = report  # the name that callers in other folders still use
+
     def show_page(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """A start or end page: a title, then aligned names and values."""
-        width = max((len(name) for name, _ in rows), default=0)
-        lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+        """Show a start or end page: a title, then aligned names and values."""
+        margin = max((len(name) for name, _ in rows), default=0) + 4
+        lines = [title, *(f"  {name:<{margin - 4}}  {value}" for name, value in rows)]
         if self.run_log:
             self.run_log.write("\n".join(lines))
-        self._write("\n".join(escape_controls(line, keep_newlines=False) for line in lines))
+        lines = [escape_controls(line, keep_newlines=False) for line in lines]
+        if self.is_terminal:
+            lines = [wrap_words(line, self.console.width, margin) for line in lines]
+        self._write("\n".join(lines))
 
     def show_progress(self, label: str, fraction: float) -> None:
-        """How far work before the first step is: in place on a terminal; elsewhere a line per tenth, seldom, and the end."""
-        text = f"{escape_controls(label, keep_newlines=False)} {fraction:.0%}"
+        """Show the progress of work before the first step: in place on a terminal; elsewhere a line per tenth and the end."""
+        text = self._encodable(f"{escape_controls(label, keep_newlines=False)} {fraction:.0%}")
         if self.is_terminal:
-            self._show(Text(text) if fraction < 1 else None)
+            self._draw(Text(text) if fraction < 1 else None)
             return
         now = time.monotonic()
         if self.last_fraction[0] != label:
@@ -132,48 +123,80 @@ class ConsoleTracker(Tracker):
             self.last_fraction = (label, fraction, now)
             self._write(text)
 
+    def restore_smoothing(self, losses: Iterable[float]) -> None:
+        """Continue smoothed_loss from the losses that were reported before a resume."""
+        for loss in losses:
+            self._smooth(loss)
+
     def close(self) -> None:
-        """Take the bar down; messages and pages can still be shown."""
-        self._show(None)
+        """Remove the bar; messages and pages can still be shown."""
+        self._draw(None)
+
+    def _show_metrics(self, metrics: Mapping[str, float | int], step: int) -> None:
+        shown = {name: metrics[name] for name in FORMATS if name in metrics and is_known(name, metrics[name])}
+        if "loss" in shown:
+            shown["smoothed_loss"] = self._smooth(shown["loss"])
+        self.latest |= shown
+        name, left = f"step {step}/{self.train_steps}", self._time_left(step)
+        if not self.is_terminal:
+            self._write("  ".join([name, *format_metrics(shown)]) + left)
+            return
+        self._write("  ".join([name, *format_metrics({key: shown[key] for key in SCROLLED if key in shown})]))
+        self.bar.update(step)
+        top = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        top.add_row(Text(name + left, no_wrap=True), self.bar)
+        below = join_in_lines(format_metrics(self.latest), self.console.width)
+        self._draw(Group(top, *(Text(line, no_wrap=True) for line in below)))
+
+    def _show_sample(self, sample: Sample, step: int) -> None:
+        """Show a sample with its prompt in brackets; with its line breaks on a terminal, on one line elsewhere."""
+        text = escape_controls(f"[{sample.prompt}]{sample.text}", keep_newlines=self.is_terminal)
+        self._write(f"step {step}/{self.train_steps}  sample: {text}")
 
     def _smooth(self, loss: float) -> float:
-        """The exponential mean of the losses so far, without the bias of its start; one that is not finite is left out."""
+        """Return the exponential mean of the losses so far, without the bias of its start; only finite losses count."""
         if math.isfinite(loss):
             self.smoothed = SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
             self.smoothed_weight = SMOOTHING * self.smoothed_weight + (1 - SMOOTHING)
         return self.smoothed / self.smoothed_weight if self.smoothed_weight else loss
 
     def _time_left(self, step: int) -> str:
-        """At the pace since the first report, everything included; empty before there is one."""
+        """Return the remaining time by the speed since the first report, everything included; empty before there is one."""
         now = time.monotonic()
         self.first_report = self.first_report or (step, now)
         first_step, then = self.first_report
         if step <= first_step:
             return ""
         seconds = (now - then) / (step - first_step) * max(0, self.train_steps - step)
+        # A clock, not format_duration: its width stays the same beside a bar.
         return f"  time_left {datetime.timedelta(seconds=round(seconds))}"
 
-    def _write(self, text: str) -> None:
-        """Lines that stay. What the stream's encoding lacks is written as its escape."""
+    def _encodable(self, text: str) -> str:
+        """Escape what the stream's encoding cannot represent."""
         encoding = self.stream.encoding or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+
+    def _write(self, text: str) -> None:
+        """Write lines that stay."""
+        text = self._encodable(text)
         if self.is_terminal:
-            self._attempt(lambda: self._print_above(Text(text)))
+            self._attempt(lambda: self._print_above(text))
         else:
             self._attempt(lambda: print(text, file=self.stream, flush=True))
 
-    def _print_above(self, text: Text) -> None:
-        """Unbroken lines, so that a path can be copied; the picture is drawn once more, since rich crops it by their rule."""
-        self.console.print(text, soft_wrap=True)
-        if self.live is not None:
+    def _print_above(self, text: str) -> None:
+        """Print above the bar, broken at spaces only: a path stays in one piece, so that it can be copied."""
+        lines = [wrap_words(line, self.console.width) for line in text.split("\n")]
+        self.console.print(Text("\n".join(lines)), soft_wrap=True)
+        if self.live is not None:  # rich crops it by the rule of the text above it: draw it again
             self.live.refresh()
 
-    def _show(self, picture: Group | Text | None) -> None:
-        """Keep `picture` below the lines that scroll; None takes it down."""
+    def _draw(self, picture: Group | Text | None) -> None:
+        """Keep `picture` below the lines that scroll; None removes it."""
 
         def draw() -> None:
             if self.live is None and picture is not None:
-                # Drawn when there is news: no thread of rich's own, no clock.
+                # Drawn only when something changes: no thread of rich's own, no clock.
                 self.live = Live(picture, console=self.console, auto_refresh=False, transient=True)
                 self.live.start(refresh=True)
             elif self.live is not None and picture is not None:
@@ -185,7 +208,7 @@ class ConsoleTracker(Tracker):
         self._attempt(draw)
 
     def _attempt(self, draw: Callable[[], object]) -> None:
-        """One writer at a time, and none once the reader has gone."""
+        """Call `draw`, one thread at a time, unless the reader has gone."""
         with self.lock:
             if self.is_silent:
                 return
@@ -193,19 +216,19 @@ class ConsoleTracker(Tracker):
                 draw()
             except (OSError, ValueError):
                 self.is_silent = True
-                # Python flushes stdout when it ends, and would turn the exit code into 120 over a closed pipe.
+                # Python flushes stdout when it ends; a closed pipe would then turn the exit code into 120.
                 with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
                     os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 class RunLog:
-    """run.log: every message with its time and rank, errors with their traceback, secrets left out.
+    """run.log: every message with its time and rank, errors with their traceback, without secrets.
 
-    Opened for each message, so that nothing is held and no disk trouble can reach the run.
+    The file is opened for each message, so that no disk error can reach the run.
     """
 
     def __init__(self, folder: Path, rank: int, secrets: Sequence[str] = ()) -> None:
-        self.path = folder / "run.log"
+        self.path = folder / RUN_LOG
         self.rank = rank
         self.secrets = tuple(secrets)
 
@@ -221,18 +244,41 @@ class RunLog:
         self.write("".join(traceback.format_exception(error)).rstrip())
 
 
-def format_metrics(metrics: Mapping[str, float | int]) -> str:
-    """`  loss 3.2100  grad_norm 0.912`, in the order of FORMATS."""
-    return "".join(f"  {name} {form.format(metrics[name])}" for name, form in FORMATS.items() if name in metrics)
+def is_known(name: str, value: float) -> bool:
+    """Return False for a validation number that does not exist: bits per byte of a text without bytes are NaN."""
+    return not (name == "validation_bpb" and math.isnan(value))
+
+
+def format_metrics(metrics: Mapping[str, float | int]) -> list[str]:
+    """Return `loss 3.2100`, `grad_norm 0.912`, ... in the order of FORMATS."""
+    return [f"{name} {form.format(metrics[name])}" for name, form in FORMATS.items() if name in metrics]
+
+
+def join_in_lines(parts: Sequence[str], width: int) -> list[str]:
+    """Join the parts by two spaces in as few lines of `width` columns as they need; no part is broken."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
+def wrap_words(line: str, width: int, indent: int = 0) -> str:
+    """Break a line at spaces; the following lines are indented. A word that is longer than a line stays whole."""
+    return textwrap.fill(
+        line, max(width, indent + 20), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def find_secrets(variables: Mapping[str, str]) -> tuple[str, ...]:
-    """The values of environment variables whose names say that they are secret; shorter than 6 characters is none."""
+    """Return the values of at least 6 characters of environment variables whose names mark them as secret."""
     return tuple(value for name, value in variables.items() if re.fullmatch(SECRET_NAME, name) and len(value) >= 6)
 
 
 def redact(text: str, secrets: Sequence[str] = ()) -> str:
-    """The text with `secrets`, `NAME_KEY=value` and the credentials of URLs replaced by ***."""
+    """Return the text with `secrets`, `NAME_KEY=value` and the credentials of URLs replaced by ***."""
     for secret in secrets:
         text = text.replace(secret, "***")
     return URL_CREDENTIALS.sub(r"\1***@", SECRET_VALUE.sub(r"\1\2***", text))

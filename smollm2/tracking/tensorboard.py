@@ -1,71 +1,67 @@
-"""The mirror for TensorBoard, in <save_dir>/tensorboard: the names of wandb.py, so that both show the same.
+"""The TensorBoard tracker, in <save_dir>/tensorboard: the names of wandb.py, so that both show the same.
 
-torch writes the files; only it and the package `tensorboard` are needed, and they are imported on the fence's thread.
+torch writes the files; it and the package `tensorboard` are imported on the fence's thread.
 """
 
 import importlib.util
 import itertools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smollm2.tracking.base import Diagnosis, Fence, Histogram, Sample, Say, Tracker
+from smollm2.tracking.base import Diagnosis, Fence, Histogram, Message, Metrics, Report, Sample, Samples, Tracker
 from smollm2.tracking.charts import diagnosis_metrics, group_metrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def start_tensorboard(folder: Path, resumed_step: int, say: Say) -> Tracker | None:
-    """A tracker that writes to `folder`/tensorboard, or None with one line where the package is absent."""
+def start_tensorboard(folder: Path, resumed_step: int, report: Report) -> Tracker | None:
+    """Return a tracker that writes to `folder`/tensorboard, or None with one line if the package is absent."""
     if importlib.util.find_spec("tensorboard") is None:
-        say(
-            "TensorBoard - tensorboard is not installed - training goes on without it; "
-            "pip install 'smollm2-training[tensorboard]'"
+        report(
+            "TensorBoard: tensorboard is not installed, the run continues without it. "
+            "Run pip install 'smollm2-training[tensorboard]'."
         )
         return None
-    return Fence("TensorBoard", lambda: open_writer(folder / "tensorboard", resumed_step), say)
+    return Fence("TensorBoard", lambda: open_writer(folder / "tensorboard", resumed_step), report)
 
 
 def open_writer(folder: Path, resumed_step: int) -> "TensorBoardTracker":
-    """Append to what is there; readers leave out what an earlier run wrote after `resumed_step`, since it comes again."""
+    """Append to earlier files; readers skip what was written after `resumed_step`, since it is written again."""
     from torch.utils.tensorboard import SummaryWriter
 
     return TensorBoardTracker(SummaryWriter(str(folder), purge_step=resumed_step + 1, flush_secs=10))
 
 
 class TensorBoardTracker(Tracker):
-    """Scalars, texts and histograms of one run; lives behind a fence."""
+    """Scalars, texts and histograms of one run; runs behind a fence."""
 
     def __init__(self, writer: "SummaryWriter") -> None:
         self.writer = writer
 
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """Scalars."""
-        for name, value in group_metrics(metrics).items():
-            self.writer.add_scalar(name, value, step)
-
-    def log_text(self, samples: Sequence[Sample], step: int) -> None:
-        """One text a prompt; as code, in which Markdown finds nothing to obey."""
-        for number, sample in enumerate(samples):
-            text = "\n".join(f"    {line}" for line in f"[{sample.prompt}]{sample.text}".splitlines())
-            self.writer.add_text(f"samples/{number}", text, step)
-
-    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
-        """Scalars by layer, histograms by parameter."""
-        for name, value in diagnosis_metrics(diagnosis).items():
-            self.writer.add_scalar(name, value, step)
-        for name, histogram in diagnosis.gradient_histograms.items():
-            self._add_histogram(f"gradients/histogram/{name}", histogram, step)
-        for name, histogram in diagnosis.weight_histograms.items():
-            self._add_histogram(f"parameters/histogram/{name}", histogram, step)
+    def on(self, message: Message) -> None:
+        """Write metrics, samples and diagnostics; other messages have no chart here."""
+        match message.content:
+            case Metrics(values):
+                for name, value in group_metrics(values).items():
+                    self.writer.add_scalar(name, value, message.step)
+            case Samples(samples):
+                for number, sample in enumerate(samples):
+                    self.writer.add_text(f"samples/{number}", as_code(sample), message.step)
+            case Diagnosis() as diagnosis:
+                for name, value in diagnosis_metrics(diagnosis).items():
+                    self.writer.add_scalar(name, value, message.step)
+                for name, histogram in diagnosis.gradient_histograms.items():
+                    self._add_histogram(f"gradients/histogram/{name}", histogram, message.step)
+                for name, histogram in diagnosis.weight_histograms.items():
+                    self._add_histogram(f"parameters/histogram/{name}", histogram, message.step)
 
     def close(self) -> None:
-        """Write the rest."""
+        """Flush and close the files."""
         self.writer.close()
 
     def _add_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        """The sums are those of the bins' middles: no more is known of the values."""
+        """Add a histogram whose sums are computed from the middles of its bins."""
         edges, counts = list(histogram.edges), list(histogram.counts)
         middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
         self.writer.add_histogram_raw(
@@ -79,3 +75,8 @@ class TensorBoardTracker(Tracker):
             bucket_counts=counts,
             global_step=step,
         )
+
+
+def as_code(sample: Sample) -> str:
+    """Return the sample as a Markdown code block, in which no markup has an effect."""
+    return "\n".join(f"    {line}" for line in f"[{sample.prompt}]{sample.text}".splitlines())

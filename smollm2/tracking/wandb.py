@@ -1,162 +1,97 @@
-"""The mirror in Weights & Biases: the only importer of wandb, and only inside a function.
+"""The Weights & Biases tracker: the only importer of wandb, and only inside functions.
 
-Online or offline is decided before `init`, since that blocks for a minute and more where the host is dead. Everything of
-wandb, its import too, runs on the fence's thread: training starts at once. What wandb would send unasked (git remote and
-diff, package list, host, program, argv, stdout, code) is turned off; of the machine it sends how busy it is and no more.
-Rows carry their own step, `train/step`: wandb's `step=` drops the rows that a resume writes again.
+Everything of wandb, its import too, runs on the fence's thread, so training starts at once. What wandb would send
+unasked (git remote and diff, package list, host, program, argv, stdout, code) is turned off; of the machine it sends the
+load and nothing else. Rows have their own step, `train/step`: wandb's `step=` drops the rows that a resume writes again.
 
-Nothing is written to the home folder: what wandb copies before it uploads lies in the run's own wandb folder, and a
-checkpoint is not copied at all. While it uploads it has a second name there, so that thinning out the run folder may
-remove the first; offline it is uploaded from where it lies.
+Nothing is written to the home folder: what wandb copies before it uploads is stored in the run's own wandb folder, and a
+checkpoint is not copied at all. During its upload it has a hard link there, so that `keep_last` may remove the original;
+an offline run refers to the original.
 """
 
-import configparser
 import contextlib
 import importlib.util
 import math
-import netrc
 import os
-import secrets
 import shlex
 import signal
-import socket
-import string
 import threading
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from smollm2.config.schema import Config, WandbConfig
 from smollm2.formatting import format_bytes
 from smollm2.plan import arithmetic as plan
-from smollm2.tracking.base import Diagnosis, Fence, Landscape, Sample, Say, Tracker, describe
-from smollm2.tracking.charts import diagnosis_metrics, finite, flow_by_layer, group_metrics
+from smollm2.storage.run_folder import CONFIG, TOKENIZER
+from smollm2.tracking.base import (
+    Diagnosis,
+    Fence,
+    Landscape,
+    Message,
+    Metrics,
+    Report,
+    Sample,
+    Samples,
+    SavedFile,
+    Tracker,
+    describe,
+)
+from smollm2.tracking.charts import Figure, diagnosis_metrics, flow_figure, group_metrics, landscape_figures
+from smollm2.tracking.wandb_environment import OWN_FOLDER, Mode, WandbEnvironment, decide_mode
 
 if TYPE_CHECKING:
     import wandb
 
-DEFAULT_HOST = "https://api.wandb.ai"
-PROBE_SECONDS = 2.0
 INIT_SECONDS = 10.0
 FINISH_SECONDS = 15.0
 CLOSE_SECONDS = 21.0
-"""For what waits in the queue and the finish together; with LEAVE_SECONDS the end of a run is held up for less than 30."""
+"""For the queue and the finish together; with KILL_SECONDS the end of a run is delayed by less than 30 s."""
 
-LEAVE_SECONDS = 3.0
-"""After that its service is killed: at the end of Python wandb waits for it, and for as long as a host hangs."""
+KILL_SECONDS = 3.0
+"""After that wandb's service is killed: at the end of Python wandb waits for it, as long as a host hangs."""
 
 TABLE_ROWS = 1000
-"""Samples in one table: each round that it grows by names all rounds before it."""
+"""Samples in one table: each round that is added lists all rounds before it."""
 
 BEST = {"validation/loss": "min", "validation/bpb": "min", "train/loss": "min", "train/tokens_per_second": "max"}
-"""What the summary of a run shows of its metrics; of the others the last."""
-
-OWN_FOLDER = Path("wandb", "smollm2")
-OWN_FOLDERS = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
-"""Variables that name where wandb puts copies and logs, in the home folder by default; and where they go instead."""
-
-Mode = Literal["online", "offline", "disabled"]
-
-
-@dataclass(frozen=True)
-class WandbEnvironment:
-    """What the machine says about W&B; `prepare_environment` fills it in."""
-
-    key_present: bool = False
-    mode: str | None = None
-    host: str = DEFAULT_HOST
-    proxy: str | None = None
-
-
-def prepare_environment(variables: MutableMapping[str, str], folder: Path) -> WandbEnvironment:
-    """Read the variables of this process (`os.environ`) and the files in which `wandb login` leaves host and key.
-
-    Sets, where the user has not, what wandb 0.31 has no other switch for: WANDB_ERROR_REPORTING=false, the telemetry that
-    it sends about itself, which also held back the end of the process for 20 s where the host hangs (measured 2026-11);
-    and the places of its copies and logs, which become folders of the run `folder`.
-    """
-    variables.setdefault("WANDB_ERROR_REPORTING", "false")
-    for name, place in OWN_FOLDERS.items():
-        ending = str(OWN_FOLDER / place)
-        if variables.get(name, ending).endswith(ending):  # or from an earlier run of this process
-            variables[name] = str(folder.absolute() / ending)
-    home = Path(variables.get("HOME") or Path.home())
-    settings = read_settings(Path(variables.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb") / "settings")
-    host = variables.get("WANDB_BASE_URL") or settings.get("base_url") or DEFAULT_HOST
-    in_netrc = [Path(variables["NETRC"])] if variables.get("NETRC") else [home / ".netrc", home / "_netrc"]
-    return WandbEnvironment(
-        key_present=bool(
-            variables.get("WANDB_API_KEY")
-            or variables.get("WANDB_IDENTITY_TOKEN_FILE")
-            or settings.get("api_key")
-            or any(holds_key(path, host) for path in in_netrc)
-        ),
-        mode=variables.get("WANDB_MODE") or settings.get("mode"),
-        host=host,
-        proxy=variables.get("HTTPS_PROXY") or variables.get("https_proxy"),
-    )
-
-
-def read_settings(path: Path) -> dict[str, str]:
-    """wandb's own settings file; empty where it is absent or damaged."""
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(path, encoding="utf-8")
-        return dict(parser["default"])
-    except (OSError, ValueError, KeyError, configparser.Error):
-        return {}
-
-
-def holds_key(path: Path, host: str) -> bool:
-    """Whether a netrc file has a password for the host."""
-    try:
-        found = netrc.netrc(str(path)).authenticators(urlsplit(host).netloc)
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return False
-    return bool(found and found[2])
-
-
-def make_run_id() -> str:
-    """Eight characters, as wandb's own ids; from the system, so that no random state moves."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+"""What the summary of a run shows of these metrics; of the others it shows the last value."""
 
 
 def start_wandb(
-    config: Config, folder: Path, run_id: str, environment: WandbEnvironment, say: Say, done: int = 0
+    config: Config, folder: Path, run_id: str, environment: WandbEnvironment, report: Report, done: int = 0
 ) -> Tracker | None:
-    """A tracker that mirrors the run, or None with one line that says why not. Takes two seconds at most.
+    """Return a tracker for W&B, or None with one line that gives the reason. Takes two seconds at most.
 
-    `run_id` makes a resume go on in the same W&B run; `done` is how many updates are behind it.
+    A resume with the same `run_id` continues the same W&B run; `done` is the number of steps done.
     """
     if importlib.util.find_spec("wandb") is None:
-        say("W&B - wandb is not installed - training goes on without it; pip install 'smollm2-training[wandb]'")
+        report("W&B: wandb is not installed, the run continues without it. Run pip install 'smollm2-training[wandb]'.")
         return None
     mode, reason = decide_mode(config.wandb, environment)
     if mode == "disabled":
-        say(f"W&B - {reason} - training goes on without it")
+        report(f"W&B: {reason}, the run continues without it")
         return None
     if mode == "offline":
-        say(f"W&B: offline, {reason}")
+        report(f"W&B: offline, {reason}")
     if config.wandb.log_checkpoints != "none" and (mode == "online" or config.training.keep_last is None):
-        say(f"W&B: {describe_upload(config, done)}")
+        report(f"W&B: {describe_upload(config, done)}")
     remove_links(folder)
-    links = CheckpointLinks(folder, config.wandb, say)
+    links = CheckpointLinks(folder, config.wandb, report)
     return Fence(
         "W&B",
-        lambda: open_run(config, folder, run_id, mode, say),
-        say,
+        lambda: open_run(config, folder, run_id, mode, report),
+        report,
         keep_file=links.keep,
-        leave=lambda: threading.Thread(target=end_service, name="W&B end", daemon=True).start(),
+        abandon=lambda: threading.Thread(target=end_service, name="W&B end", daemon=True).start(),
         close_seconds=CLOSE_SECONDS,
     )
 
 
 def end_service() -> None:
-    """Kill the service of this process, after a grace. Where there is no /proc, it ends when wandb lets it."""
-    time.sleep(LEAVE_SECONDS)
+    """Kill the service of this process after KILL_SECONDS. Without /proc, it ends by itself."""
+    time.sleep(KILL_SECONDS)
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             name, _, rest = path.read_text(errors="replace").partition("(")[2].rpartition(")")
@@ -165,36 +100,36 @@ def end_service() -> None:
 
 
 def describe_upload(config: Config, done: int) -> str:
-    """How much the checkpoints of the rest of the run are."""
+    """Return the number and size of the checkpoints that the rest of the run uploads."""
     t, size = config.training, plan.make_plan(config, "cpu-float32", 1).checkpoint_bytes
     count = math.ceil(t.train_steps / t.save_interval) - done // t.save_interval if t.save_interval else 1
     kind, most = ("checkpoints", "") if config.wandb.log_checkpoints == "all" else ("best checkpoints", "at most ")
     return (
-        f"{most}{count} {kind} of {format_bytes(size)} = {format_bytes(size * count)} will be uploaded; "
-        "wandb.log_checkpoints none sends none"
+        f"{most}{count} {kind} of {format_bytes(size)} = {format_bytes(size * count)} will be uploaded. "
+        "To upload none: --wandb.log_checkpoints none."
     )
 
 
 def links_folder(folder: Path) -> Path:
-    """Where the second names of checkpoints lie."""
+    """Return the folder of the hard links to checkpoints."""
     return folder.absolute() / OWN_FOLDER / "checkpoints"
 
 
 def remove_links(folder: Path) -> None:
-    """All of a run folder. What a run that was cut short left there may hold gigabytes of checkpoints thinned out since."""
+    """Remove the hard links of a run folder: those of an interrupted run may keep gigabytes of removed checkpoints."""
     for path in links_folder(folder).glob("*.pt"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 class CheckpointLinks:
-    """Second names of checkpoints that are to be uploaded, in the run's wandb folder, on the same disk."""
+    """Hard links to the checkpoints that are to be uploaded, in the run's wandb folder."""
 
-    def __init__(self, folder: Path, config: WandbConfig, say: Say) -> None:
-        self.folder, self.chosen, self.say = links_folder(folder), config.log_checkpoints, say
+    def __init__(self, folder: Path, config: WandbConfig, report: Report) -> None:
+        self.folder, self.chosen, self.report = links_folder(folder), config.log_checkpoints, report
 
     def keep(self, path: Path, is_best: bool) -> Path | None:
-        """The second name, or None where this one is not wanted; or where the disk knows no such names, and it is said."""
+        """Return the hard link, or None if this file is not wanted or the disk has no hard links, which is reported."""
         if self.chosen == "none" or (self.chosen == "best" and not is_best):
             return None
         link = self.folder / path.name
@@ -204,46 +139,13 @@ class CheckpointLinks:
             link.hardlink_to(path)
         except OSError as error:
             self.chosen = "none"
-            self.say(f"W&B - {path.name} cannot be linked: {error.strerror or error} - no checkpoints are uploaded")
+            self.report(f"W&B: {path.name} cannot be linked ({error.strerror or error}). No checkpoints are uploaded.")
             return None
         return link
 
 
-def decide_mode(config: WandbConfig, environment: WandbEnvironment) -> tuple[Mode, str]:
-    """`online`, `offline` or `disabled`, and the reason. The config's mode outranks the environment's."""
-    asked, by = (environment.mode or "auto", "WANDB_MODE") if config.mode == "auto" else (config.mode, "wandb.mode")
-    if asked == "disabled":
-        return "disabled", f"{by} is disabled"
-    if asked in ("offline", "dryrun"):
-        return "offline", f"{by} is {asked}"
-    if not environment.key_present:
-        return "offline", f"no key for {environment.host} was found; `wandb login` stores one"
-    if asked != "online" and not answers(environment.proxy or environment.host):
-        return "offline", f"{environment.host} did not answer within {PROBE_SECONDS:g} s"
-    return "online", by
-
-
-def answers(url: str) -> bool:
-    """Whether a TCP connection to the URL's host opens in time; on a thread, because looking up a name has no timeout."""
-    opened: list[bool] = []
-
-    def connect() -> None:
-        try:
-            parts = urlsplit(url if "://" in url else f"//{url}")
-            port = parts.port or (80 if parts.scheme == "http" else 443)
-            with socket.create_connection((parts.hostname or "", port), PROBE_SECONDS):
-                opened.append(True)
-        except (OSError, ValueError):
-            return
-
-    thread = threading.Thread(target=connect, name="W&B probe", daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return bool(opened)
-
-
-def open_run(config: Config, folder: Path, run_id: str, mode: Mode, say: Say) -> "WandbTracker":
-    """Import wandb and begin the run; online where that works, else offline with one line."""
+def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Report) -> "WandbTracker":
+    """Import wandb and start the run: online if that works, else offline with one line."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -268,7 +170,7 @@ def open_run(config: Config, folder: Path, run_id: str, mode: Mode, say: Say) ->
         return wandb.init(
             project=config.wandb.project,
             entity=config.wandb.entity,
-            name=config.wandb.name,
+            name=config.wandb.name or folder.resolve().name,
             tags=list(config.wandb.tags),
             config=config.model_dump(mode="json"),
             dir=str(folder),
@@ -284,24 +186,24 @@ def open_run(config: Config, folder: Path, run_id: str, mode: Mode, say: Say) ->
         wandb.teardown()
         if mode == "offline":
             raise
-        say(f"W&B: offline, the host refused: {describe(error)}")
+        report(f"W&B: offline, the host refused ({describe(error)})")
         run = begin("offline")
     if not run.offline:
-        say(f"W&B: {run.url}")
+        report(f"W&B: {run.url}")
     run.define_metric("train/step")
     run.define_metric("*", step_metric="train/step")
     for name, best in BEST.items():
         run.define_metric(name, step_metric="train/step", summary=best)
-    tracker = WandbTracker(run, config, folder, say)
+    tracker = WandbTracker(run, config, folder, report)
     try:
         tracker.log_files()
     except Exception as error:
-        say(f"W&B: code, config and tokenizer are not uploaded: {describe(error)}")
+        report(f"W&B: code, config and tokenizer are not uploaded ({describe(error)})")
     return tracker
 
 
 def list_code() -> list[tuple[Path, str]]:
-    """The files that may be sent as code, and their names there: this package's, and train.py of the clone it lies in."""
+    """Return the files that may be sent as code, and their names: this package's, and train.py of its clone."""
     package = Path(__file__).parents[1]
     found = [(path, f"smollm2/{path.relative_to(package)}") for path in sorted(package.rglob("*.py"))]
     root = package.parent
@@ -310,26 +212,58 @@ def list_code() -> list[tuple[Path, str]]:
 
 
 class WandbTracker(Tracker):
-    """One W&B run; lives behind a fence."""
+    """One W&B run; runs behind a fence."""
 
-    def __init__(self, run: "wandb.Run", config: Config, folder: Path, say: Say) -> None:
-        self.run, self.config, self.folder, self.say = run, config, folder.absolute(), say
+    def __init__(self, run: "wandb.Run", config: Config, folder: Path, report: Report) -> None:
+        self.run, self.config, self.folder, self.report = run, config, folder.absolute(), report
         self.table: Any = None
-        self.is_closing, self.has_said_thinned = False, False
+        self.is_closing, self.has_reported_pruning = False, False
 
     def log_files(self) -> None:
-        """The effective config, the tokenizer and the code, as artifacts."""
-        self._log_artifact("config", "config", [(self.folder / "config.yaml", "config.yaml")])
-        self._log_artifact("tokenizer", "tokenizer", [(self.folder / "tokenizer" / "tokenizer.json", "tokenizer.json")])
+        """Send the effective config, the tokenizer and the code as artifacts."""
+        self._log_artifact("config", "config", [(self.folder / CONFIG, CONFIG)])
+        self._log_artifact("tokenizer", "tokenizer", [(self.folder / TOKENIZER / "tokenizer.json", "tokenizer.json")])
         if self.config.wandb.log_code:
             self._log_artifact("code", "code", list_code())
 
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """A row."""
-        self._log_row(step, group_metrics(metrics))
+    def on(self, message: Message) -> None:
+        """Send the message. Events are not sent: their texts may name paths of this machine."""
+        match message.content:
+            case Metrics(values):
+                self._log_row(message.step, group_metrics(values))
+            case Samples(samples):
+                self._log_samples(message.step, samples)
+            case Diagnosis() as diagnosis if self.config.wandb.log_gradients:
+                self._log_diagnosis(message.step, diagnosis)
+            case Landscape() as landscape:
+                self._log_landscape(message.step, landscape)
+            case SavedFile(path, is_best):
+                self._send_checkpoint(message.step, path, is_best)
 
-    def log_text(self, samples: Sequence[Sample], step: int) -> None:
-        """A round more in the table of samples; W&B shows its cells as plain text."""
+    def close(self) -> None:
+        """Send the rest, for a bounded time; report how an offline run, or what is left of an online one, is uploaded."""
+        import wandb
+
+        folder = shlex.quote(str(Path(self.run.dir).parent))
+        self.is_closing = True
+        try:
+            self.run.finish()
+            remove_links(self.folder)
+        except TimeoutError:
+            self.report(
+                f"W&B: the upload did not finish within {FINISH_SECONDS:g} s. Send the rest with: wandb sync {folder}"
+            )
+        finally:
+            # End its service here and not in a hook at the end of Python, which would print a traceback if it has died.
+            wandb.teardown()
+        if self.run.offline:
+            self.report(f"W&B: the run was recorded offline. Upload it with: wandb sync {folder}")
+
+    def _log_row(self, step: int, row: Mapping[str, object]) -> None:
+        self.run.log({"train/step": step, **row})
+
+    def _log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Add a round to the table of samples; W&B shows its cells as plain text."""
         import wandb
 
         if self.table is None or len(self.table.data) >= TABLE_ROWS:
@@ -338,13 +272,8 @@ class WandbTracker(Tracker):
             self.table.add_data(step, sample.prompt, sample.text)
         self._log_row(step, {"samples/table": self.table})
 
-    def log_event(self, kind: str, message: str, step: int, **details: object) -> None:
-        """Nothing: messages may name paths of this machine; they stay in the run folder."""
-
-    def log_diagnosis(self, diagnosis: Diagnosis, step: int) -> None:
-        """Norms by layer, histograms by parameter, and the flow through the layers as a figure."""
-        if not self.config.wandb.log_gradients:
-            return
+    def _log_diagnosis(self, step: int, diagnosis: Diagnosis) -> None:
+        """Log norms by layer, histograms by parameter, and the flow through the layers as a figure."""
         import numpy
         import wandb
 
@@ -356,27 +285,25 @@ class WandbTracker(Tracker):
             for name, histogram in histograms.items():
                 pair = (numpy.asarray(histogram.counts), numpy.asarray(histogram.edges))
                 row[f"{group}/histogram/{name}"] = wandb.Histogram(np_histogram=pair)
-        self._log_row(step, row | {"gradients/flow": wandb.Plotly(draw_flow(diagnosis))})
+        self._log_row(step, row | {"gradients/flow": as_media(flow_figure(diagnosis))})
 
-    def log_landscape(self, landscape: Landscape, step: int) -> None:
-        """A surface that can be turned, and the line through it."""
-        import wandb
-
-        surface, line = draw_landscape(landscape)
-        row = {"landscape/surface": wandb.Plotly(surface), "landscape/line": wandb.Plotly(line)}
+    def _log_landscape(self, step: int, landscape: Landscape) -> None:
+        """Log a surface that can be turned, and the line through it."""
+        figures = landscape_figures(landscape)
+        row = {f"landscape/{name}": as_media(figures[name]) for name in ("surface", "line")}
         self._log_row(step, {**row, "landscape/loss": landscape.loss})
 
-    def save_file(self, path: Path, step: int, *, is_best: bool) -> None:
-        """A checkpoint as a version of one artifact. `path` is its second name, which goes as soon as it is not needed."""
+    def _send_checkpoint(self, step: int, path: Path, is_best: bool) -> None:
+        """Send a checkpoint as a version of one artifact. `path` is its hard link, removed when it is no longer needed."""
         original = self.folder / path.name
         if self.run.offline:
             path.unlink(missing_ok=True)
             if self.config.training.keep_last is None:
                 self._log_checkpoint(original, step, is_best)
-            elif not self.has_said_thinned:
-                self.has_said_thinned = True
-                self.say(
-                    "W&B: offline, and training.keep_last removes checkpoints, so none will be uploaded by wandb sync"
+            elif not self.has_reported_pruning:
+                self.has_reported_pruning = True
+                self.report(
+                    "W&B: the run is offline and training.keep_last removes checkpoints, so wandb sync will upload none"
                 )
             return
         try:
@@ -386,28 +313,8 @@ class WandbTracker(Tracker):
             raise
         threading.Thread(target=self._release, args=(artifact, path), name=f"W&B {path.name}", daemon=True).start()
 
-    def close(self) -> None:
-        """Send the rest, for a bounded time; say how an offline run, or what is left of an online one, is uploaded."""
-        import wandb
-
-        where = shlex.quote(str(Path(self.run.dir).parent))
-        self.is_closing = True
-        try:
-            self.run.finish()
-            remove_links(self.folder)
-        except TimeoutError:
-            self.say(f"W&B: not all was uploaded within {FINISH_SECONDS:g} s; send the rest with: wandb sync {where}")
-        finally:
-            # Its service ends here and not in a hook at the end of Python, which would print a traceback where it died.
-            wandb.teardown()
-        if self.run.offline:
-            self.say(f"W&B: the run is kept offline; upload it with: wandb sync {where}")
-
-    def _log_row(self, step: int, row: Mapping[str, object]) -> None:
-        self.run.log({"train/step": step, **row})
-
     def _log_checkpoint(self, path: Path, step: int, is_best: bool) -> "wandb.Artifact":
-        """Under the names latest, step_0500 and best. Not copied: immutable, by an absolute path, past wandb's cache."""
+        """Send a checkpoint under the aliases latest, step_0500 and best. Immutable and past the cache: wandb copies nothing."""
         import wandb
 
         artifact = wandb.Artifact(f"checkpoints-{self.run.id}", "model", metadata={"step": step})
@@ -415,7 +322,7 @@ class WandbTracker(Tracker):
         return self.run.log_artifact(artifact, aliases=["latest", path.stem, *(["best"] if is_best else [])])
 
     def _log_artifact(self, name: str, kind: str, files: Sequence[tuple[Path, str]]) -> None:
-        """Small files, copied first into the run's wandb folder: they may change before they are sent."""
+        """Send small files; wandb copies them first into the run's wandb folder, since they may change before they are sent."""
         import wandb
 
         artifact = wandb.Artifact(name, kind)
@@ -424,42 +331,19 @@ class WandbTracker(Tracker):
         self.run.log_artifact(artifact)
 
     def _release(self, artifact: "wandb.Artifact", path: Path) -> None:
-        """A thread for each upload: asking wandb whether one has ended, with a timeout, would cancel it."""
+        """Remove the link after the upload. One thread per upload: waiting with a timeout would cancel it."""
         try:
             artifact.wait()
         except Exception as error:
-            if self.is_closing:  # its service has gone; `close` decides
+            if self.is_closing:  # the service has ended; `close` reports
                 return
-            self.say(f"W&B: {path.name} may not have arrived: {describe(error)}")
+            self.report(f"W&B: {path.name} may not have been uploaded ({describe(error)})")
         path.unlink(missing_ok=True)
 
 
-def draw_flow(diagnosis: Diagnosis) -> Any:
-    """A plotly figure: the norms of gradients and weights and the update ratio, layer after layer."""
+def as_media(figure: Figure) -> Any:
+    """Return plotly JSON as a W&B chart."""
+    import wandb
     from plotly import graph_objects
 
-    flows = flow_by_layer(diagnosis)
-    curves = {
-        "gradient norm": [flow.gradient_norm for flow in flows.values()],
-        "weight norm": [flow.weight_norm for flow in flows.values()],
-        "update / weight": [flow.update_ratio for flow in flows.values()],
-    }
-    lines = [graph_objects.Scatter(x=list(flows), y=finite(ys), name=name) for name, ys in curves.items()]
-    figure = graph_objects.Figure(lines, layout={"template": "none", "yaxis": {"type": "log"}})
-    return figure.update_layout(title="Gradient flow", xaxis_title="layer")
-
-
-def draw_landscape(landscape: Landscape) -> tuple[Any, Any]:
-    """Two plotly figures: the surface over both directions, and the line along the first."""
-    from plotly import graph_objects
-
-    at = list(landscape.grid_at)
-    # z[i][j] stands over x[j] and y[i], and the first direction is the grid's first index.
-    surface = graph_objects.Surface(x=at, y=at, z=[finite(row) for row in landscape.grid])
-    axes = {"xaxis_title": "second direction", "yaxis_title": "first direction", "zaxis_title": "loss"}
-    line = graph_objects.Scatter(x=list(landscape.line_at), y=finite(landscape.line), name="loss")
-    bare = {"template": "none", "title": f"Loss around the weights: {landscape.loss:.4f} at the centre"}
-    return (
-        graph_objects.Figure([surface], layout=bare).update_layout(scene=axes),
-        graph_objects.Figure([line], layout=bare).update_layout(xaxis_title="first direction", yaxis_title="loss"),
-    )
+    return wandb.Plotly(graph_objects.Figure(figure, layout_template="none"))

@@ -45,7 +45,8 @@ from smollm2.tracking.base import Fanout, Fence
 from smollm2.tracking.console import ConsoleTracker
 from smollm2.tracking.jsonl import JsonlTracker
 from smollm2.tracking.tensorboard import start_tensorboard
-from smollm2.tracking.wandb import make_run_id, prepare_environment, start_wandb
+from smollm2.tracking.wandb import start_wandb
+from smollm2.tracking.wandb_environment import make_run_id, prepare_environment
 from smollm2.training.optim import (
     build_optimizers,
     learning_rate_at,

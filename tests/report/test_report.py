@@ -27,7 +27,7 @@ from smollm2.report.sections import SECTIONS
 from smollm2.report.terminal import draw_run
 from smollm2.report.tracker import ReportTracker
 from smollm2.report.verdict import describe_fit, status_of, verdict_of
-from smollm2.tracking.base import Fence, Sample
+from smollm2.tracking.base import Fanout, Fence, Sample
 from smollm2.tracking.jsonl import JsonlTracker
 from smollm2.training.loop import train
 
@@ -285,7 +285,7 @@ HOSTILE = [
 
 def plant(run: Path, text: str) -> None:
     """The text wherever a folder holds text."""
-    tracker = JsonlTracker(run, 10**6, print)
+    tracker = Fanout([JsonlTracker(run, 10**6, print)])
     tracker.log_text([Sample(text, text)], 400)
     tracker.log_event(text, text, 400, reason=text)
     tracker.log_event("data", "", 400, input=text, tokenizer=text, tokens=text)
@@ -490,7 +490,7 @@ def test_a_hundred_thousand_rows_are_a_page_under_6_megabytes(tmp_path: Path) ->
 
 
 def test_a_folder_with_much_of_everything_is_a_page_under_6_megabytes(copy: Path) -> None:
-    tracker = JsonlTracker(copy, 10**6, print)
+    tracker = Fanout([JsonlTracker(copy, 10**6, print)])
     for step in range(400, 1400):
         tracker.log_text([Sample(f"prompt {i}", "word " * 400) for i in range(4)], step)
         tracker.log_event("skip", "x" * 5000, step)
@@ -621,7 +621,7 @@ def test_a_run_that_was_stopped_says_so_on_its_page(tmp_path: Path) -> None:
 
 def test_the_page_is_written_at_evaluations_but_seldom(run: Path, copy: Path) -> None:
     page = copy / "report.html"
-    tracker = ReportTracker(copy, seconds_between=0.0)
+    tracker = Fanout([ReportTracker(copy, seconds_between=0.0)])
     tracker.log({"loss": 1.0}, 10)
     assert not page.exists()
     tracker.log({"validation_loss": 1.0}, 10)
@@ -643,7 +643,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_ends_nothing(copy: Path) 
     (copy / "report.html" / "x").write_text("")
     said: list[str] = []
     fence = Fence("report.html", lambda: ReportTracker(copy), said.append)
-    fence.log({"loss": 1.0}, 400)
+    Fanout([fence]).log({"loss": 1.0}, 400)
     fence.close()
     assert len(said) == 1 and said[0].startswith("report.html - ResourceError: ")
 

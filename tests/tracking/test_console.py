@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smollm2.tracking.base import Sample
+from smollm2.tracking.base import Fanout, Sample
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets, redact
 
 REPORT = {
@@ -31,16 +31,16 @@ def printed(use: Callable[[ConsoleTracker], object]) -> str:
 def show_a_run(console: ConsoleTracker) -> None:
     console.show_page("Training", [("model", "2 layers"), ("folder", "x" * 200)])
     for step in (10, 20, 30):
-        console.log(REPORT, step)
-    console.log({"validation_loss": 3.5, "validation_bpb": 1.25}, 30)
-    console.log_text([Sample("Once", " upon\n\x1b[2Ja")], 30)
-    console.log_event("checkpoint", "saved \x1b[31mred", 30, path="x")
+        Fanout([console]).log(REPORT, step)
+    Fanout([console]).log({"validation_loss": 3.5, "validation_bpb": 1.25}, 30)
+    Fanout([console]).log_text([Sample("Once", " upon\n\x1b[2Ja")], 30)
+    Fanout([console]).log_event("checkpoint", "saved \x1b[31mred", 30, path="x")
     console.close()
-    console.say("done")
+    console.report("done")
 
 
 def test_a_report_is_one_plain_line_off_a_terminal() -> None:
-    assert printed(lambda console: console.log(REPORT, 10)) == (
+    assert printed(lambda console: Fanout([console]).log(REPORT, 10)) == (
         "step 10/1000  loss 3.2100  smoothed_loss 3.2100  learning_rate 1.00e-04  grad_norm 0.910  tokens_per_second 12346\n"
     )
 
@@ -48,17 +48,20 @@ def test_a_report_is_one_plain_line_off_a_terminal() -> None:
 def test_a_validation_is_one_plain_line_off_a_terminal() -> None:
     rows = {"validation_loss": 3.5, "validation_bpb": 1.25}
     assert (
-        printed(lambda console: console.log(rows, 10))
+        printed(lambda console: Fanout([console]).log(rows, 10))
         == "step 10/1000  validation_loss 3.5000  validation_bpb 1.2500\n"
     )
 
 
 def test_an_event_without_a_message_is_for_the_files_alone() -> None:
-    assert printed(lambda console: console.log_event("start", "", 0, device="cpu")) == ""
+    assert printed(lambda console: Fanout([console]).log_event("start", "", 0, device="cpu")) == ""
 
 
 def test_a_loss_that_is_no_number_is_shown_as_such() -> None:
-    assert printed(lambda console: console.log({"loss": math.nan}, 1)) == "step 1/1000  loss nan  smoothed_loss nan\n"
+    assert (
+        printed(lambda console: Fanout([console]).log({"loss": math.nan}, 1))
+        == "step 1/1000  loss nan  smoothed_loss nan\n"
+    )
 
 
 def test_no_control_character_goes_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,13 +73,13 @@ def test_no_control_character_goes_off_a_terminal(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_time_is_left_once_there_is_a_pace() -> None:
-    first, second = printed(lambda console: [console.log(REPORT, step) for step in (10, 20)]).splitlines()
+    first, second = printed(lambda console: [Fanout([console]).log(REPORT, step) for step in (10, 20)]).splitlines()
     assert "time_left" not in first and re.search(r"time_left \d:\d\d:\d\d$", second)
 
 
 def test_the_smoothed_loss_is_the_exponential_mean_without_bias() -> None:
     losses = [5.0, 4.0, math.nan, 3.0]
-    text = printed(lambda console: [console.log({"loss": loss}, 1) for loss in losses])
+    text = printed(lambda console: [Fanout([console]).log({"loss": loss}, 1) for loss in losses])
     weights = [0.1 * 0.9**age for age in (2, 1, 0)]
     expected = sum(weight * loss for weight, loss in zip(weights, (5, 4, 3), strict=True)) / sum(weights)
     assert text.splitlines()[-1].endswith(f"smoothed_loss {expected:.4f}")
@@ -88,7 +91,7 @@ def test_a_page_aligns_its_values() -> None:
 
 
 def test_a_sample_is_one_line_with_its_prompt_in_brackets() -> None:
-    text = printed(lambda console: console.log_text([Sample("", "a\n[b]"), Sample("The", " end")], 7))
+    text = printed(lambda console: Fanout([console]).log_text([Sample("", "a\n[b]"), Sample("The", " end")], 7))
     assert text == "step 7/1000  sample: []a\\n[b]\nstep 7/1000  sample: [The] end\n"
 
 
@@ -108,14 +111,14 @@ def test_slow_work_before_the_run_is_said_by_the_tenth(monkeypatch: pytest.Monke
 def test_what_the_encoding_lacks_is_written_as_its_escape() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii")
-    ConsoleTracker(1, 0, stream).say("Zürich\udc80")
+    ConsoleTracker(1, 0, stream).report("Zürich\udc80")
     assert raw.getvalue().split() == [b"Z\\xfcrich\\udc80"]
 
 
 def test_a_closed_pipe_ends_nothing() -> None:
     program = (
-        "import sys; from smollm2.tracking.console import ConsoleTracker; console = ConsoleTracker(9, 0)\n"
-        "for step in range(20_000): console.log({'loss': 1.0}, step)\n"
+        "import sys; from smollm2.tracking.base import Fanout; from smollm2.tracking.console import ConsoleTracker; console = ConsoleTracker(9, 0)\n"
+        "for step in range(20_000): Fanout([console]).log({'loss': 1.0}, step)\n"
         "sys.stderr.write('still here')"
     )
     process = subprocess.Popen(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smollm2.errors import ResourceError
-from smollm2.tracking.base import Diagnosis, Histogram, Landscape, Sample
+from smollm2.tracking.base import Diagnosis, Fanout, Histogram, Landscape, Sample
 from smollm2.tracking.jsonl import JsonlTracker
 
 
@@ -19,21 +19,22 @@ def rows_of(path: Path) -> list[dict[str, object]]:
 
 
 def log_steps(folder: Path, resumed_step: int, steps: range) -> list[str]:
-    said: list[str] = []
-    tracker = JsonlTracker(folder, resumed_step, said.append)
+    reported: list[str] = []
+    files = JsonlTracker(folder, resumed_step, reported.append)
+    tracker = Fanout([files])
     for step in steps:
         tracker.log({"loss": 1 / step}, step)
     tracker.close()
-    return said
+    return reported
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    JsonlTracker(tmp_path, 0, print).log({"tokens": 512, "loss": 2.5}, 1)
+    Fanout([JsonlTracker(tmp_path, 0, print)]).log({"tokens": 512, "loss": 2.5}, 1)
     assert rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "tokens": 512, "loss": 2.5}]
 
 
 def test_each_sample_is_a_row(tmp_path: Path) -> None:
-    JsonlTracker(tmp_path, 0, print).log_text([Sample("", "a\nb"), Sample("Ö", "\udc80\u2028\x85")], 3)
+    Fanout([JsonlTracker(tmp_path, 0, print)]).log_text([Sample("", "a\nb"), Sample("Ö", "\udc80\u2028\x85")], 3)
     assert rows_of(tmp_path / "samples.jsonl") == [
         {"step": 3, "prompt": "", "text": "a\nb"},
         {"step": 3, "prompt": "Ö", "text": "\udc80\u2028\x85"},
@@ -41,7 +42,9 @@ def test_each_sample_is_a_row(tmp_path: Path) -> None:
 
 
 def test_an_event_has_its_details_and_the_time(tmp_path: Path) -> None:
-    JsonlTracker(tmp_path, 0, print).log_event("skip", "skipped", 3, ids=[1, 2], norm=math.inf, path=Path("a"))
+    Fanout([JsonlTracker(tmp_path, 0, print)]).log_event(
+        "skip", "skipped", 3, ids=[1, 2], norm=math.inf, path=Path("a")
+    )
     (row,) = rows_of(tmp_path / "events.jsonl")
     assert row.pop("time") > 1e9  # type: ignore[operator]
     assert row == {"step": 3, "kind": "skip", "message": "skipped", "ids": [1, 2], "norm": None, "path": "a"}
@@ -50,7 +53,7 @@ def test_an_event_has_its_details_and_the_time(tmp_path: Path) -> None:
 def test_a_diagnosis_is_a_row_of_rounded_numbers_without_histograms(tmp_path: Path) -> None:
     histogram = {"w": Histogram((1,), (0.0, 1.0))}
     diagnosis = Diagnosis({"w": 1.23456}, {"w": 2.0}, {"w": math.inf}, {"b": {"rms": 0.5}}, 0.25, histogram, histogram)
-    JsonlTracker(tmp_path, 0, print).log_diagnosis(diagnosis, 3)
+    Fanout([JsonlTracker(tmp_path, 0, print)]).log_diagnosis(diagnosis, 3)
     assert rows_of(tmp_path / "diagnostics.jsonl") == [
         {
             "step": 3,
@@ -64,7 +67,8 @@ def test_a_diagnosis_is_a_row_of_rounded_numbers_without_histograms(tmp_path: Pa
 
 
 def test_a_landscape_is_kept_whole_and_the_newest_stays(tmp_path: Path) -> None:
-    tracker = JsonlTracker(tmp_path, 0, print)
+    files = JsonlTracker(tmp_path, 0, print)
+    tracker = Fanout([files])
     for loss in (2.0, 1.0):
         tracker.log_landscape(Landscape(loss, (0,), (loss,), (0,), ((math.nan,),), seed=7, targets=8), 5)
     found = json.loads((tmp_path / "landscape.json").read_text())
@@ -73,7 +77,7 @@ def test_a_landscape_is_kept_whole_and_the_newest_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path, value: float) -> None:
-    JsonlTracker(tmp_path, 0, print).log({"loss": value}, 1)
+    Fanout([JsonlTracker(tmp_path, 0, print)]).log({"loss": value}, 1)
     assert rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}]
 
 
@@ -109,19 +113,19 @@ DAMAGED = [b"", b"{", b"\xff\x00", b"null", b"[1]", b'{"loss": 1}', b'{"step": "
 
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_line_in_the_middle_is_named_counted_and_kept_aside(tmp_path: Path, damaged: bytes) -> None:
+def test_a_damaged_line_in_the_middle_is_counted_and_moved_to_another_file(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n' + damaged + b"\n")
-    said = log_steps(tmp_path, 2, range(3, 4))
-    assert said == ["metrics.jsonl:2 - 2 lines are not rows - they are kept in metrics.jsonl.damaged"]
+    reported = log_steps(tmp_path, 2, range(3, 4))
+    assert reported == ["metrics.jsonl:2: 2 damaged lines were moved to metrics.jsonl.damaged"]
     assert [row["step"] for row in rows_of(path)] == [1, 2, 3]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == (damaged + b"\n") * 2
 
 
 def test_a_kill_leaves_whole_rows_without_a_gap(tmp_path: Path) -> None:
     program = (
-        "import itertools, sys; from pathlib import Path; from smollm2.tracking.jsonl import JsonlTracker\n"
-        "tracker = JsonlTracker(Path(sys.argv[1]), 0, print)\n"
+        "import itertools, sys; from pathlib import Path; from smollm2.tracking.base import Fanout; from smollm2.tracking.jsonl import JsonlTracker\n"
+        "tracker = Fanout([JsonlTracker(Path(sys.argv[1]), 0, print)])\n"
         "for step in itertools.count(1):\n"
         "    tracker.log({'loss': 1.0}, step)\n"
         "    if step == 200: print('enough', flush=True)\n"
@@ -136,17 +140,18 @@ def test_a_kill_leaves_whole_rows_without_a_gap(tmp_path: Path) -> None:
     assert len(steps) >= 200 and steps == list(range(1, len(steps) + 1))
 
 
-def test_a_full_disk_ends_nothing_and_costs_no_row(tmp_path: Path) -> None:
-    """The disk is played by the largest file size that the system allows this process; it cuts inside a row. Python ignores SIGXFSZ."""
+def test_a_full_disk_costs_no_row(tmp_path: Path) -> None:
+    """The largest file size of this process stands for the full disk; it cuts inside a row. Python ignores SIGXFSZ."""
     resource = pytest.importorskip("resource")
-    said: list[str] = []
-    tracker = JsonlTracker(tmp_path, 0, said.append)
+    reported: list[str] = []
+    files = JsonlTracker(tmp_path, 0, reported.append)
+    tracker = Fanout([files])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (110, before[1]))
         for step in range(1, 9):
             tracker.log({"loss": 1.0}, step)
-        tracker.sync()
+        files.sync()
         while_full = (tmp_path / "metrics.jsonl").stat().st_size
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -154,14 +159,15 @@ def test_a_full_disk_ends_nothing_and_costs_no_row(tmp_path: Path) -> None:
     tracker.close()
     assert while_full == 110
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == list(range(1, 10))
-    (line,) = said
-    assert line.startswith("metrics.jsonl - ") and "rows wait in memory" in line
+    (line,) = reported
+    assert line.startswith("metrics.jsonl: rows wait in memory (") and line.endswith(". Free some space on its disk.")
 
 
 def test_rows_that_were_never_written_are_counted_at_the_end(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-    said: list[str] = []
-    tracker = JsonlTracker(tmp_path, 0, said.append)
+    reported: list[str] = []
+    files = JsonlTracker(tmp_path, 0, reported.append)
+    tracker = Fanout([files])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
@@ -170,10 +176,12 @@ def test_rows_that_were_never_written_are_counted_at_the_end(tmp_path: Path) -> 
         tracker.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert said[1:] == ["2 rows of the run folder were never written: its disk is full"]
+    assert reported[1:] == [f"{tmp_path}: 2 rows were never written, the disk is full."]
 
 
 def test_a_folder_that_cannot_hold_the_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
-    with pytest.raises(ResourceError, match=r"events\.jsonl - Is a directory - .*another --save_dir"):
+    with pytest.raises(
+        ResourceError, match=r"events\.jsonl: cannot be written \(Is a directory\)\. .*another --save_dir"
+    ):
         JsonlTracker(tmp_path, 0, print)

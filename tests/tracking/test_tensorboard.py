@@ -9,15 +9,15 @@ import pytest
 from runs import tiny_config, write_tiny
 from test_wandb import DIAGNOSIS
 
-from smollm2.tracking.base import Sample, Tracker
+from smollm2.tracking.base import Fanout, Sample
 from smollm2.tracking.tensorboard import start_tensorboard
 from smollm2.training.loop import train
 
 
-def start(folder: Path, resumed_step: int = 0) -> Tracker:
+def start(folder: Path, resumed_step: int = 0) -> Fanout:
     tracker = start_tensorboard(folder, resumed_step, print)
     assert tracker is not None
-    return tracker
+    return Fanout([tracker])
 
 
 def read(folder: Path) -> Any:
@@ -32,7 +32,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tensorboard")
     tracker = start(folder)
     tracker.log_text([Sample("<b>*a*", "x\ny")], 10)
@@ -41,23 +41,23 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read(folder)
 
 
-def test_samples_are_texts_that_command_nothing(told: Any) -> None:
-    (event,) = told.Tensors("samples/0/text_summary")
+def test_samples_are_texts_without_markup(recorded: Any) -> None:
+    (event,) = recorded.Tensors("samples/0/text_summary")
     assert (event.step, event.tensor_proto.string_val[0]) == (10, b"    [<b>*a*]x\n    y")
 
 
-def test_histograms_have_the_counts_and_edges_of_the_look(told: Any) -> None:
-    (event,) = told.Histograms("gradients/histogram/model.norm.weight")
+def test_histograms_have_the_counts_and_edges_of_the_diagnosis(recorded: Any) -> None:
+    (event,) = recorded.Histograms("gradients/histogram/model.norm.weight")
     found = event.histogram_value
     assert event.step == 20 and (found.min, found.max, found.num) == (-1, 2, 4)
     assert (list(found.bucket), list(found.bucket_limit)) == ([3, 1], [0, 2])
     assert found.sum == 3 * -0.5 + 1
-    (event,) = told.Histograms("parameters/histogram/model.norm.weight")
+    (event,) = recorded.Histograms("parameters/histogram/model.norm.weight")
     assert list(event.histogram_value.bucket) == [5, 6]
 
 
-def test_norms_are_scalars_by_layer(told: Any) -> None:
-    assert [(event.step, event.value) for event in told.Scalars("gradients/norm/layers.0")] == [(20, 5)]
+def test_norms_are_scalars_by_layer(recorded: Any) -> None:
+    assert [(event.step, event.value) for event in recorded.Scalars("gradients/norm/layers.0")] == [(20, 5)]
 
 
 def test_a_resumed_run_reads_back_with_the_values_of_metrics_jsonl(tmp_path: Path) -> None:
@@ -73,17 +73,17 @@ def test_a_resumed_run_reads_back_with_the_values_of_metrics_jsonl(tmp_path: Pat
         assert len(expected) > 1 and scalars(tmp_path / "checkpoints", tag) == expected
 
 
-def test_a_machine_without_tensorboard_is_told_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_tensorboard_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    said: list[str] = []
-    assert start_tensorboard(tmp_path, 0, said.append) is None
-    assert said == [
-        "TensorBoard - tensorboard is not installed - training goes on without it; "
-        "pip install 'smollm2-training[tensorboard]'"
+    reported: list[str] = []
+    assert start_tensorboard(tmp_path, 0, reported.append) is None
+    assert reported == [
+        "TensorBoard: tensorboard is not installed, the run continues without it. "
+        "Run pip install 'smollm2-training[tensorboard]'."
     ]
 
 
-def test_the_tracker_imports_neither_torch_nor_tensorboard_before_it_is_wanted() -> None:
+def test_the_tracker_imports_neither_torch_nor_tensorboard_before_it_is_used() -> None:
     program = "import sys, smollm2.tracking.tensorboard\nprint({'torch', 'tensorboard'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -21,17 +21,14 @@ from wandb_server import WandbServer, wandb_server
 
 from smollm2.config.schema import Config, WandbConfig
 from smollm2.tracking import wandb as tracker_module
-from smollm2.tracking.base import Diagnosis, Histogram, Landscape, Sample, Tracker
-from smollm2.tracking.wandb import (
+from smollm2.tracking.base import Diagnosis, Fanout, Histogram, Landscape, Sample
+from smollm2.tracking.wandb import CheckpointLinks, describe_upload, list_code, start_wandb
+from smollm2.tracking.wandb_environment import (
     DEFAULT_HOST,
-    CheckpointLinks,
     WandbEnvironment,
     decide_mode,
-    describe_upload,
-    list_code,
     make_run_id,
     prepare_environment,
-    start_wandb,
 )
 
 KEY = "a" * 40
@@ -76,13 +73,16 @@ def folder(tmp_path: Path) -> Path:
     return make_run_folder(tmp_path)
 
 
-def start(folder: Path, said: list[str], run_id: str = "run1", **keys: object) -> Tracker | None:
+def start(folder: Path, reported: list[str], run_id: str = "run1", **keys: object) -> Fanout | None:
     section = WandbConfig(**{"enabled": True, "log_checkpoints": "none", "log_code": False, **keys})  # type: ignore[arg-type]
-    return start_wandb(Config(wandb=section), folder, run_id, prepare_environment(os.environ, folder), said.append)
+    tracker = start_wandb(
+        Config(wandb=section), folder, run_id, prepare_environment(os.environ, folder), reported.append
+    )
+    return Fanout([tracker]) if tracker else None
 
 
-def mirror_one_row(folder: Path, said: list[str], run_id: str = "run1", **keys: object) -> None:
-    tracker = start(folder, said, run_id, **keys)
+def mirror_one_row(folder: Path, reported: list[str], run_id: str = "run1", **keys: object) -> None:
+    tracker = start(folder, reported, run_id, **keys)
     assert tracker is not None
     tracker.log({"loss": 2.5}, 1)
     tracker.close()
@@ -111,8 +111,8 @@ def history(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("config_mode", "environment", "mode", "reason"),
     [
-        ("auto", WandbEnvironment(), "offline", f"no key for {DEFAULT_HOST} was found; `wandb login` stores one"),
-        ("online", WandbEnvironment(), "offline", f"no key for {DEFAULT_HOST} was found; `wandb login` stores one"),
+        ("auto", WandbEnvironment(), "offline", f"no key for {DEFAULT_HOST} (`wandb login` stores one)"),
+        ("online", WandbEnvironment(), "offline", f"no key for {DEFAULT_HOST} (`wandb login` stores one)"),
         ("online", WandbEnvironment(key_present=True), "online", "wandb.mode"),
         ("offline", WandbEnvironment(key_present=True, mode="online"), "offline", "wandb.mode is offline"),
         ("auto", WandbEnvironment(key_present=True, mode="offline"), "offline", "WANDB_MODE is offline"),
@@ -173,7 +173,7 @@ MY_HOST = "https://wandb.example.org"
         ({}, {"WANDB_MODE": "offline", "HTTPS_PROXY": "proxy:80"}, WandbEnvironment(mode="offline", proxy="proxy:80")),
     ],
 )
-def test_the_key_the_host_and_the_mode_are_found_where_wandb_finds_them(
+def test_key_host_and_mode_are_found_in_the_same_places_as_by_wandb(
     tmp_path: Path, files: dict[str, str], variables: dict[str, str], environment: WandbEnvironment
 ) -> None:
     for name, text in files.items():
@@ -182,14 +182,14 @@ def test_the_key_the_host_and_the_mode_are_found_where_wandb_finds_them(
     assert prepare_environment({"HOME": str(tmp_path), **variables}, tmp_path) == environment
 
 
-def test_wandb_is_told_not_to_report_on_itself_unless_the_user_says_so() -> None:
+def test_wandb_does_not_send_error_reports_unless_the_user_asks() -> None:
     silent, asked = {"HOME": "."}, {"HOME": ".", "WANDB_ERROR_REPORTING": "true"}
     prepare_environment(silent, Path())
     prepare_environment(asked, Path())
     assert (silent["WANDB_ERROR_REPORTING"], asked["WANDB_ERROR_REPORTING"]) == ("false", "true")
 
 
-def test_run_ids_differ_and_move_no_random_state() -> None:
+def test_run_ids_differ_and_change_no_random_state() -> None:
     before = random.getstate()
     assert len({make_run_id() for _ in range(100)}) == 100 and random.getstate() == before
 
@@ -208,8 +208,8 @@ LANDSCAPE = Landscape(2.0, (-1, 0, 1), (3.0, 2.0, math.inf), (-1, 1), ((4.0, 5.0
 CHECKPOINT = bytes(range(256)) * 4096
 
 
-def tell_everything(tracker: Tracker, folder: Path) -> None:
-    """What a run tells, once or twice each."""
+def send_everything(tracker: Fanout, folder: Path) -> None:
+    """Send each kind of message once or twice."""
     tracker.log({"loss": 2.5, "learning_rate": 1e-4}, 10)
     tracker.log({"validation_loss": 2.0, "validation_bpb": math.inf}, 10)
     tracker.log({"loss": 3.5, "learning_rate": 2e-4}, 20)
@@ -226,12 +226,12 @@ def tell_everything(tracker: Tracker, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Told:
-    """A run that was told everything: its folder, the home folder, what was said and what is in the .wandb file."""
+class Record:
+    """A run that sent everything: its folder, the home folder, the reported lines and the records of the .wandb file."""
 
     folder: Path
     home: Path
-    said: list[str]
+    reported: list[str]
     found: list[dict[str, Any]]
 
     def media(self, kind: str) -> list[Any]:
@@ -244,33 +244,33 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    root, said = tmp_path_factory.mktemp("offline"), list[str]()
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    root, reported = tmp_path_factory.mktemp("offline"), list[str]()
     with pytest.MonkeyPatch.context() as patch:
         empty_machine(root / "home", patch)
         folder = make_run_folder(root)
         keys = {"tags": ("a", "b"), "name": "first", "project": "proj", "log_checkpoints": "all", "log_code": True}
-        tracker = start(folder, said, **keys)
+        tracker = start(folder, reported, **keys)
         assert tracker is not None
-        tell_everything(tracker, folder)
-        return Told(folder, root / "home", said, records(folder))
+        send_everything(tracker, folder)
+        return Record(folder, root / "home", reported, records(folder))
 
 
-def test_offline_the_command_that_uploads_is_said_at_the_end(offline: Told) -> None:
-    assert offline.said[0] == f"W&B: offline, no key for {DEFAULT_HOST} was found; `wandb login` stores one"
-    assert re.fullmatch(r"W&B: 10 checkpoints of 1\.\d+ GB = 1\d\.\d GB will be uploaded; .*", offline.said[1])
-    assert offline.said[2].startswith("W&B: the run is kept offline; upload it with: wandb sync '")
-    assert offline.said[2].endswith("-run1'") and len(offline.said) == 3
+def test_offline_the_upload_command_is_reported_at_the_end(offline: Record) -> None:
+    assert offline.reported[0] == f"W&B: offline, no key for {DEFAULT_HOST} (`wandb login` stores one)"
+    assert re.fullmatch(r"W&B: 10 checkpoints of 1\.\d+ GB = 1\d\.\d GB will be uploaded\. .*", offline.reported[1])
+    assert offline.reported[2].startswith("W&B: the run was recorded offline. Upload it with: wandb sync '")
+    assert offline.reported[2].endswith("-run1'") and len(offline.reported) == 3
 
 
-def test_config_name_and_tags_are_those_of_the_run(offline: Told) -> None:
+def test_config_name_and_tags_are_those_of_the_run(offline: Record) -> None:
     (run,) = select(offline.found, "run")
     config = run["config"]["update"]
     assert config["training"]["learning_rate"] == 1e-4 and config["wandb"]["project"] == "proj"
     assert (run["project"], run["display_name"], run["tags"], run["run_id"]) == ("proj", "first", ["a", "b"], "run1")
 
 
-def test_metrics_stand_in_their_groups_against_our_own_step(offline: Told) -> None:
+def test_metrics_are_in_groups_against_our_own_step(offline: Record) -> None:
     assert history(offline.found)[:4] == [
         {"train/step": 10, "train/loss": 2.5, "train/learning_rate": 1e-4},
         {"train/step": 10, "validation/loss": 2, "validation/bpb": "Infinity"},
@@ -281,12 +281,12 @@ def test_metrics_stand_in_their_groups_against_our_own_step(offline: Told) -> No
     assert {metric.get("glob_name"): metric.get("step_metric") for metric in metrics}["*"] == "train/step"
 
 
-def test_the_rate_is_a_curve_of_its_own(offline: Told) -> None:
+def test_the_rate_is_a_curve_of_its_own(offline: Record) -> None:
     rows = [row for row in history(offline.found) if "train/learning_rate" in row]
     assert [(row["train/step"], row["train/learning_rate"]) for row in rows] == [(10, 1e-4), (20, 2e-4)]
 
 
-def test_the_summary_has_the_best_values(offline: Told) -> None:
+def test_the_summary_has_the_best_values(offline: Record) -> None:
     summary: dict[str, Any] = {}
     for record in select(offline.found, "summary"):
         summary |= record["update"]
@@ -294,7 +294,7 @@ def test_the_summary_has_the_best_values(offline: Told) -> None:
     assert summary["train/loss"] == {"min": 2.5} and summary["train/learning_rate"] == 2e-4
 
 
-def test_samples_are_a_table_that_grows(offline: Told) -> None:
+def test_samples_are_a_table_that_grows(offline: Record) -> None:
     rounds = offline.media("table")
     assert [round["columns"] for round in rounds] == [["step", "prompt", "text"]] * 2
     assert [row for round in rounds for row in round["data"]] == [
@@ -307,7 +307,7 @@ def test_samples_are_a_table_that_grows(offline: Told) -> None:
     assert len(offline.artifact(select(offline.found, "artifact")[3]["name"])) == 2
 
 
-def test_gradients_and_parameters_are_histograms(offline: Told) -> None:
+def test_gradients_and_parameters_are_histograms(offline: Record) -> None:
     (row,) = [row for row in history(offline.found) if "gradients/clipped" in row]
     assert row["train/step"] == 20
     for group, counts, edges in (("gradients", [3, 1], [-1, 0, 2]), ("parameters", [5, 6], [0, 0.5, 1])):
@@ -315,7 +315,7 @@ def test_gradients_and_parameters_are_histograms(offline: Told) -> None:
         assert (row[f"{name}._type"], row[f"{name}.values"], row[f"{name}.bins"]) == ("histogram", counts, edges)
 
 
-def test_a_look_inside_is_told_by_layer_and_block(offline: Told) -> None:
+def test_diagnostics_are_logged_by_layer_and_block(offline: Record) -> None:
     (row,) = [row for row in history(offline.found) if "gradients/clipped" in row]
     expected = {
         "gradients/clipped": 0.75,
@@ -330,7 +330,7 @@ def test_a_look_inside_is_told_by_layer_and_block(offline: Told) -> None:
     assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
-def test_the_flow_of_gradients_is_a_chart_over_the_layers(offline: Told) -> None:
+def test_the_flow_of_gradients_is_a_chart_over_the_layers(offline: Record) -> None:
     flow = offline.media("plotly")[0]
     layers = ["embed_tokens", "layers.0", "norm"]
     assert [(curve["name"], curve["x"]) for curve in flow["data"]] == [
@@ -341,14 +341,14 @@ def test_the_flow_of_gradients_is_a_chart_over_the_layers(offline: Told) -> None
     assert flow["data"][0]["y"] == [1, 5, 0.5] and flow["layout"]["yaxis"]["type"] == "log"
 
 
-def test_the_landscape_is_a_surface_and_a_line(offline: Told) -> None:
+def test_the_landscape_is_a_surface_and_a_line(offline: Record) -> None:
     figures = {figure["data"][0]["type"]: figure["data"][0] for figure in offline.media("plotly")[1:]}
-    assert figures["surface"]["z"] == [[4, 5], [6, 7]] and figures["surface"]["y"] == [-1, 1]
+    assert figures["surface"]["z"] == [[4, 6], [5, 7]] and figures["surface"]["y"] == [-1, 1]
     assert figures["scatter"]["y"] == [3, 2, None] and figures["scatter"]["x"] == [-1, 0, 1]
     assert any(row.get("landscape/loss") == 2 and row["train/step"] == 20 for row in history(offline.found))
 
 
-def test_of_the_machine_only_how_busy_it_is_is_told(offline: Told) -> None:
+def test_of_the_machine_only_the_load_is_sent(offline: Record) -> None:
     measured = {name for record in select(offline.found, "stats") for name in record["item"]}
     assert "memory_percent" in measured
     families = ("cpu", "memory", "disk.", "network.", "proc.", "gpu", "system.")
@@ -357,7 +357,7 @@ def test_of_the_machine_only_how_busy_it_is_is_told(offline: Told) -> None:
     assert "host" not in select(offline.found, "run")[0]
 
 
-def test_config_tokenizer_and_code_are_artifacts(offline: Told) -> None:
+def test_config_tokenizer_and_code_are_artifacts(offline: Record) -> None:
     for name, text in (("config.yaml", b"model: {}\n"), ("tokenizer.json", b"{}")):
         (artifact,) = offline.artifact(name.partition(".")[0])
         (entry,) = artifact["manifest"]["contents"]
@@ -368,11 +368,11 @@ def test_config_tokenizer_and_code_are_artifacts(offline: Told) -> None:
 
 def test_code_is_this_package_and_train_py_and_nothing_else() -> None:
     names = [name for _, name in list_code()]
-    assert {"train.py", "smollm2/training.py", "smollm2/tracking/wandb.py"} <= set(names)
+    assert {"train.py", "smollm2/training/loop.py", "smollm2/tracking/wandb.py"} <= set(names)
     assert all(re.fullmatch(r"train\.py|smollm2/(\w+/)?\w+\.py", name) for name in names)
 
 
-def test_checkpoints_are_versions_of_one_artifact_and_are_not_copied(offline: Told) -> None:
+def test_checkpoints_are_versions_of_one_artifact_and_are_not_copied(offline: Record) -> None:
     found = offline.artifact("checkpoints-run1")
     assert [sorted(artifact["aliases"]) for artifact in found] == [
         ["best", "latest", "step_0010"],
@@ -385,7 +385,7 @@ def test_checkpoints_are_versions_of_one_artifact_and_are_not_copied(offline: To
     ] == []
 
 
-def test_nothing_lands_in_the_home_folder(offline: Told, online: tuple[WandbServer, Told]) -> None:
+def test_nothing_is_written_to_the_home_folder(offline: Record, online: tuple[WandbServer, Record]) -> None:
     assert [*offline.home.iterdir(), *online[1].home.iterdir()] == []
 
 
@@ -393,47 +393,47 @@ def test_nothing_lands_in_the_home_folder(offline: Told, online: tuple[WandbServ
 
 
 @pytest.fixture(scope="module")
-def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WandbServer, Told]]:
-    root, said = tmp_path_factory.mktemp("online"), list[str]()
+def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WandbServer, Record]]:
+    root, reported = tmp_path_factory.mktemp("online"), list[str]()
     with pytest.MonkeyPatch.context() as patch, wandb_server() as server:
         empty_machine(root / "home", patch)
         patch.setenv("WANDB_API_KEY", KEY)
         patch.setenv("WANDB_BASE_URL", server.url)
         folder = make_run_folder(root)
-        tracker = start(folder, said, log_checkpoints="all", log_code=True)
+        tracker = start(folder, reported, log_checkpoints="all", log_code=True)
         assert tracker is not None
-        tell_everything(tracker, folder)
-        yield server, Told(folder, root / "home", said, [])
+        send_everything(tracker, folder)
+        yield server, Record(folder, root / "home", reported, [])
 
 
-def test_online_the_rows_and_the_files_arrive(online: tuple[WandbServer, Told]) -> None:
-    server, told = online
-    assert said_but_the_upload(told.said) == [f"W&B: {server.url}/me/smollm2/runs/run1"]
+def test_online_the_rows_and_the_files_arrive(online: tuple[WandbServer, Record]) -> None:
+    server, record = online
+    assert reported_but_the_upload(record.reported) == [f"W&B: {server.url}/me/smollm2/runs/run1"]
     assert server.rows()[0] == {"train/step": 10, "train/loss": 2.5, "train/learning_rate": 1e-4}
     uploads = server.uploads()
     assert uploads["step_0010.pt"] == CHECKPOINT + b"\x0a" and uploads["step_0020.pt"] == CHECKPOINT + b"\x14"
-    assert {"config.yaml", "tokenizer.json", "train.py", "smollm2/model.py"} <= set(uploads)
+    assert {"config.yaml", "tokenizer.json", "train.py", "smollm2/model/transformer.py"} <= set(uploads)
     created = [(artifact["artifactCollectionName"], artifact["artifactTypeName"]) for artifact in server.artifacts]
     assert {("checkpoints-run1", "model"), ("code", "code"), ("config", "config"), ("tokenizer", "tokenizer")} <= set(
         created
     )
 
 
-def test_online_the_second_names_of_checkpoints_are_gone_at_the_end(online: tuple[WandbServer, Told]) -> None:
+def test_online_the_hard_links_of_checkpoints_are_removed_at_the_end(online: tuple[WandbServer, Record]) -> None:
     folder = online[1].folder
     assert [path.name for path in sorted(folder.rglob("*.pt"))] == ["step_0010.pt", "step_0020.pt"]
     assert all(path.stat().st_nlink == 1 for path in folder.glob("*.pt"))
 
 
-def test_online_a_resume_goes_on_in_the_same_run_and_its_table(
-    online: tuple[WandbServer, Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_online_a_resume_continues_the_same_run_and_its_table(
+    online: tuple[WandbServer, Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E4."""
-    server, told = online
+    server, record = online
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     before = len(server.rows())
-    tracker = start(told.folder, [])
+    tracker = start(record.folder, [])
     assert tracker is not None
     tracker.log({"loss": 1.5}, 11)  # behind the last row
     tracker.log_text([Sample("<i>", "again")], 12)
@@ -443,14 +443,12 @@ def test_online_a_resume_goes_on_in_the_same_run_and_its_table(
     assert (samples["train/step"], samples["samples/table"]["increment_num"]) == (12, 2)
 
 
-def said_but_the_upload(said: list[str]) -> list[str]:
-    return [line for line in said if "will be uploaded" not in line]
+def reported_but_the_upload(reported: list[str]) -> list[str]:
+    return [line for line in reported if "will be uploaded" not in line]
 
 
-def test_a_checkpoint_that_is_thinned_out_while_it_uploads_arrives(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
+def test_a_checkpoint_that_is_removed_during_its_upload_arrives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[str] = []
     with wandb_server() as server:
         go_on, path = threading.Event(), folder / "step_0010.pt"
 
@@ -462,7 +460,7 @@ def test_a_checkpoint_that_is_thinned_out_while_it_uploads_arrives(
         server.answer = answer
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        tracker = start(folder, said, log_checkpoints="all")
+        tracker = start(folder, reported, log_checkpoints="all")
         assert tracker is not None
         path.write_bytes(CHECKPOINT)
         tracker.save_file(path, 10, is_best=False)
@@ -470,11 +468,11 @@ def test_a_checkpoint_that_is_thinned_out_while_it_uploads_arrives(
         go_on.set()
         tracker.close()
         assert server.uploads()["step_0010.pt"] == CHECKPOINT
-    assert list(folder.rglob("*.pt")) == [] and len(said_but_the_upload(said)) == 1
+    assert list(folder.rglob("*.pt")) == [] and len(reported_but_the_upload(reported)) == 1
 
 
 @pytest.mark.parametrize(("chosen", "kept"), [("none", []), ("best", [10]), ("all", [10, 20])])
-def test_which_checkpoints_are_sent(folder: Path, chosen: str, kept: list[int]) -> None:
+def test_which_checkpoints_are_uploaded(folder: Path, chosen: str, kept: list[int]) -> None:
     links = CheckpointLinks(folder, WandbConfig(log_checkpoints=chosen), print)  # type: ignore[arg-type]
     for step in (10, 20):
         (folder / f"step_{step:04d}.pt").write_bytes(CHECKPOINT)
@@ -482,7 +480,7 @@ def test_which_checkpoints_are_sent(folder: Path, chosen: str, kept: list[int]) 
     assert found == kept
 
 
-def test_second_names_that_a_killed_run_left_are_removed_by_the_next(folder: Path) -> None:
+def test_hard_links_of_a_killed_run_are_removed_by_the_next(folder: Path) -> None:
     (folder / "step_0010.pt").write_bytes(CHECKPOINT)
     CheckpointLinks(folder, WandbConfig(), print).keep(folder / "step_0010.pt", False)
     assert len(list(folder.rglob("*.pt"))) == 2
@@ -491,19 +489,19 @@ def test_second_names_that_a_killed_run_left_are_removed_by_the_next(folder: Pat
     tracker.close()
 
 
-def test_where_checkpoints_cannot_be_linked_it_is_said_once_and_they_are_skipped(
+def test_checkpoints_that_cannot_be_linked_are_skipped_and_reported_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Path, target: Path) -> None:
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    said: list[str] = []
-    tracker = start(folder, said, log_checkpoints="all")
+    reported: list[str] = []
+    tracker = start(folder, reported, log_checkpoints="all")
     assert tracker is not None
-    tell_everything(tracker, folder)
-    assert [line for line in said if "linked" in line] == [
-        "W&B - step_0010.pt cannot be linked: Operation not permitted - no checkpoints are uploaded"
+    send_everything(tracker, folder)
+    assert [line for line in reported if "linked" in line] == [
+        "W&B: step_0010.pt cannot be linked (Operation not permitted). No checkpoints are uploaded."
     ]
 
 
@@ -517,46 +515,46 @@ def test_where_checkpoints_cannot_be_linked_it_is_said_once_and_they_are_skipped
         ({"save_interval": 500, "keep_last": 2}, 0, "10 checkpoints of 1.76 MB = 17.6 MB"),
     ],
 )
-def test_the_size_of_the_upload_is_said_at_the_start(keys: dict[str, int], done: int, line: str) -> None:
+def test_the_size_of_the_upload_is_reported_at_the_start(keys: dict[str, int], done: int, line: str) -> None:
     config = Config.model_validate({"model": SMALL, "training": {"train_steps": 5000, **keys}})
-    assert describe_upload(config, done) == f"{line} will be uploaded; wandb.log_checkpoints none sends none"
+    assert describe_upload(config, done) == f"{line} will be uploaded. To upload none: --wandb.log_checkpoints none."
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Record:
     """An offline run with other keys: it thins out, sends no gradients, and its tables are short."""
-    root, said = tmp_path_factory.mktemp("other"), list[str]()
+    root, reported = tmp_path_factory.mktemp("other"), list[str]()
     with pytest.MonkeyPatch.context() as patch:
         empty_machine(root / "home", patch)
         patch.setattr(tracker_module, "TABLE_ROWS", 2)
         folder = make_run_folder(root)
         keys = {"training": {"keep_last": 2}, "wandb": {"log_code": False, "log_gradients": False}}
         environment = prepare_environment(os.environ, folder)
-        tracker = start_wandb(Config.model_validate(keys), folder, "run1", environment, said.append)
+        tracker = start_wandb(Config.model_validate(keys), folder, "run1", environment, reported.append)
         assert tracker is not None
-        tell_everything(tracker, folder)
-        return Told(folder, root / "home", said, records(folder))
+        send_everything(Fanout([tracker]), folder)
+        return Record(folder, root / "home", reported, records(folder))
 
 
-def test_offline_a_run_that_thins_out_keeps_no_checkpoint_back_and_says_so(other: Told) -> None:
-    assert [line for line in other.said if "keep_last" in line] == [
-        "W&B: offline, and training.keep_last removes checkpoints, so none will be uploaded by wandb sync"
+def test_an_offline_run_with_keep_last_reports_that_no_checkpoint_is_uploaded(other: Record) -> None:
+    assert [line for line in other.reported if "keep_last" in line] == [
+        "W&B: the run is offline and training.keep_last removes checkpoints, so wandb sync will upload none"
     ]
     assert all(path.stat().st_nlink == 1 for path in other.folder.rglob("*.pt"))
     assert other.artifact("checkpoints-run1") == []
 
 
-def test_a_table_begins_anew_before_it_is_too_long(other: Told) -> None:
+def test_a_long_table_is_followed_by_a_new_one(other: Record) -> None:
     rows = [row["samples/table.nrows"] for row in history(other.found) if "samples/table.nrows" in row]
     assert rows == [2, 1]
 
 
-def test_gradients_and_code_are_not_sent_where_they_are_not_wanted(other: Told) -> None:
+def test_gradients_and_code_are_not_sent_if_they_are_turned_off(other: Record) -> None:
     assert not any("gradients" in name for row in history(other.found) for name in row)
     assert other.artifact("code") == []
 
 
-def test_a_resume_goes_on_in_the_same_run_and_redone_rows_are_kept(folder: Path) -> None:
+def test_a_resume_continues_the_same_run_and_redone_rows_are_kept(folder: Path) -> None:
     """E4: rows carry a step of their own, so that none is dropped for being behind."""
     mirror_one_row(folder, [])
     mirror_one_row(folder, [], name="again")
@@ -565,7 +563,7 @@ def test_a_resume_goes_on_in_the_same_run_and_redone_rows_are_kept(folder: Path)
     assert history(found) == [ALONE, ALONE]
 
 
-def test_a_run_moves_no_random_state(folder: Path) -> None:
+def test_a_run_changes_no_random_state(folder: Path) -> None:
     before = random.getstate()
     mirror_one_row(folder, [])
     assert random.getstate() == before
@@ -578,12 +576,16 @@ def test_a_host_that_fails_makes_the_run_offline_in_one_line(
     """E1."""
     monkeypatch.setattr(tracker_module, "INIT_SECONDS", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", key)
-    said: list[str] = []
+    reported: list[str] = []
     with wandb_server() as server:
         server.answer = lambda request: status
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        mirror_one_row(folder, said)
-    assert len(said) == 2 and said[0].startswith("W&B: offline, the host refused: ") and "wandb sync" in said[1]
+        mirror_one_row(folder, reported)
+    assert (
+        len(reported) == 2
+        and reported[0].startswith("W&B: offline, the host refused (")
+        and "wandb sync" in reported[1]
+    )
     assert history(records(folder)) == [ALONE]
     assert capfd.readouterr() == ("", "")
 
@@ -602,12 +604,12 @@ def test_a_host_that_hangs_delays_no_report(folder: Path, monkeypatch: pytest.Mo
         tracker.close()
 
 
-def test_a_killed_wandb_service_turns_the_mirror_off_in_one_line(
+def test_a_killed_wandb_service_turns_the_tracker_off_in_one_line(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """E2."""
-    said: list[str] = []
-    tracker = start(folder, said)
+    reported: list[str] = []
+    tracker = start(folder, reported)
     assert tracker is not None
     tracker.log({"loss": 2.5}, 1)
     deadline = time.monotonic() + 20
@@ -622,23 +624,29 @@ def test_a_killed_wandb_service_turns_the_mirror_off_in_one_line(
     for step in range(2, 8):
         tracker.log({"loss": 2.5}, step)
     tracker.close()
-    assert len(said) == 2 and said[1].startswith("W&B - ") and said[1].endswith("; the run folder has every row")
+    assert (
+        len(reported) == 2
+        and reported[1].startswith("W&B: turned off")
+        and reported[1].endswith(" The run folder is complete.")
+    )
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_machine_without_wandb_is_told_so_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_wandb_is_reported_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """E5."""
     monkeypatch.setitem(sys.modules, "wandb", None)
-    said: list[str] = []
-    assert start(folder, said) is None
-    assert said == ["W&B - wandb is not installed - training goes on without it; pip install 'smollm2-training[wandb]'"]
+    reported: list[str] = []
+    assert start(folder, reported) is None
+    assert reported == [
+        "W&B: wandb is not installed, the run continues without it. Run pip install 'smollm2-training[wandb]'."
+    ]
 
 
-def test_a_user_who_disabled_wandb_is_heard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_mode_disabled_turns_the_tracker_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    said: list[str] = []
-    assert start(folder, said) is None
-    assert said == ["W&B - WANDB_MODE is disabled - training goes on without it"]
+    reported: list[str] = []
+    assert start(folder, reported) is None
+    assert reported == ["W&B: WANDB_MODE is disabled, the run continues without it"]
     assert not (folder / "wandb").exists()
 
 
