@@ -3,11 +3,21 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from smollm2.config.schema import ModelConfig
 from smollm2.model.transformer import SmolLM2
+from smollm2.runtime.device import device_features
+
+needs_bf16 = pytest.mark.skipif(
+    "bf16" not in device_features(torch.device("cpu")), reason="this CPU has no bf16 units (AVX-512 BF16 or AMX)"
+)
+without_bf16 = pytest.mark.skipif(
+    "bf16" in device_features(torch.device("cpu")),
+    reason="this CPU has bf16 units; ATEN_CPU_CAPABILITY=avx2 hides them",
+)
 
 
 def small_config(**changes: object) -> ModelConfig:

@@ -412,14 +412,17 @@ def prepare_generation(args: argparse.Namespace) -> Write:
 
     from smollm2.inference.generation import Sampling, stream
     from smollm2.inference.loading import load_source
+    from smollm2.runtime.device import choose_precision, device_features
 
     sampling = Sampling(
         args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty
     )  # before the model is loaded: a wrong value is said at once
     device = choose_device(args)
+    requested = args.precision or ("float32" if device == "cpu" else "auto")
+    features = device_features(torch.device(device))
+    precision = choose_precision(requested, device, features, "--precision", "leave it out")
     model, tokenizer, _ = load_source(Path(args.model), best=args.best, say=remark)
-    precision = args.precision or ("bf16" if device == "cuda" else "float32")
-    model.to(device, {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    model.to(device, precision.dtype)
 
     def write(prompts: Sequence[str], seeds: Sequence[int]) -> "Iterator[Piece]":
         return stream(

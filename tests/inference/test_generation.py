@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import WORDS, tiny_config, write_tiny
-from twins import small_model, transformers_twin, write_hugging_face_folder
+from twins import small_model, transformers_twin, without_bf16, write_hugging_face_folder
 
 from smollm2.cli.main import main
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer
@@ -350,6 +350,16 @@ def test_a_mistake_gets_one_line_and_its_exit_code(
     found, out, error = ask(capsys, *arguments)
     assert (found, out, error.count("\n")) == (code, "", 1)
     assert said in error
+
+
+@without_bf16
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_this_cpu_only_emulates_is_refused_before_anything_is_loaded(
+    precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, error = ask(capsys, "absent.pt", "--precision", precision, "--device", "cpu")
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"error: --precision: {precision}: ") and error.endswith("Leave it out.\n")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ROOT, metrics, outcome, write_tiny
+from twins import needs_bf16
 from two_ranks import Ended, Ranks, run_ranks, start_ranks
 
 from smollm2.checkpoint import saving
@@ -65,7 +66,10 @@ def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
     assert max(relative(losses(two, "validation_loss"), losses(one, "validation_loss"))) <= 1e-4
 
 
-@pytest.mark.parametrize("flags", [("--training.precision", "bf16"), ("--training.optimizer", "muon")])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(("--training.precision", "bf16"), marks=needs_bf16), ("--training.optimizer", "muon")],
+)
 def test_coarser_numbers_stay_within_two_hundredths(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Promise B1."""
     one, two = run_both(tmp_path, "--train_steps", "20", *flags)

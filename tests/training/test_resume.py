@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT, WORDS, metrics, outcome, tiny_config, write_tiny
+from twins import needs_bf16
 
 from smollm2.errors import CheckpointError, ConfigError, Smollm2Error
 from smollm2.training.loop import train
@@ -154,7 +155,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=needs_bf16)])
 def test_the_users_commands_resume_bit_for_bit_on_shakespeare(
     shakespeare: Path, tmp_path: Path, precision: str, optimizer: str
 ) -> None:
