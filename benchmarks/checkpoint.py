@@ -24,7 +24,7 @@ def build_state(parameters: int) -> dict[str, Any]:
     import torch
 
     from smollm2.checkpoint.format import FORMAT
-    from smollm2.runtime.device import random_state
+    from smollm2.runtime.random_state import random_state
 
     width = 1024
     matrices = max(1, parameters // width**2)

@@ -38,7 +38,7 @@ def find_precisions() -> list[str]:
     """Return the formats to compare on this CPU: bf16 only if it has the units, since emulation is 100 times slower."""
     import torch
 
-    from smollm2.runtime.device import device_features
+    from smollm2.runtime.precision import device_features
 
     return ["float32", "bf16"] if "bf16" in device_features(torch.device("cpu")) else ["float32"]
 

@@ -25,10 +25,10 @@ class Sabotage(NamedTuple):
 SABOTAGES = [
     Sabotage(
         "a generator's state is not put back",
-        "runtime/device.py",
+        "runtime/random_state.py",
         '    torch.set_rng_state(state["torch"])',
         "    pass",
-        "runtime/test_device.py::test_every_generator_goes_on_where_it_stood",
+        "runtime/test_random_state.py::test_every_generator_goes_on_where_it_stood",
     ),
     Sabotage(
         "a file is not synced",

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from smollm2.config.schema import ModelConfig
 from smollm2.model.transformer import SmolLM2
-from smollm2.runtime.device import device_features
+from smollm2.runtime.precision import device_features
 
 needs_bf16 = pytest.mark.skipif(
     "bf16" not in device_features(torch.device("cpu")), reason="this CPU has no bf16 units (AVX-512 BF16 or AMX)"

@@ -22,7 +22,7 @@ from smollm2.checkpoint.retention import note_best, prune_checkpoints, to_json
 from smollm2.checkpoint.validation import find_wrong_entry, find_wrong_weight, read_checked
 from smollm2.config.schema import Config
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
-from smollm2.runtime.device import memory_free
+from smollm2.runtime.memory import memory_free
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
 from smollm2.storage.run_folder import LATEST, checkpoint_path, step_of
 from smollm2.tracking.base import Fanout

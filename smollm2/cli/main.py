@@ -221,7 +221,7 @@ def run_training(args: argparse.Namespace) -> None:
     """`smollm2 train`."""
     config, origins = load_run_config(args)
     refuse_a_lost_launch()
-    from smollm2.runtime.device import close_ranks
+    from smollm2.runtime.ranks import close_ranks
     from smollm2.training.loop import train
 
     try:
@@ -410,9 +410,10 @@ def prepare_generation(args: argparse.Namespace) -> Write:
     """Load the model; what it writes with these settings."""
     import torch
 
-    from smollm2.inference.generation import Sampling, stream
+    from smollm2.inference.generation import stream
     from smollm2.inference.loading import load_source
-    from smollm2.runtime.device import choose_precision, device_features
+    from smollm2.inference.sampling import Sampling
+    from smollm2.runtime.precision import choose_precision, device_features
 
     sampling = Sampling(
         args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty

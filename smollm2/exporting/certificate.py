@@ -24,7 +24,8 @@ from smollm2.data.sample import read_topics
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.errors import Smollm2Error
-from smollm2.inference.loading import load_model, read_hugging_face_config
+from smollm2.inference.hugging_face_folder import read_hugging_face_config
+from smollm2.inference.loading import load_model
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smollm2.model.attention import KeyValueCache, attend_cached
+from smollm2.model.cache import KeyValueCache, attend_cached
 from smollm2.model.transformer import Block, SmolLM2
-from smollm2.runtime.device import device_features
+from smollm2.runtime.precision import device_features
 
 Product = Callable[[Tensor], Tensor]
 

@@ -11,33 +11,11 @@ import torch
 from torch import Tensor
 
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.errors import ConfigError, DataError
+from smollm2.errors import DataError
 from smollm2.inference.decoding import Decoder
-from smollm2.model.attention import COLUMN_STEP, KeyValueCache
+from smollm2.inference.sampling import Sampling, sample
+from smollm2.model.cache import COLUMN_STEP, KeyValueCache
 from smollm2.model.transformer import SmolLM2
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn, with transformers' names, meanings and order. Raises ConfigError for an impossible value."""
-
-    temperature: float = 0.8
-    top_k: int | None = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "temperature": (0 <= self.temperature < float("inf"), "0 (the likeliest token) or more"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
-        }
-        for name, (fits, range_) in allowed.items():
-            if not fits:
-                raise ConfigError(f"{name} - {getattr(self, name)} will not do - give {range_}")
 
 
 @dataclass(frozen=True)
@@ -232,44 +210,3 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of keys and values: that of autocast, else that of the weights."""
     device_type = weight.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-
-
-def sample(logits: Tensor, rows: Sequence[Row], sampling: Sampling) -> list[int]:
-    """One token for each row of logits (B, V): the likeliest at temperature 0, else drawn by the row's generator."""
-    logits = logits.float().cpu()
-    if sampling.repetition_penalty != 1:
-        logits = torch.stack(
-            [penalize(row_logits, row.ids, sampling) for row_logits, row in zip(logits, rows, strict=True)]
-        )
-    if sampling.temperature == 0:
-        found: list[int] = logits.argmax(-1).tolist()
-        return found
-    probabilities = keep_likely(logits, sampling).softmax(-1)
-    return [
-        int(torch.multinomial(line, 1, generator=row.generator)) for line, row in zip(probabilities, rows, strict=True)
-    ]
-
-
-def penalize(logits: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
-    """Logits (V,) with those of tokens that prompt or continuation hold made smaller (arXiv 1909.05858)."""
-    seen = torch.tensor(sorted(set(ids)))
-    found, penalty = logits[seen], sampling.repetition_penalty
-    return logits.index_copy(0, seen, torch.where(found < 0, found * penalty, found / penalty))
-
-
-def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (B, V) over the temperature, -inf for what top_k, then top_p, then min_p leave out."""
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(-1)
-        tail = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        tail[:, -1] = False  # the likeliest always stays
-        logits = logits.masked_fill(tail.scatter(-1, order, tail), float("-inf"))
-    if sampling.min_p > 0:
-        probabilities = logits.softmax(-1)
-        limit = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < limit, float("-inf"))
-    return logits

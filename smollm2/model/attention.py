@@ -14,7 +14,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from smollm2.plan.arithmetic import LONGEST_KEPT, QUERY_BLOCK
+from smollm2.model.blocks import BlockAttention
 
 Backend = Literal["sdpa", "blocks", "varlen", "flex", "eager"]
+
 
 Layout = Tensor | BlockMask | None
 """Which positions see which, in the form that a backend wants; None: all those before them."""
@@ -127,158 +128,6 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 def compile_flex() -> Callable[..., Tensor]:
     """One compiled function for all layers."""
     return cast(Callable[..., Tensor], torch.compile(flex_attention))
-
-
-COLUMN_STEP = 64
-"""Columns of a cache are made, and looked at, in multiples of this. None that is empty costs much, and the shapes stay few:
-for each new one oneDNN compiles its kernels anew, 0.4 s in bf16."""
-
-
-class Slot(NamedTuple):
-    """One layer's place in a cache: keys and values (B, K, S, D), the first column to write, and the mask (B, 1, T, S)
-    to be added to the scores of the T queries."""
-
-    keys: Tensor
-    values: Tensor
-    column: int
-    mask: Tensor
-
-
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
-    """Write k and v behind those in the cache, then attend over all of it: (B, H, T, D).
-
-    The queries of one key-value head are laid under one another: no key is copied for grouped heads.
-    """
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    written = slice(slot.column, slot.column + length)
-    slot.keys[:, :, written] = k
-    slot.values[:, :, written] = v
-    rows = q.reshape(*k.shape[:2], groups * length, q.shape[3])
-    mask = slot.mask.repeat(1, 1, groups, 1) if length > 1 else slot.mask
-    return F.scaled_dot_product_attention(rows, slot.keys, slot.values, attn_mask=mask).view(q.shape)
-
-
-class KeyValueCache:
-    """Keys and values of a batch of texts that end at the same column; `starts` (B,) are the columns where they begin.
-
-    `buffer_shape` is (layers, B, K, S, D); the buffers are made once.
-    """
-
-    def __init__(self, starts: Tensor, buffer_shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
-        self.starts, self.length = starts.unsqueeze(1), 0
-        # Zeros: a column that is masked counts 0 times its value, which must be a number.
-        self.keys, self.values = torch.zeros(2, *buffer_shape, dtype=dtype, device=starts.device)
-        self.columns = torch.arange(buffer_shape[3], device=starts.device)
-        self.mask = torch.full((buffer_shape[1], 1, 1, buffer_shape[3]), -math.inf, dtype=dtype, device=starts.device)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no column is left, as where a text that has ended was the longest."""
-        return self.length == len(self.columns)
-
-    def advance(self, count: int) -> tuple[Tensor, list[Slot]]:
-        """Positions (B, T) of the next `count` columns in their texts, and where each layer writes them."""
-        first, self.length = self.length, self.length + count
-        new = self.columns[first : self.length]
-        mask = self._open_column(first) if count == 1 and first else self._open_columns(new)
-        seen = min(-(-self.length // COLUMN_STEP) * COLUMN_STEP, len(self.columns))
-        keys, values, mask = self.keys[..., :seen, :], self.values[..., :seen, :], mask[..., :seen]
-        slots = [Slot(*layer, first, mask) for layer in zip(keys, values, strict=True)]
-        return (new - self.starts).clamp(min=0), slots
-
-    def _open_column(self, column: int) -> Tensor:
-        self.mask[..., column] = 0
-        return self.mask
-
-    def _open_columns(self, new: Tensor) -> Tensor:
-        """Each column sees itself and those of its text before it. One of the padding sees itself: none would be NaN."""
-        inside = (self.columns >= self.starts)[:, None, None]
-        seen = (self.columns <= new[:, None]) & inside | (self.columns == new[:, None])
-        mask = torch.zeros_like(seen, dtype=self.mask.dtype).masked_fill_(~seen, -math.inf)
-        self.mask = mask[:, :, -1:].clone()
-        return mask
-
-
-class BlockAttention(torch.autograd.Function):
-    """Query blocks against the keys up to their end, by `baddbmm`, softmax and `bmm`.
-
-    The queries of one key-value head are laid under one another, so that grouped heads share a product: letters as in
-    the module, G = H / K. Of short sequences the probabilities are kept for the backward pass; of longer ones, where they
-    would take the most memory of all, they are computed again. `starts` (B, T) is where the document of each position
-    begins, or None.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        """Output (B, H, T, D), with T and H laid out the other way round."""
-        batch, heads, length, width = q.shape
-        groups = heads // k.shape[1]
-        queries = q.reshape(-1, groups, length, width)
-        keys, values = k.reshape(-1, length, width), v.reshape(-1, length, width)
-        out = q.new_empty(batch, length, heads, width)
-        blocks = out.view(batch, length, -1, groups, width).permute(0, 2, 3, 1, 4)  # B K G T D
-        kept = []
-        for start, stop in _cut(length):
-            first = _first_key(starts, start)
-            probabilities = _probabilities(queries, keys, first, start, stop, starts)
-            mixed = torch.bmm(probabilities, values[:, first:stop])
-            blocks[:, :, :, start:stop] = mixed.view(batch, -1, groups, stop - start, width)
-            if length <= LONGEST_KEPT:
-                kept.append(probabilities)
-        ctx.save_for_backward(queries, keys, values, starts, *kept)
-        return out.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        """Gradients of q, k and v: with P the probabilities, dS = P * (dP - rowsum(P * dP))."""
-        queries, keys, values, starts, *kept = ctx.saved_tensors
-        batch, _, length, width = grad.shape
-        scale, groups = width**-0.5, queries.shape[1]
-        grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for start, stop in reversed(_cut(length)):
-            first = _first_key(starts, start)
-            probabilities = kept.pop() if kept else _probabilities(queries, keys, first, start, stop, starts)
-            upstream = grad[:, :, start:stop].reshape(len(queries), -1, width)
-            grad_v[:, first:stop].baddbmm_(probabilities.transpose(1, 2), upstream)
-            grad_p = torch.bmm(upstream, values[:, first:stop].transpose(1, 2))
-            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
-            mixed = torch.baddbmm(grad_q.new_zeros(()), grad_s, keys[:, first:stop], beta=0, alpha=scale)
-            grad_q[:, :, start:stop] = mixed.view(-1, groups, stop - start, width)
-            grad_k[:, first:stop].baddbmm_(grad_s.transpose(1, 2), _rows(queries, start, stop), alpha=scale)
-        heads = (batch, -1, length, width)
-        return grad_q.view(heads), grad_k.view(heads), grad_v.view(heads), None
-
-
-def _cut(length: int) -> list[tuple[int, int]]:
-    """Where each block of queries begins and ends."""
-    size = QUERY_BLOCK if length <= 1024 else 2 * QUERY_BLOCK
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _rows(queries: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop of (B K, G, T, D), the heads of one group under one another: (B K, G (stop - start), D)."""
-    return queries[:, :, start:stop].reshape(len(queries), -1, queries.shape[-1])
-
-
-def _first_key(starts: Tensor | None, start: int) -> int:
-    """The first key that the queries from `start` on need, in whole blocks: for each new shape oneDNN compiles its kernels
-    anew. A compiler, which knows no values, reads all keys."""
-    if starts is None or torch.compiler.is_compiling():
-        return 0
-    return int(starts[:, start].min()) // QUERY_BLOCK * QUERY_BLOCK
-
-
-def _probabilities(queries: Tensor, keys: Tensor, first: int, start: int, stop: int, starts: Tensor | None) -> Tensor:
-    """Softmax over the keys from `first` up to `stop`: (B K, G (stop - start), stop - first)."""
-    groups, count = queries.shape[1], stop - first
-    future = torch.ones(stop - start, count, dtype=torch.bool, device=keys.device).triu(start - first + 1)
-    mask = torch.zeros(stop - start, count, dtype=keys.dtype, device=keys.device).masked_fill_(future, -math.inf)
-    mask, rows = mask.repeat(groups, 1).unsqueeze(0), _rows(queries, start, stop)
-    scores = torch.baddbmm(mask, rows, keys[:, first:stop].transpose(1, 2), alpha=keys.shape[-1] ** -0.5)
-    if starts is not None:
-        foreign = torch.arange(first, stop, device=keys.device) < starts[:, start:stop, None]
-        scores.view(len(starts), -1, stop - start, count).masked_fill_(foreign.unsqueeze(1), -math.inf)
-    return scores.softmax(-1)
 
 
 def choose_backend(requested: str, device_type: str, dtype: torch.dtype, *, isolates: bool = False) -> Backend:

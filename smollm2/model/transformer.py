@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smollm2.config.schema import ModelConfig
-from smollm2.model.attention import Backend, KeyValueCache, Layout, Slot, attend, attend_cached, lay_out
+from smollm2.model.attention import Backend, Layout, attend, lay_out
+from smollm2.model.cache import KeyValueCache, Slot, attend_cached
 from smollm2.model.functional import layer_norm, rms_norm, rotary_tables, rotate, swiglu
 from smollm2.model.loss import next_token_loss
 

@@ -5,20 +5,14 @@ are kept here, because the launcher's own setting must not outrank the config's.
 """
 
 import contextlib
-import ctypes
 import datetime
-import functools
 import os
 import platform
 import random
-import re
 import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,161 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 import smollm2
 from smollm2.config.schema import TrainingConfig
 from smollm2.errors import EXIT_CODE_FILE, ConfigError, Interrupted, Smollm2Error
-from smollm2.plan.arithmetic import MAPPED
-
-SAME_SIGNAL_SECONDS = 2.0
-"""A launcher passes on what the terminal already sent to every process: within this time it is the same request."""
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The number format of the products, and why it was taken."""
-
-    name: str
-    reason: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which products are computed."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name, torch.float32)
-
-
-REFUSALS = {
-    (
-        "bf16",
-        "cpu",
-    ): "this CPU has no bf16 units (AVX-512 BF16 or AMX) and emulates it about 100 times slower than float32",
-    ("bf16", "cuda"): "bf16 needs a GPU of compute capability 8 or higher",
-    ("bf16", "mps"): "bf16 needs macOS 14 or newer",
-    ("fp16", "cpu"): "a CPU computes fp16 13 to 25 times slower than float32",
-}
-"""Why a device that lacks a format does not get it."""
-
-TF32_REFUSAL = "tf32 needs a CUDA GPU of compute capability 8 or higher"
-
-
-def choose_precision(
-    requested: str,
-    device_type: str,
-    features: frozenset[str],
-    where: str = "training.precision",
-    advice: str = "use auto or float32",
-) -> Precision:
-    """Return the format for a device with `features`: a table, never a stopwatch, so that a resumed run agrees.
-
-    Raise ConfigError, which names `where`, if the device does not compute the requested format.
-    """
-    if requested == "auto":
-        if device_type == "mps":
-            return Precision("float32", "16 bits on Apple GPUs are opt-in")
-        if "bf16" in features:
-            return Precision("bf16", f"this {device_type} computes it")
-        if "fp16" in features:
-            return Precision("fp16", "this GPU does not compute bf16")
-        return Precision("float32", f"this {device_type} does not compute bf16")
-    if requested != "float32" and requested not in features:
-        raise ConfigError(where, f"{requested}: {REFUSALS.get((requested, device_type), TF32_REFUSAL)}", advice)
-    return Precision(requested, "as requested")
-
-
-def device_features(device: torch.device) -> frozenset[str]:
-    """Return what this device computes at full speed: the one table that every choice by a feature reads.
-
-    `bf16`, `fp16`, `tf32`: matrix products in that format. `varlen`: torch's flash kernel over documents of any length.
-    `packed_float32`, `packed_bf16`: products with a matrix that oneDNN laid out beforehand.
-    """
-    if device.type == "cuda":
-        modern = torch.cuda.get_device_capability(device)[0] >= 8
-        return frozenset({"fp16", "bf16", "tf32", "varlen"} if modern else {"fp16"})
-    if device.type == "mps":
-        return frozenset({"fp16", "bf16"} if torch.backends.mps.is_macos_or_newer(14, 0) else {"fp16"})
-    found = {name for name, dtype in PACKED_DTYPES.items() if packs_weights(dtype)}
-    return frozenset(found | {"bf16"} if device.type == "cpu" and has_bf16_units(os.environ) else found)
-
-
-PACKED_DTYPES = {"packed_float32": torch.float32, "packed_bf16": torch.bfloat16}
-
-ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
-"""Parts of the values of ONEDNN_MAX_CPU_ISA that leave bf16 products to the hardware."""
-
-
-def has_bf16_units(environment: Mapping[str, str]) -> bool:
-    """Return whether this CPU computes bf16 products in hardware: AVX-512 BF16 or AMX.
-
-    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch compute as a smaller CPU would; then these units are not used.
-    """
-    isa = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or "ALL"
-    if environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
-        return False
-    if not any(part in isa.upper() for part in ONEDNN_ISAS_WITH_BF16):
-        return False
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in other builds of torch
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-
-@functools.cache
-def packs_weights(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN lays out and multiplies a matrix of this dtype. Tried, because the conditions are its own."""
-    matrix = torch.zeros(16, 16, dtype=dtype)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, 1)
-        torch.ops.mkldnn._linear_pointwise(matrix[:1], packed, None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return False
-    return True
-
-
-class StopSignal:
-    """The first SIGINT, SIGTERM or SIGUSR1 is remembered until a safe moment; the second ends the process at once."""
-
-    def __init__(self) -> None:
-        self.number, self.came = 0, 0.0
-        self.grace = SAME_SIGNAL_SECONDS if "LOCAL_RANK" in os.environ else 0.0
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number and time.monotonic() - self.came >= self.grace:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.came = number, time.monotonic()
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block, in the main thread; elsewhere they stay the caller's."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-        before = {getattr(signal, name): signal.signal(getattr(signal, name), self._handle) for name in names}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def raise_if_set(self) -> None:
-        """For work that keeps nothing: raises Interrupted."""
-        if self.number:
-            name = signal.Signals(self.number).name
-            raise Interrupted(f"stopped by {name} before the first step; nothing was lost", self.number)
-
-
-class Pulse:
-    """Where this rank stands, for the thread that watches over it: attributes, so that a mark costs nothing."""
-
-    def __init__(self) -> None:
-        self.step, self.count, self.place, self.waits, self.since = 0, 0, "the setup", False, time.monotonic()
-
-    def mark(self, place: str, *, waits: bool = False) -> None:
-        """Something begins; with `waits` it cannot end before the other ranks come to it, within rank_timeout."""
-        self.count, self.place, self.waits, self.since = self.count + 1, place, waits, time.monotonic()
-
-    def read(self) -> tuple[int, str, float, bool]:
-        """How much was begun, what last, when, and whether it waits for the others."""
-        where = f"step {self.step}, {self.place}" if self.step else self.place
-        return self.count, where, self.since, self.waits
+from smollm2.runtime.memory import keep_freed_memory
+from smollm2.runtime.precision import Precision, choose_precision, device_features
+from smollm2.runtime.ranks import Pulse
+from smollm2.runtime.signals import StopSignal
 
 
 @dataclass(frozen=True)
@@ -345,40 +188,12 @@ def start_runtime(config: TrainingConfig) -> Runtime:
     return replace(runtime, precision=precision, scaler=scaler)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next update; by default each update gives 100 MB back, and has every page of it
-    made anew: 10 % of its time (benchmarks/README.md). Who set MALLOC_* in the environment is left alone."""
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone, rather than this one having gone wrong."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text
-
-
-def close_ranks() -> None:
-    """Take leave of the other ranks, which all have come to the end."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def leave_exit_code(code: int) -> None:
     """Write rank 0's exit code where the launcher of run_training.sh looks for it."""
     path = os.environ.get(EXIT_CODE_FILE)
     if path and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             Path(path).write_text(str(code))
-
-
-def weight_sums(model: nn.Module) -> Tensor:
-    """One integer per parameter, the sum of its bits read as integers: any single flipped bit changes it."""
-    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [p.detach().view(widths[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
-    return torch.stack(sums)
 
 
 def compile_blocks(layers: nn.ModuleList) -> None:
@@ -395,35 +210,6 @@ def compile_blocks(layers: nn.ModuleList) -> None:
         layer.compile()
 
 
-def random_state() -> dict[str, object]:
-    """The state of every generator, in plain types."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": {
-            "kind": str(kind),
-            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "gauss": float(gauss),
-        },
-    }
-
-
-def restore_random_state(state: dict[str, object]) -> None:
-    """The inverse of `random_state`; CUDA generators only where as many devices are there."""
-    torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
-    cuda: list[Tensor] = state["cuda"]  # type: ignore[assignment]
-    if cuda and torch.cuda.device_count() == len(cuda):
-        torch.cuda.set_rng_state_all(cuda)
-    random.setstate(state["python"])  # type: ignore[arg-type]
-    numpy: dict[str, object] = state["numpy"]  # type: ignore[assignment]
-    keys = numpy["keys"].numpy().astype(np.uint32)  # type: ignore[attr-defined]
-    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))  # type: ignore[arg-type]
-
-
 def machine_facts(runtime: Runtime) -> dict[str, str | int]:
     """What bit-exactness depends on besides the config; a resume compares it, a checkpoint keeps it."""
     device = runtime.device
@@ -437,32 +223,6 @@ def machine_facts(runtime: Runtime) -> dict[str, str | int]:
         "python": platform.python_version(),
         "smollm2": smollm2.__version__,
     }
-
-
-def memory_limit() -> int | None:
-    """Bytes of memory that this machine or this container has; None where the system does not say.
-
-    What it has, not what is free: the same run must be cut the same way when it goes on tomorrow.
-    """
-    sources = (("/proc/meminfo", r"MemTotal:\s+(\d+) kB", 1024), ("/sys/fs/cgroup/memory.max", r"(\d+)\n", 1))
-    found = []
-    for path, pattern, unit in sources:
-        with contextlib.suppress(OSError):
-            if match := re.match(pattern, Path(path).read_text()):
-                found.append(int(match[1]) * unit)
-    return min(found, default=None)
-
-
-def memory_free() -> int | None:
-    """Bytes of memory that can be had now, on this machine or in this container; None where the system does not say."""
-    with contextlib.suppress(OSError):
-        if match := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
-            free = int(match[1]) * 1024
-            with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-                limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-                free = min(free, limit - used)
-            return free
-    return None
 
 
 def environment() -> MutableMapping[str, str]:

@@ -14,6 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
 from smollm2.errors import Smollm2Error, TrainingError
 from smollm2.storage.processes import is_running
 
@@ -199,3 +203,38 @@ def _is_running(pid: int) -> bool:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return True
+
+
+class Pulse:
+    """Where this rank stands, for the thread that watches over it: attributes, so that a mark costs nothing."""
+
+    def __init__(self) -> None:
+        self.step, self.count, self.place, self.waits, self.since = 0, 0, "the setup", False, time.monotonic()
+
+    def mark(self, place: str, *, waits: bool = False) -> None:
+        """Something begins; with `waits` it cannot end before the other ranks come to it, within rank_timeout."""
+        self.count, self.place, self.waits, self.since = self.count + 1, place, waits, time.monotonic()
+
+    def read(self) -> tuple[int, str, float, bool]:
+        """How much was begun, what last, when, and whether it waits for the others."""
+        where = f"step {self.step}, {self.place}" if self.step else self.place
+        return self.count, where, self.since, self.waits
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone, rather than this one having gone wrong."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text
+
+
+def close_ranks() -> None:
+    """Take leave of the other ranks, which all have come to the end."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def weight_sums(model: nn.Module) -> Tensor:
+    """One integer per parameter, the sum of its bits read as integers: any single flipped bit changes it."""
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [p.detach().view(widths[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
+    return torch.stack(sums)

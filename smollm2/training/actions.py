@@ -14,11 +14,8 @@ from smollm2.errors import (
 )
 from smollm2.inference.evaluation import evaluate_on_ranks, spread
 from smollm2.inference.generation import generate
-from smollm2.runtime.device import (
-    Runtime,
-    weight_sums,
-)
-from smollm2.runtime.ranks import find_odd_replica
+from smollm2.runtime.device import Runtime
+from smollm2.runtime.ranks import find_odd_replica, weight_sums
 from smollm2.tracking.base import Sample
 from smollm2.training.progress import Progress
 from smollm2.training.resume import state_of

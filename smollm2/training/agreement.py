@@ -17,11 +17,8 @@ from smollm2.errors import (
     TrainingError,
 )
 from smollm2.inference.evaluation import spread
-from smollm2.runtime.device import (
-    Runtime,
-    is_lost_rank,
-)
-from smollm2.runtime.ranks import Watch, find_disagreement
+from smollm2.runtime.device import Runtime
+from smollm2.runtime.ranks import Watch, find_disagreement, is_lost_rank
 from smollm2.tracking.console import ConsoleTracker, RunLog
 from smollm2.training.setup import State
 

@@ -12,9 +12,7 @@ from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_tex
 from smollm2.errors import (
     DataError,
 )
-from smollm2.runtime.device import (
-    Runtime,
-)
+from smollm2.runtime.device import Runtime
 from smollm2.storage.atomic import probe_folder, write_atomically
 from smollm2.tracking.console import ConsoleTracker
 from smollm2.training.setup import State

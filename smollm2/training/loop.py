@@ -27,10 +27,7 @@ from smollm2.errors import (
     Smollm2Error,
     TrainingError,
 )
-from smollm2.runtime.device import (
-    environment,
-    start_runtime,
-)
+from smollm2.runtime.device import environment, start_runtime
 from smollm2.storage.locks import HeldFolder, lock_folder
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
 from smollm2.training.actions import begin_look, check_replicas, do_duties, due, duties_of, end_look, save, split

@@ -8,10 +8,8 @@ from smollm2.errors import (
 )
 from smollm2.formatting import format_bytes
 from smollm2.plan import arithmetic as plan
-from smollm2.runtime.device import (
-    environment,
-    memory_limit,
-)
+from smollm2.runtime.device import environment
+from smollm2.runtime.memory import memory_limit
 from smollm2.training.setup import Run
 from smollm2.training.step import (
     micro_batch_size,

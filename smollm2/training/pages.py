@@ -18,9 +18,7 @@ from smollm2.errors import (
 from smollm2.formatting import format_bytes, format_estimate
 from smollm2.model.transformer import Block
 from smollm2.plan import arithmetic as plan
-from smollm2.runtime.device import (
-    machine_facts,
-)
+from smollm2.runtime.device import machine_facts
 from smollm2.storage.run_folder import step_of
 from smollm2.training.progress import Progress
 from smollm2.training.setup import Run

@@ -9,12 +9,9 @@ from smollm2.data.batches import ORDER_VERSION
 from smollm2.errors import (
     CheckpointError,
 )
-from smollm2.inference.loading import check_shapes
-from smollm2.runtime.device import (
-    machine_facts,
-    random_state,
-    restore_random_state,
-)
+from smollm2.inference.weights import check_shapes
+from smollm2.runtime.device import machine_facts
+from smollm2.runtime.random_state import random_state, restore_random_state
 from smollm2.tracking.console import ConsoleTracker
 from smollm2.training.optim import (
     learning_rate_at,

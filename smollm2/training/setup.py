@@ -35,11 +35,7 @@ from smollm2.model.attention import check_backend, choose_backend
 from smollm2.model.transformer import Block, SmolLM2
 from smollm2.plan import arithmetic as plan
 from smollm2.report.tracker import ReportTracker
-from smollm2.runtime.device import (
-    Runtime,
-    compile_blocks,
-    environment,
-)
+from smollm2.runtime.device import Runtime, compile_blocks, environment
 from smollm2.storage.atomic import write_atomically
 from smollm2.tracking.base import Fanout, Fence
 from smollm2.tracking.console import ConsoleTracker

@@ -128,9 +128,7 @@ def test_a_save_without_room_says_how_much_it_needs_before_it_writes(tmp_path: P
             return 1000
 
     [older] = save_steps(tmp_path, 1)
-    with pytest.raises(
-        ResourceError, match=r"step_0002\.pt: was not saved: .*[0-9,]+ bytes are needed, 1,000"
-    ):
+    with pytest.raises(ResourceError, match=r"step_0002\.pt: was not saved: .*[0-9,]+ bytes are needed, 1,000"):
         save_checkpoint(tmp_path, small_state(2), step=2, io_ops=FullDisk())
     assert list_checkpoints(tmp_path) == [older] and load_checkpoint(older)["step"] == 1
 

@@ -16,7 +16,8 @@ from smollm2.cli.main import main
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer
 from smollm2.data.windows import Windows
 from smollm2.errors import ConfigError, DataError
-from smollm2.inference.evaluation import Ratio, score_windows, slide
+from smollm2.inference.evaluation import Ratio, score_windows
+from smollm2.inference.text_windows import slide
 from smollm2.model.transformer import SmolLM2
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer naïve slings. "

@@ -18,8 +18,9 @@ from smollm2.cli.main import main
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer
 from smollm2.errors import ConfigError, DataError
 from smollm2.inference.decoding import Decoder
-from smollm2.inference.generation import Sampling, Writer, generate, keep_likely, penalize, sample, stream
-from smollm2.model.attention import KeyValueCache
+from smollm2.inference.generation import Writer, generate, stream
+from smollm2.inference.sampling import Sampling, keep_likely, penalize, sample
+from smollm2.model.cache import KeyValueCache
 from smollm2.model.transformer import SmolLM2
 from smollm2.training.loop import train
 

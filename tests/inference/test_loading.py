@@ -9,7 +9,8 @@ from twins import small_model, transformers_twin, write_hugging_face_folder
 
 from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import CheckpointError
-from smollm2.inference.loading import load_hugging_face_model, load_model, read_hugging_face_config
+from smollm2.inference.hugging_face_folder import load_hugging_face_model, read_hugging_face_config
+from smollm2.inference.loading import load_model
 
 IDS = torch.randint(0, 320, (1, 64), generator=torch.Generator().manual_seed(3))
 

@@ -1,0 +1,90 @@
+"""Causal attention as matrix products over blocks of queries, for CPUs in bf16."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from smollm2.plan.arithmetic import LONGEST_KEPT, QUERY_BLOCK
+
+
+class BlockAttention(torch.autograd.Function):
+    """Query blocks against the keys up to their end, by `baddbmm`, softmax and `bmm`.
+
+    The queries of one key-value head are laid under one another, so that grouped heads share a product: letters as in
+    the module, G = H / K. Of short sequences the probabilities are kept for the backward pass; of longer ones, where they
+    would take the most memory of all, they are computed again. `starts` (B, T) is where the document of each position
+    begins, or None.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        """Output (B, H, T, D), with T and H laid out the other way round."""
+        batch, heads, length, width = q.shape
+        groups = heads // k.shape[1]
+        queries = q.reshape(-1, groups, length, width)
+        keys, values = k.reshape(-1, length, width), v.reshape(-1, length, width)
+        out = q.new_empty(batch, length, heads, width)
+        blocks = out.view(batch, length, -1, groups, width).permute(0, 2, 3, 1, 4)  # B K G T D
+        kept = []
+        for start, stop in _cut(length):
+            first = _first_key(starts, start)
+            probabilities = _probabilities(queries, keys, first, start, stop, starts)
+            mixed = torch.bmm(probabilities, values[:, first:stop])
+            blocks[:, :, :, start:stop] = mixed.view(batch, -1, groups, stop - start, width)
+            if length <= LONGEST_KEPT:
+                kept.append(probabilities)
+        ctx.save_for_backward(queries, keys, values, starts, *kept)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        """Gradients of q, k and v: with P the probabilities, dS = P * (dP - rowsum(P * dP))."""
+        queries, keys, values, starts, *kept = ctx.saved_tensors
+        batch, _, length, width = grad.shape
+        scale, groups = width**-0.5, queries.shape[1]
+        grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        for start, stop in reversed(_cut(length)):
+            first = _first_key(starts, start)
+            probabilities = kept.pop() if kept else _probabilities(queries, keys, first, start, stop, starts)
+            upstream = grad[:, :, start:stop].reshape(len(queries), -1, width)
+            grad_v[:, first:stop].baddbmm_(probabilities.transpose(1, 2), upstream)
+            grad_p = torch.bmm(upstream, values[:, first:stop].transpose(1, 2))
+            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
+            mixed = torch.baddbmm(grad_q.new_zeros(()), grad_s, keys[:, first:stop], beta=0, alpha=scale)
+            grad_q[:, :, start:stop] = mixed.view(-1, groups, stop - start, width)
+            grad_k[:, first:stop].baddbmm_(grad_s.transpose(1, 2), _rows(queries, start, stop), alpha=scale)
+        heads = (batch, -1, length, width)
+        return grad_q.view(heads), grad_k.view(heads), grad_v.view(heads), None
+
+
+def _cut(length: int) -> list[tuple[int, int]]:
+    """Where each block of queries begins and ends."""
+    size = QUERY_BLOCK if length <= 1024 else 2 * QUERY_BLOCK
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _rows(queries: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start..stop of (B K, G, T, D), the heads of one group under one another: (B K, G (stop - start), D)."""
+    return queries[:, :, start:stop].reshape(len(queries), -1, queries.shape[-1])
+
+
+def _first_key(starts: Tensor | None, start: int) -> int:
+    """The first key that the queries from `start` on need, in whole blocks: for each new shape oneDNN compiles its kernels
+    anew. A compiler, which knows no values, reads all keys."""
+    if starts is None or torch.compiler.is_compiling():
+        return 0
+    return int(starts[:, start].min()) // QUERY_BLOCK * QUERY_BLOCK
+
+
+def _probabilities(queries: Tensor, keys: Tensor, first: int, start: int, stop: int, starts: Tensor | None) -> Tensor:
+    """Softmax over the keys from `first` up to `stop`: (B K, G (stop - start), stop - first)."""
+    groups, count = queries.shape[1], stop - first
+    future = torch.ones(stop - start, count, dtype=torch.bool, device=keys.device).triu(start - first + 1)
+    mask = torch.zeros(stop - start, count, dtype=keys.dtype, device=keys.device).masked_fill_(future, -math.inf)
+    mask, rows = mask.repeat(groups, 1).unsqueeze(0), _rows(queries, start, stop)
+    scores = torch.baddbmm(mask, rows, keys[:, first:stop].transpose(1, 2), alpha=keys.shape[-1] ** -0.5)
+    if starts is not None:
+        foreign = torch.arange(first, stop, device=keys.device) < starts[:, start:stop, None]
+        scores.view(len(starts), -1, stop - start, count).masked_fill_(foreign.unsqueeze(1), -math.inf)
+    return scores.softmax(-1)

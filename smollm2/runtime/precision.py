@@ -1,0 +1,110 @@
+"""The number format of the products, and what a device computes."""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from smollm2.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of the products, and why it was taken."""
+
+    name: str
+    reason: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which products are computed."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name, torch.float32)
+
+
+REFUSALS = {
+    (
+        "bf16",
+        "cpu",
+    ): "this CPU has no bf16 units (AVX-512 BF16 or AMX) and emulates it about 100 times slower than float32",
+    ("bf16", "cuda"): "bf16 needs a GPU of compute capability 8 or higher",
+    ("bf16", "mps"): "bf16 needs macOS 14 or newer",
+    ("fp16", "cpu"): "a CPU computes fp16 13 to 25 times slower than float32",
+}
+"""Why a device that lacks a format does not get it."""
+
+
+TF32_REFUSAL = "tf32 needs a CUDA GPU of compute capability 8 or higher"
+
+
+def choose_precision(
+    requested: str,
+    device_type: str,
+    features: frozenset[str],
+    where: str = "training.precision",
+    advice: str = "use auto or float32",
+) -> Precision:
+    """Return the format for a device with `features`: a table, never a stopwatch, so that a resumed run agrees.
+
+    Raise ConfigError, which names `where`, if the device does not compute the requested format.
+    """
+    if requested == "auto":
+        if device_type == "mps":
+            return Precision("float32", "16 bits on Apple GPUs are opt-in")
+        if "bf16" in features:
+            return Precision("bf16", f"this {device_type} computes it")
+        if "fp16" in features:
+            return Precision("fp16", "this GPU does not compute bf16")
+        return Precision("float32", f"this {device_type} does not compute bf16")
+    if requested != "float32" and requested not in features:
+        raise ConfigError(where, f"{requested}: {REFUSALS.get((requested, device_type), TF32_REFUSAL)}", advice)
+    return Precision(requested, "as requested")
+
+
+def device_features(device: torch.device) -> frozenset[str]:
+    """Return what this device computes at full speed: the one table that every choice by a feature reads.
+
+    `bf16`, `fp16`, `tf32`: matrix products in that format. `varlen`: torch's flash kernel over documents of any length.
+    `packed_float32`, `packed_bf16`: products with a matrix that oneDNN laid out beforehand.
+    """
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device)[0] >= 8
+        return frozenset({"fp16", "bf16", "tf32", "varlen"} if modern else {"fp16"})
+    if device.type == "mps":
+        return frozenset({"fp16", "bf16"} if torch.backends.mps.is_macos_or_newer(14, 0) else {"fp16"})
+    found = {name for name, dtype in PACKED_DTYPES.items() if packs_weights(dtype)}
+    return frozenset(found | {"bf16"} if device.type == "cpu" and has_bf16_units(os.environ) else found)
+
+
+PACKED_DTYPES = {"packed_float32": torch.float32, "packed_bf16": torch.bfloat16}
+
+
+ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
+"""Parts of the values of ONEDNN_MAX_CPU_ISA that leave bf16 products to the hardware."""
+
+
+def has_bf16_units(environment: Mapping[str, str]) -> bool:
+    """Return whether this CPU computes bf16 products in hardware: AVX-512 BF16 or AMX.
+
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch compute as a smaller CPU would; then these units are not used.
+    """
+    isa = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
+        return False
+    if not any(part in isa.upper() for part in ONEDNN_ISAS_WITH_BF16):
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in other builds of torch
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+@functools.cache
+def packs_weights(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN lays out and multiplies a matrix of this dtype. Tried, because the conditions are its own."""
+    matrix = torch.zeros(16, 16, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, 1)
+        torch.ops.mkldnn._linear_pointwise(matrix[:1], packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
