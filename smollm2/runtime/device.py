@@ -10,7 +10,6 @@ import datetime
 import os
 import platform
 import random
-import re
 import signal
 import threading
 import time
@@ -384,32 +383,6 @@ def machine_facts(runtime: Runtime) -> dict[str, str | int]:
         "python": platform.python_version(),
         "smollm2": smollm2.__version__,
     }
-
-
-def memory_limit() -> int | None:
-    """Bytes of memory that this machine or this container has; None where the system does not say.
-
-    What it has, not what is free: the same run must be cut the same way when it goes on tomorrow.
-    """
-    sources = (("/proc/meminfo", r"MemTotal:\s+(\d+) kB", 1024), ("/sys/fs/cgroup/memory.max", r"(\d+)\n", 1))
-    found = []
-    for path, pattern, unit in sources:
-        with contextlib.suppress(OSError):
-            if match := re.match(pattern, Path(path).read_text()):
-                found.append(int(match[1]) * unit)
-    return min(found, default=None)
-
-
-def memory_free() -> int | None:
-    """Bytes of memory that can be had now, on this machine or in this container; None where the system does not say."""
-    with contextlib.suppress(OSError):
-        if match := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
-            free = int(match[1]) * 1024
-            with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-                limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-                free = min(free, limit - used)
-            return free
-    return None
 
 
 def environment() -> MutableMapping[str, str]:

@@ -314,9 +314,7 @@ def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(actions, "draw_samples", filling)
-        with pytest.raises(
-            ResourceError, match=r"step_0012\.pt: was not saved: .* bytes are needed, .* are free"
-        ):
+        with pytest.raises(ResourceError, match=r"step_0012\.pt: was not saved: .* bytes are needed, .* are free"):
             train(config)
     assert "step_0008.pt: was not saved" in capsys.readouterr().out
     found = find_resumable(run, print)
