@@ -22,7 +22,7 @@ from smollm2.checkpoint.retention import note_best, prune_checkpoints, to_json
 from smollm2.checkpoint.validation import find_wrong_entry, find_wrong_weight, read_checked
 from smollm2.config.schema import Config
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
-from smollm2.runtime.memory import memory_free
+from smollm2.plan.machine import available_memory
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
 from smollm2.storage.run_folder import LATEST, checkpoint_path, step_of
 from smollm2.tracking.base import Fanout
@@ -162,9 +162,8 @@ def list_before(folder: Path, step: int) -> list[Path]:
 
 
 def is_room_for_copy(state: dict[str, Any]) -> bool:
-    """Whether this machine has memory for the state once more, with as much to spare; no where it does not say."""
-    free = memory_free()
-    return free is not None and 2 * count_bytes(state) <= free
+    """Return whether this machine has memory for two copies of the state."""
+    return 2 * count_bytes(state) <= available_memory()
 
 
 def count_bytes(value: object) -> int:

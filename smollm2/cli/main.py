@@ -21,6 +21,9 @@ from smollm2.errors import EXIT_CODE_FILE, ConfigError, DataError, Interrupted, 
 if TYPE_CHECKING:
     from smollm2.inference.generation import Piece
 
+LAUNCHER = "SMOLLM2_LAUNCHER"
+"""The variable in which run_training.sh leaves the command by which it was called."""
+
 SHOWN_DOCUMENTS = 20
 """Rows of the table of `smollm2 evaluate --per_document`."""
 
@@ -244,10 +247,11 @@ def load_run_config(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
 
 def show_plan(args: argparse.Namespace) -> None:
     """`smollm2 plan`."""
-    from smollm2.plan.arithmetic import describe_plan, find_device
+    from smollm2.plan.describe import describe_plan
+    from smollm2.plan.machine import find_machine
 
     config, _ = load_run_config(args)
-    rows = describe_plan(config, *find_device())
+    rows = describe_plan(config, find_machine(os.environ))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
@@ -551,6 +555,8 @@ def resume_command(argv: Sequence[str], processes: int = 1) -> str:
             skip = True
         elif not word.startswith(("--checkpoint_path=", "--resume=")):
             words.append(word)
+    if launcher := os.environ.get(LAUNCHER):  # it resumes by itself
+        return f"{launcher} {shlex.join(words)}".rstrip()
     is_command = Path(argv[0]).name in ("smollm2", "__main__.py")
     program = ["smollm2"] if is_command else ["python", argv[0]]
     if processes > 1:

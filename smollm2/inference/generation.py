@@ -82,7 +82,7 @@ def stream(
             decoder = Decoder(model, compute_dtype(model.lm_head.weight), len(rows))
         while True:
             with torch.inference_mode():
-                tokens = sample(logits, rows, sampling)
+                tokens = sample(logits, sampling, [row.ids for row in rows], [row.generator for row in rows])
             yield from (piece for row, token in zip(rows, tokens, strict=True) if (piece := row.append(token)))
             if all(row.end for row in rows):
                 return

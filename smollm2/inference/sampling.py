@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from smollm2.errors import ConfigError
-from smollm2.inference.generation import Row
 
 
 @dataclass(frozen=True)
@@ -33,20 +32,21 @@ class Sampling:
                 raise ConfigError(f"{name} - {getattr(self, name)} will not do - give {range_}")
 
 
-def sample(logits: Tensor, rows: Sequence[Row], sampling: Sampling) -> list[int]:
-    """One token for each row of logits (B, V): the likeliest at temperature 0, else drawn by the row's generator."""
+def sample(
+    logits: Tensor, sampling: Sampling, ids: Sequence[Sequence[int]], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Return one token for each row of logits (B, V): the likeliest at temperature 0, else drawn by the row's generator.
+
+    `ids` are the tokens of prompt and continuation, which the repetition penalty reads.
+    """
     logits = logits.float().cpu()
     if sampling.repetition_penalty != 1:
-        logits = torch.stack(
-            [penalize(row_logits, row.ids, sampling) for row_logits, row in zip(logits, rows, strict=True)]
-        )
+        logits = torch.stack([penalize(row, seen, sampling) for row, seen in zip(logits, ids, strict=True)])
     if sampling.temperature == 0:
-        found: list[int] = logits.argmax(-1).tolist()
-        return found
+        likeliest: list[int] = logits.argmax(-1).tolist()
+        return likeliest
     probabilities = keep_likely(logits, sampling).softmax(-1)
-    return [
-        int(torch.multinomial(line, 1, generator=row.generator)) for line, row in zip(probabilities, rows, strict=True)
-    ]
+    return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(probabilities, generators, strict=True)]
 
 
 def penalize(logits: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:

@@ -1,235 +1,132 @@
-"""What a run will take, by arithmetic, before it starts: parameters, FLOPs, memory, disk and time.
-
-Nothing is measured and nothing heavy imported. The seconds come from a small table of what training reaches on a kind
-of device, until a run has left in the cache folder what it reached here (`measured.json`).
-"""
+"""Parameters, FLOPs, memory and disk of a run: what can be counted without running or measuring anything."""
 
 import contextlib
-import datetime
 import json
 import math
-import os
-import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from smollm2.config.reading import load_config
 from smollm2.config.schema import Config, ModelConfig
-from smollm2.formatting import format_bytes, format_estimate, format_step_time
-from smollm2.storage.atomic import write_atomically
-
-REACHED_FLOPS = {"H200": 280e12, "H100": 250e12, "A100": 100e12, "L40S": 80e12, "RTX 4090": 60e12, "L4": 25e12}
-REACHED_FLOPS |= {"T4": 15e12, "mps": 2e12}
-"""FLOP/s in training on one device whose name holds the word; estimates."""
-
-CARDS = {"H200": 141, "H100": 80, "A100": 80, "L40S": 48, "RTX 4090": 24, "L4": 24, "T4": 16}
-"""GB of memory of the GPUs that people rent or own."""
-
-OTHER_GPU_FLOPS = 30e12
-CORE_FLOPS = {"cpu-float32": 86e9, "cpu-bf16": 190e9}
-CORE_SECONDS_PER_NUMBER = 125e-9
-"""A CPU core's FLOP/s in the products, and its seconds besides them for each number of the residual stream, in each layer.
-From tokens a second on two idle cores of an AMD EPYC with avx512_bf16, 2026-11-24: nano 15,300, micro 3,050, the user's 768 wide
-model with gradient checkpointing 263 in bf16; 12M parameters 1,756 in float32."""
-
-SECONDS_PER_BLOCK = {"cpu": 3e-3, "gpu": 2e-3}
-"""What a block costs in one forward and backward pass however small it is; a GPU hides it behind its products."""
 
 LIBRARIES = 365_000_000
-"""Bytes that Python and torch hold besides what is counted, all their files read; measured at the first update, 2026-11-24."""
+"""Bytes that Python and torch need besides the tensors; measured after the first step, 2026-11-24."""
 
 QUERY_BLOCK, LONGEST_KEPT = 128, 512
-"""Queries that attention in blocks takes at once (twice as many of sequences over 1,024), and the longest sequence of which it
-keeps the probabilities. Both fastest on two cores with avx512_bf16, 2026-11-24, forward and backward of 8 sequences, 6 heads,
-256 positions: 128 queries 9.2 ms, 256 queries 11.0, computed again 14.0."""
+"""How many queries the attention backend `blocks` processes at once (twice as many above 1,024 positions), and the longest
+sequence of which it keeps the probabilities for the backward pass. Both were fastest on two cores with avx512_bf16 on
+2026-11-24, forward and backward of 8 sequences, 6 heads, 256 positions: 128 queries 9.2 ms, 256 queries 11.0 ms, recomputed
+14.0 ms."""
 
 MAPPED = 32 * 2**20
-"""From this size on glibc maps each piece of memory by itself and gives it back; smaller ones share one heap, which keeps what
-is freed in it. The largest that mallopt takes everywhere (`runtime.keep_freed_memory`)."""
+"""glibc maps an allocation of this size by itself and returns it when it is freed. Smaller ones share one heap, which keeps
+freed memory. It is the largest threshold that mallopt accepts everywhere (`keep_freed_memory` in the runtime)."""
 
 HEAP_GAPS = {"one micro-batch": 0.3, "several": 0.5}
-"""So much of what passes through lies free in that heap when it is fullest, between pieces that stay; where gradients are
-accumulated, those of the first micro-batch stay among what was its activations. micro, batch_size 8, 2026-11-24, MB at most
-with 1, 2 and 4 micro-batches: 978, 1093, 1090 in float32, 847, 902, 921 in bf16."""
+"""The share of small temporary tensors that is lost to gaps in the heap when the most memory is in use. With accumulation
+the gradients of the first micro-batch stay between the freed activations. micro, batch_size 8, 2026-11-24, peak in MB with
+1, 2 and 4 micro-batches: 978, 1093, 1090 in float32, 847, 902, 921 in bf16."""
 
-MEASURED = "measured.json"
-KEPT_PACES = 5
-"""Of each kind of device: so many runs until a machine that has become slower is believed."""
+BF16_CPUS = ("cpu-bf16", "cpu-amx")
+"""CPU classes (machine.py) with bf16 units."""
 
-
-@dataclass(frozen=True)
-class Pace:
-    """What a device reaches: FLOP/s in the products, and the seconds that a block costs besides them."""
-
-    flops: float
-    seconds_per_block: float
-    measured: str = ""  # the day, empty where this is the table's
+NEWTON_SCHULZ_STEPS = 5
+"""Iterations in which Muon makes a matrix orthogonal."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """How many tokens the text has, and into how many ids it is cut."""
+    """The size of the text in tokens."""
 
     train_tokens: int
     vocab_size: int
-    is_counted: bool  # by an earlier run, or estimated from the size of the file
+    is_counted: bool  # counted by an earlier run; else estimated from the size of the file
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the highest point of an update, by what they are for."""
+    """Bytes in use at the peak of a step, by purpose."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     loss: int
-    gaps: int  # free, and of no use to what is needed
+    gaps: int  # free, but in pieces that are too small
     libraries: int = LIBRARIES
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all of them."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run takes; memory is that of one device, seconds leave out validation, samples and saves."""
+class Disk:
+    """Bytes of one checkpoint, and how many checkpoints the run folder holds at the end."""
 
-    parameters: int
-    flops_per_token: int
-    tokens_per_step: int
-    memory: Memory
     checkpoint_bytes: int
     checkpoints: int
-    seconds_per_step: float
-    seconds: float
 
     @property
-    def disk_bytes(self) -> int:
-        """All checkpoints that will lie there at once."""
+    def total(self) -> int:
+        """Bytes of all checkpoints."""
         return self.checkpoint_bytes * self.checkpoints
 
 
-def make_plan(
-    config: Config, device: str, cores: int, *, pace: Pace | None = None, tokens_per_second: float | None = None
-) -> Plan:
-    """The plan for one device: `cpu-float32`, `cpu-bf16`, `mps` or a GPU's name. Seconds come from `tokens_per_second`,
-    a rate of this very config, else from `pace`, else from the table."""
-    t = config.training
-    tokens = config.global_batch_size * t.sequence_length
-    seconds = tokens / tokens_per_second if tokens_per_second else estimate_step(config, device, cores, pace)
-    memory = estimate_memory(config, device)
-    return Plan(
-        parameters=count_parameters(config.model),
-        flops_per_token=flops_per_token(config.model, t.sequence_length),
-        tokens_per_step=tokens,
-        memory=memory,
-        checkpoint_bytes=4 * count_parameters(config.model) + memory.optimizer,
-        checkpoints=count_checkpoints(config),
-        seconds_per_step=seconds,
-        seconds=seconds * t.train_steps,
-    )
-
-
-def describe_plan(config: Config, device: str, cores: int) -> list[tuple[str, str]]:
-    """What the config takes on this machine, as the rows of a page."""
-    corpus = find_corpus(config)
-    if corpus and corpus.is_counted:
-        config = config.with_vocab_size(corpus.vocab_size)
-    pace = find_pace(config, device, cores)
-    plan = make_plan(config, device, cores, pace=pace)
-    embeddings = plan.parameters - count_non_embedding(config.model)
-    tied = "also the head" if config.model.tie_word_embeddings else "the head besides"
-    origin = (
-        f"as a run reached here on {pace.measured}" if pace.measured else "an estimate: no run has left its rate yet"
-    )
-    return [
-        (
-            "parameters",
-            f"{plan.parameters:,}: {embeddings:,} in embeddings ({tied}), {plan.parameters - embeddings:,} else",
-        ),
-        ("arithmetic", f"{plan.flops_per_token / 1e9:.3g} GFLOP a token, {plan.tokens_per_step:,} tokens a step"),
-        (
-            "memory",
-            f"about {format_bytes(plan.memory.total)} on one {device} with {config.training.batch_size} sequences at once",
-        ),
-        *((f"  {part}", format_bytes(size)) for part, size in asdict(plan.memory).items()),
-        ("checkpointing", describe_checkpointing(config, device, cores, pace)),
-        ("disk", f"{format_bytes(plan.disk_bytes)}: {plan.checkpoints:,} x {format_bytes(plan.checkpoint_bytes)}"),
-        ("tokens", describe_tokens(config, plan, corpus)),
-        ("time here", f"about {describe_time(plan)} on {device}, {cores} cores; {origin}"),
-        *((f"  one {card}", describe_card(config, card, cores, size)) for card, size in CARDS.items()),
-    ]
-
-
-def describe_tokens(config: Config, plan: Plan, corpus: Corpus | None) -> str:
-    """Tokens of the run, for each parameter, and how often that reads the text."""
-    tokens = plan.tokens_per_step * config.training.train_steps
-    rows = f"{tokens:,} in the run, {tokens / plan.parameters:.3g} for each parameter"
-    if corpus is None:
-        return f"{rows}; epochs unknown: {config.data.input} is not there"
-    fresh = tokens * config.data.stride / config.training.sequence_length
-    origin = "as an earlier run counted" if corpus.is_counted else "an estimate from its size"
-    return f"{rows}; {fresh / max(1, corpus.train_tokens):.3g} epochs of {corpus.train_tokens:,} ({origin})"
-
-
-def describe_checkpointing(config: Config, device: str, cores: int, pace: Pace) -> str:
-    """What gradient checkpointing gains and costs."""
-    on, off = (make_plan(with_checkpointing(config, chosen), device, cores, pace=pace) for chosen in (True, False))
-    state = "on" if config.training.gradient_checkpointing else "off"
-    share = on.seconds_per_step / off.seconds_per_step - 1
-    costs = [f"{format_bytes(p.memory.total)}, {format_step_time(p.seconds_per_step)}" for p in (on, off)]
-    saved = format_bytes(off.memory.total - on.memory.total)
-    return f"{state}; on: {costs[0]}, off: {costs[1]}: it saves {saved} and costs {share:.0%} of the time"
-
-
-def with_checkpointing(config: Config, chosen: bool) -> Config:
-    """The same config with gradient checkpointing on or off."""
-    training = config.training.model_copy(update={"gradient_checkpointing": chosen})
-    return config.model_copy(update={"training": training})
-
-
-def describe_card(config: Config, card: str, cores: int, gigabytes: int) -> str:
-    """What the run would take on a common GPU."""
-    plan = make_plan(config, card, cores)
-    if plan.memory.total > gigabytes * 1e9:
-        return f"does not fit: {format_bytes(plan.memory.total)} of {gigabytes} GB; lower training.batch_size"
-    return f"about {describe_time(plan)}, {format_bytes(plan.memory.total)} of {gigabytes} GB; an estimate"
-
-
 def count_parameters(model: ModelConfig) -> int:
-    """Every weight once: a tied head is the embedding."""
+    """Return the number of weights; a tied head is the embedding and counts once."""
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     return embeddings + count_non_embedding(model)
 
 
 def count_non_embedding(model: ModelConfig) -> int:
-    """The blocks and the last norm."""
+    """Return the number of weights in the blocks and the last norm."""
     norm = model.hidden_size * (2 if model.norm == "layernorm" else 1)
     return model.num_hidden_layers * (count_block_matrices(model) + 2 * norm) + norm
 
 
 def count_block_matrices(model: ModelConfig) -> int:
-    """The entries of one block's matrices."""
-    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    return model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
+    """Return the number of weights in the matrices of one block."""
+    return sum(rows * columns for rows, columns in block_matrices(model))
+
+
+def block_matrices(model: ModelConfig) -> list[tuple[int, int]]:
+    """Return the shapes of one block's matrices: query, key, value, output, gate, up, down; the smaller side first."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    query, value = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
+    shapes = [(query, hidden), (value, hidden), (value, hidden), (query, hidden), *3 * [(hidden, inner)]]
+    return [(min(shape), max(shape)) for shape in shapes]
 
 
 def flops_per_token(model: ModelConfig, length: int) -> int:
-    """Forward and backward, causal: 6 N + 6 V d + 6 L d_attention T, with N outside the embeddings."""
+    """Return the FLOPs of forward and backward, causal: 6 N + 6 V d + 6 L d_attention T, N without embeddings."""
     attention = model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
     return 6 * (count_non_embedding(model) + model.vocab_size * model.hidden_size + attention)
 
 
+def optimizer_flops(config: Config) -> int:
+    """Return the FLOPs of the matrix products of one optimizer step. AdamW has none.
+
+    Muon makes each (m, n) matrix X, m <= n, orthogonal by iterations of A = X X^T, B = b A + c A^2, X = a X + B X:
+    2 m^2 n + 2 m^3 + 2 m^2 n.
+    """
+    if config.training.optimizer != "muon":
+        return 0
+    iteration = sum(4 * m * m * n + 2 * m**3 for m, n in block_matrices(config.model))
+    return NEWTON_SCHULZ_STEPS * config.model.num_hidden_layers * iteration
+
+
 def estimate_memory(config: Config, device: str) -> Memory:
-    """Of one micro-batch on one device: exact for what is held, counted tensor by tensor for what passes through."""
+    """Return the peak memory on one device; `device` is a CPU class, `mps` or a GPU's name.
+
+    What a step holds is exact; activations are counted tensor by tensor.
+    """
     m, t = config.model, config.training
     parameters = count_parameters(m)
     size = 4 if needs_float32(config, device) else 2
     rows = t.batch_size * t.sequence_length
-    kept = 4 * [m.hidden_size] + 3 * [m.intermediate_size]  # numbers a row in each piece that a block keeps
+    kept = 4 * [m.hidden_size] + 3 * [m.intermediate_size]  # numbers per row of each tensor that a block keeps
     kept += 3 * [m.num_attention_heads * m.head_dim] + 2 * [m.num_key_value_heads * m.head_dim]
     if m.norm == "layernorm":  # computed on a float32 copy
         kept += 2 * [4 * m.hidden_size // size]
@@ -242,157 +139,45 @@ def estimate_memory(config: Config, device: str) -> Memory:
     blocks = block * m.num_hidden_layers
     if t.gradient_checkpointing:
         blocks = block + size * m.hidden_size * m.num_hidden_layers
-    passing = size * (4 * m.intermediate_size + 3 * m.hidden_size)
+    temporary = size * (4 * m.intermediate_size + 3 * m.hidden_size)
     chunk = min(rows, 512 if device.startswith("cpu") else 8192)
-    by_muon = m.num_hidden_layers * count_block_matrices(m) if t.optimizer == "muon" else 0
     gradients = 4 * parameters
-    activations = rows * (blocks + passing)
+    activations = rows * (blocks + temporary)
     loss = chunk * m.vocab_size * (8 + size) + 4 * m.vocab_size * m.hidden_size
     small = sum(width for width in kept if rows * size * width < MAPPED) / sum(kept)
     gaps = HEAP_GAPS["several" if t.gradient_accumulation_steps > 1 else "one micro-batch"]
     return Memory(
-        weights=parameters * (4 if size == 4 else 6),  # the 16-bit copies of the products beside the float32
+        weights=parameters * (4 if size == 4 else 6),  # the products use 16-bit copies
         gradients=gradients,
-        optimizer=8 * parameters - 4 * by_muon,  # AdamW keeps two moments, Muon one
+        optimizer=optimizer_bytes(config),
         activations=activations,
         loss=loss,
         gaps=int(gaps * small * (gradients + activations + loss)) if device.startswith("cpu") else 0,
     )
 
 
-def estimate_step(config: Config, device: str, cores: int, pace: Pace | None = None) -> float:
-    """Seconds of one update at this pace, by default the table's."""
-    products, besides = split_step(config, device, pace or table_pace(config, device, cores))
-    return products + besides if device.startswith("cpu") else max(products, besides)
-
-
-def split_step(config: Config, device: str, pace: Pace) -> tuple[float, float]:
-    """Seconds of one update that grow with its tokens, and those that do not."""
-    m, t = config.model, config.training
-    tokens = config.global_batch_size * t.sequence_length
-    flops: float = flops_per_token(m, t.sequence_length)
-    if device.startswith("cpu"):  # the work besides the products, as the products that take as long
-        core_flops = CORE_FLOPS["cpu-float32" if needs_float32(config, device) else device]
-        flops += m.num_hidden_layers * m.hidden_size * CORE_SECONDS_PER_NUMBER * core_flops
-    work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1)
-    return work / pace.flops, t.gradient_accumulation_steps * m.num_hidden_layers * pace.seconds_per_block
-
-
-def table_pace(config: Config, device: str, cores: int) -> Pace:
-    """The pace of a kind of device on which nothing was measured."""
-    kind = "cpu" if device.startswith("cpu") else "gpu"
-    return Pace(reached_flops(config, device, cores), SECONDS_PER_BLOCK[kind])
-
-
-def measured_pace(config: Config, device: str, cores: int, seconds: float) -> Pace:
-    """The pace at which `config` takes so many seconds a step: the table's, faster or slower by one factor.
-
-    A run too small to be bound by its products says nothing of them.
-    """
-    table = table_pace(config, device, cores)
-    products, besides = split_step(config, device, table)
-    factor = seconds / estimate_step(config, device, cores)
-    flops = table.flops / factor if products > besides else table.flops
-    return Pace(flops, table.seconds_per_block * factor, datetime.datetime.now().astimezone().date().isoformat())
-
-
-def find_pace(config: Config, device: str, cores: int) -> Pace:
-    """The fastest of the paces that recent runs left in the cache folder, else the table's: another program's work makes a
-    pace slower, nothing makes it faster than the machine."""
-    paces = read_paces(Path(config.data.cache_dir) / MEASURED).get(pace_key(config, device, cores))
-    if not paces:
-        return table_pace(config, device, cores)
-    return min(paces, key=lambda pace: estimate_step(config, device, cores, pace))
-
-
-def keep_pace(config: Config, device: str, cores: int, seconds: float) -> None:
-    """Leave in the cache folder that an update of `config` took so many seconds. Raises OSError."""
-    path, key = Path(config.data.cache_dir) / MEASURED, pace_key(config, device, cores)
-    table, pace = table_pace(config, device, cores), measured_pace(config, device, cores, seconds)
-    paces = read_paces(path)
-    larger = [earlier for earlier in paces.get(key, []) if earlier.flops != table.flops]
-    if pace.flops == table.flops and larger:  # a small run; what larger ones found of the products stands
-        return
-    earlier = paces.get(key, []) if pace.flops == table.flops else larger
-    paces[key] = [*earlier, pace][-KEPT_PACES:]
-    text = json.dumps({key: [asdict(pace) for pace in kept] for key, kept in paces.items()}, indent=1)
-    write_atomically(path, f"{text}\n".encode())
-
-
-def read_paces(path: Path) -> dict[str, list[Pace]]:
-    """The paces in a file; what is not one is left out, for a cache may be of any age."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    paces: dict[str, list[Pace]] = {}
-    for key, values in found.items() if isinstance(found, dict) else ():
-        for value in values if isinstance(values, list) else ():
-            with contextlib.suppress(TypeError, ValueError, KeyError):
-                pace = Pace(float(value["flops"]), float(value["seconds_per_block"]), str(value["measured"]))
-                if 0 < pace.flops < math.inf and 0 < pace.seconds_per_block < math.inf:
-                    paces.setdefault(key, []).append(pace)
-    return paces
-
-
-def pace_key(config: Config, device: str, cores: int) -> str:
-    """What a pace holds for."""
-    precision = config.training.precision
-    if precision == "auto":
-        precision = "float32" if needs_float32(config, device) else "bf16"
-    return f"{device}, {precision}{', compiled' * config.training.compile}, {cores} cores"
-
-
-def find_corpus(config: Config) -> Corpus | None:
-    """What is known of the text: as an earlier run counted it, else by its size. None where it is not there."""
-    data = config.data
-    try:
-        size = Path(data.input).stat().st_size
-    except (OSError, ValueError):
-        return None
-    vocab_size = 257 if data.tokenizer == "bytes" else config.model.vocab_size
-    for counted_size, corpus in read_counts(Path(data.cache_dir)):
-        # A count under another vocabulary is another run's: nano's 4,096 says nothing of a model of 32,000.
-        if counted_size == size and corpus.vocab_size == vocab_size:
-            return corpus
-    tokens = size / bytes_per_token(config)
-    return Corpus(round(tokens * (1 - data.validation_fraction)), config.model.vocab_size, False)
-
-
-def read_counts(cache: Path) -> list[tuple[int, Corpus]]:
-    """(bytes, corpus) of every text in the token cache."""
-    found = []
-    for path in sorted(cache.glob("*/header.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            header = json.loads(path.read_text(encoding="utf-8"))
-            counts = header["statistics"]
-            found.append((int(counts["bytes"]), Corpus(int(counts["train_tokens"]), int(header["vocab_size"]), True)))
-    return found
-
-
-def bytes_per_token(config: Config) -> float:
-    """Bytes of English that one token stands for: a third more with every doubling of the vocabulary."""
-    if config.data.tokenizer == "bytes":
-        return 1.0
-    return max(1.0, math.log2(config.model.vocab_size) / 3 - 0.7)
-
-
 def needs_float32(config: Config, device: str) -> bool:
-    """Whether the products are 32 bits wide."""
+    """Return whether the products are computed in float32."""
     precision = config.training.precision
-    return precision in ("float32", "tf32") or (precision == "auto" and device in ("cpu-float32", "mps"))
+    has_bf16 = device in BF16_CPUS or not device.startswith(("cpu", "mps"))
+    return precision in ("float32", "tf32") or (precision == "auto" and not has_bf16)
 
 
-def reached_flops(config: Config, device: str, cores: int) -> float:
-    """FLOP/s that training reaches there."""
-    if device.startswith("cpu"):
-        return CORE_FLOPS["cpu-float32" if needs_float32(config, device) else device] * cores
-    flops = next((flops for word, flops in REACHED_FLOPS.items() if word in device), OTHER_GPU_FLOPS)
-    return flops / 8 if config.training.precision == "float32" and device != "mps" else flops
+def estimate_disk(config: Config) -> Disk:
+    """Return the size of the checkpoints: float32 weights and the optimizer's state."""
+    parameters = count_parameters(config.model)
+    return Disk(4 * parameters + optimizer_bytes(config), count_checkpoints(config))
+
+
+def optimizer_bytes(config: Config) -> int:
+    """Return the bytes of the optimizer's state: two moments per weight for AdamW, one for Muon."""
+    m = config.model
+    by_muon = m.num_hidden_layers * count_block_matrices(m) if config.training.optimizer == "muon" else 0
+    return 8 * count_parameters(m) - 4 * by_muon
 
 
 def count_checkpoints(config: Config) -> int:
-    """How many lie in the run folder at the end: the last step always saves, keep_last spares the best besides."""
+    """Return how many checkpoints are there at the end: the last step always saves, and keep_last also keeps the best."""
     t = config.training
     every = math.ceil(t.train_steps / t.save_interval) if t.save_interval else 1
     if t.keep_last is None:
@@ -401,30 +186,33 @@ def count_checkpoints(config: Config) -> int:
     return min(every, t.keep_last + 1 + milestones)
 
 
-def estimated_seconds(config: Config, device: str, cores: int) -> float:
-    """Of the whole run."""
-    return make_plan(config, device, cores).seconds
+def find_corpus(config: Config) -> Corpus | None:
+    """Return the size of the text, counted by an earlier run or estimated from the file; None if there is no file."""
+    data = config.data
+    try:
+        size = Path(data.input).stat().st_size
+    except (OSError, ValueError):
+        return None
+    vocab_size = 257 if data.tokenizer == "bytes" else config.model.vocab_size
+    for counted_size, corpus in read_counts(Path(data.cache_dir)):
+        # A count with another vocabulary size does not apply: nano's is 4,096.
+        if counted_size == size and corpus.vocab_size == vocab_size:
+            return corpus
+    tokens = size / bytes_per_token(config)
+    return Corpus(round(tokens * (1 - data.validation_fraction)), config.model.vocab_size, False)
 
 
-def estimate_here(path: Path) -> float:
-    """Seconds that the config in the file `path` would take on this machine."""
-    return estimated_seconds(load_config(path), *find_device())
+def read_counts(cache: Path) -> Iterator[tuple[int, Corpus]]:
+    """Yield (bytes of the text, corpus) for each entry of the token cache."""
+    for path in sorted(cache.glob("*/header.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            header = json.loads(path.read_text(encoding="utf-8"))
+            counts = header["statistics"]
+            yield int(counts["bytes"]), Corpus(int(counts["train_tokens"]), int(header["vocab_size"]), True)
 
 
-def find_device() -> tuple[str, int]:
-    """The kind of device that training would take here, and the number of cores, without asking torch."""
-    available = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
-    cores = len(available(0)) if available else os.cpu_count() or 1
-    for card in Path("/proc/driver/nvidia/gpus").glob("*/information"):
-        return card.read_text(errors="replace").partition("\n")[0].partition(":")[2].strip(), cores
-    if platform.system() == "Darwin" and platform.machine() == "arm64":
-        return "mps", cores
-    info = Path("/proc/cpuinfo")
-    features = info.read_text(errors="replace") if info.exists() else ""
-    has_bf16 = "avx512_bf16" in features or "amx_tile" in features
-    return "cpu-bf16" if has_bf16 else "cpu-float32", cores
-
-
-def describe_time(plan: Plan) -> str:
-    """Return `2.5 hours, 0.34 s per step`."""
-    return f"{format_estimate(plan.seconds)}, {format_step_time(plan.seconds_per_step)}"
+def bytes_per_token(config: Config) -> float:
+    """Return how many bytes of English one token holds: 1/3 byte more for each doubling of the vocabulary."""
+    if config.data.tokenizer == "bytes":
+        return 1.0
+    return max(1.0, math.log2(config.model.vocab_size) / 3 - 0.7)

@@ -43,8 +43,7 @@ def lock_folder(folder: Path) -> Iterator[HeldFolder]:
     Removes the temporary files of processes that were killed. Raise ResourceError if the folder cannot be written, or if
     another run holds it; the message names that run.
     """
-    made = make_folder(folder)
-    handle, is_exclusive = _open_locked(folder)
+    handle, is_exclusive, made = _open_locked(folder)
     lock = [handle]
     # A forked child shares the lock and would keep it after this process was killed. In a child that runs another program
     # the lock is closed anyway: Python's file descriptors are not inherited.
@@ -76,15 +75,21 @@ def is_held(folder: Path) -> bool:
         return False
 
 
-def _open_locked(folder: Path) -> tuple[int, bool]:
-    """Open `.lock` and lock it; return its descriptor, and whether the file system has locks."""
+def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
+    """Open `.lock` and lock it; return its descriptor, whether the file system has locks, and the folders that were made.
+
+    Until it is locked, another holder may remove its folder, and the file with it: then begin again.
+    """
     path = folder / LOCK
     while True:
+        made = make_folder(folder)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except OSError as error:
             if path.is_symlink():  # which a stranger may have pointed anywhere
                 raise ResourceError(path, "is a symbolic link", "Remove it, or choose another --save_dir") from None
+            if not folder.exists():
+                continue
             raise folder_error(folder, error, "--save_dir") from error
         taken = _take_lock(handle)
         if taken is None:
@@ -94,12 +99,10 @@ def _open_locked(folder: Path) -> tuple[int, bool]:
                 f"is in use by another run ({_describe_holder(path)})",
                 "Wait for it, stop it, or choose another --save_dir",
             )
-        # Between opening and locking, the holder may have removed its folder, and this file with it: then begin again.
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(handle), path.stat()):
-                return handle, taken
+                return handle, taken, made
         os.close(handle)
-        make_folder(folder)
 
 
 def _remove(held: HeldFolder, lock: list[int]) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from smollm2.config.schema import Config, WandbConfig
 from smollm2.formatting import format_bytes
-from smollm2.plan import arithmetic as plan
+from smollm2.plan.arithmetic import estimate_disk
 from smollm2.storage.run_folder import CONFIG, TOKENIZER
 from smollm2.tracking.base import (
     Diagnosis,
@@ -101,7 +101,7 @@ def end_service() -> None:
 
 def describe_upload(config: Config, done: int) -> str:
     """Return the number and size of the checkpoints that the rest of the run uploads."""
-    t, size = config.training, plan.make_plan(config, "cpu-float32", 1).checkpoint_bytes
+    t, size = config.training, estimate_disk(config).checkpoint_bytes
     count = math.ceil(t.train_steps / t.save_interval) - done // t.save_interval if t.save_interval else 1
     kind, most = ("checkpoints", "") if config.wandb.log_checkpoints == "all" else ("best checkpoints", "at most ")
     return (

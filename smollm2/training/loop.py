@@ -27,7 +27,11 @@ from smollm2.errors import (
     Smollm2Error,
     TrainingError,
 )
-from smollm2.runtime.device import environment, start_runtime
+from smollm2.plan.throughput import Duration
+from smollm2.runtime.device import (
+    environment,
+    start_runtime,
+)
 from smollm2.storage.locks import HeldFolder, lock_folder
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
 from smollm2.training.actions import begin_look, check_replicas, do_duties, due, duties_of, end_look, save, split
@@ -36,7 +40,7 @@ from smollm2.training.anomalies import note_out_of_memory, note_trouble
 from smollm2.training.corpus import share_corpus
 from smollm2.training.memory import choose_micro_batch, describe_out_of_memory
 from smollm2.training.optim import learning_rate_at
-from smollm2.training.pages import end_page, note_start, note_stop, start_page
+from smollm2.training.pages import end_page, note_start, note_stop, plan_run, start_page
 from smollm2.training.progress import Progress
 from smollm2.training.resume import find_start, restore
 from smollm2.training.setup import Run, open_run
@@ -48,7 +52,7 @@ from smollm2.training.step import (
     smaller_micro_batch,
     update,
 )
-from smollm2.training.timing import Clock, Meter, leave_pace
+from smollm2.training.timing import Clock, Meter, correct_time, save_throughput
 
 REPLICA_INTERVAL = 1000
 """Updates between two comparisons of the ranks' weights; each save compares them as well."""
@@ -114,10 +118,11 @@ def train(
         if runtime.rank == 0 and (aside := set_aside_later(folder, progress.step)):
             console.say(f"set aside, since the run goes on from before them: {', '.join(path.name for path in aside)}")
         started = time.perf_counter()
-        console.show_page("SmolLM2 Training", start_page(run, progress))
+        plan = plan_run(run)
+        console.show_page("SmolLM2 Training", start_page(run, progress, plan))
         note_start(run, progress)
         try:
-            progress = run_steps(run, progress, size, clock)
+            progress = run_steps(run, progress, size, clock, plan.duration)
         except Exception as error:
             log.write_error(error)
             note_stop(run, error)
@@ -149,13 +154,12 @@ def raise_stopped(number: int, step: int) -> NoReturn:
     raise Interrupted(f"stopped by {signal.Signals(number).name} after step {step}, which is saved", number)
 
 
-def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress:
+def run_steps(run: Run, progress: Progress, size: int, clock: Clock, announced: Duration) -> Progress:
     """From `progress` to the last step, in micro-batches of `size`. Raises Interrupted after a signal or at the time
     limit, TrainingError where the numbers fail."""
     t, runtime, tracker = run.config.training, run.runtime, run.tracker
-    share = run.config.global_batch_size // runtime.world_size
+    meter, share = Meter(), run.config.global_batch_size // runtime.world_size
     first_row = runtime.rank * share
-    meter = Meter()
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
@@ -166,6 +170,7 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
                 progress = end_look(run, progress.after(result), look, batch, size)
                 progress = dataclasses.replace(progress, pending=duties_of(run, progress.step))
                 meter.add(result)
+                correct_time(run, progress, meter, announced)
                 note_trouble(run, progress, result)
                 if progress.step == 1 or due(progress.step, t.log_interval, progress.step == t.train_steps):
                     tracker.log(report(run, progress, result, meter), progress.step)
@@ -182,7 +187,7 @@ def run_steps(run: Run, progress: Progress, size: int, clock: Clock) -> Progress
             elif due(step, REPLICA_INTERVAL, last):
                 check_replicas(run, step)
             if stop or last:
-                leave_pace(run, meter)
+                save_throughput(run, meter)
             if stop and (progress.pending or not last):
                 raise_stopped(stop, step)
     return progress

@@ -8,8 +8,10 @@ from smollm2.errors import (
 )
 from smollm2.formatting import format_bytes
 from smollm2.plan import arithmetic as plan
-from smollm2.runtime.device import environment
-from smollm2.runtime.memory import memory_limit
+from smollm2.plan.machine import memory_limit
+from smollm2.runtime.device import (
+    environment,
+)
 from smollm2.training.setup import Run
 from smollm2.training.step import (
     micro_batch_size,
@@ -26,7 +28,7 @@ def choose_micro_batch(run: Run) -> int:
     t, share = config.training, config.global_batch_size // runtime.world_size
     size: int | None = micro_batch_size(config.global_batch_size, runtime.world_size, t.batch_size)
     limit = memory_limit()
-    if runtime.device.type != "cpu" or limit is None:
+    if runtime.device.type != "cpu":
         return cast(int, size)
     processes = int(environment().get("LOCAL_WORLD_SIZE", "1"))
 

@@ -17,20 +17,29 @@ from smollm2.errors import (
 )
 from smollm2.formatting import format_bytes, format_estimate
 from smollm2.model.transformer import Block
-from smollm2.plan import arithmetic as plan
-from smollm2.runtime.device import machine_facts
+from smollm2.plan.describe import Plan, describe_origin, make_plan
+from smollm2.runtime.commands import shown_path, smollm2_command
+from smollm2.runtime.device import (
+    machine_facts,
+)
+from smollm2.runtime.throughput import machine_of, measure_if_long
 from smollm2.storage.run_folder import step_of
 from smollm2.training.progress import Progress
 from smollm2.training.setup import Run
 
 
-def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
+def plan_run(run: Run) -> Plan:
+    """Return what the run needs on this machine."""
+    machine = machine_of(run.runtime)
+    plan = make_plan(run.config, machine)
+    if plan.throughput.measured:
+        return plan
+    return make_plan(run.config, machine, measure_if_long(run.runtime, machine, plan.duration.total))
+
+
+def start_page(run: Run, progress: Progress, plan: Plan) -> list[tuple[str, str]]:
     """What is trained, on what, with which data, and what it will take."""
     t, m, runtime = run.config.training, run.config.model, run.runtime
-    device, cores = plan.find_device()
-    pace = plan.find_pace(run.config, device, cores)
-    estimate = plan.make_plan(run.config, device, cores, pace=pace)
-    seconds = estimate.seconds_per_step * (t.train_steps - progress.step)
     block = cast(Block, run.model.model.layers[0])
     heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
@@ -39,7 +48,7 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
     return [
         (
             "model",
-            f"{estimate.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}",
+            f"{plan.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}",
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
         (
@@ -60,12 +69,11 @@ def start_page(run: Run, progress: Progress) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"about {format_bytes(estimate.memory.total)}; checkpoints {format_bytes(estimate.disk_bytes)}",
+            f"about {format_bytes(plan.memory.total)}; checkpoints {format_bytes(plan.disk.total)}",
         ),
         (
             "time",
-            f"about {format_estimate(seconds)} by {f'the pace measured here on {pace.measured}' if pace.measured else 'the table of smollm2 plan'}; "
-            "the pace of the first updates corrects it",
+            f"about {format_estimate(plan.duration.of(t.train_steps - progress.step))}, {describe_origin(plan.throughput)}",
         ),
         ("run folder", t.save_dir),
     ]
@@ -112,6 +120,7 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
         ("samples", str(folder / "samples.jsonl")),
         ("metrics", str(folder / "metrics.jsonl")),
         ("report", str(folder / "report.html")),
+        ("generate text", f'{smollm2_command()} generate {shown_path(folder)} --prompt "Once upon a time"'),
     ]
     if run.validation:
         rows.insert(3, ("best validation loss", f"{progress.best_validation_loss:.4f}"))

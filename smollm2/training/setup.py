@@ -33,7 +33,7 @@ from smollm2.errors import (
 from smollm2.formatting import format_bytes
 from smollm2.model.attention import check_backend, choose_backend
 from smollm2.model.transformer import Block, SmolLM2
-from smollm2.plan import arithmetic as plan
+from smollm2.plan.arithmetic import estimate_disk
 from smollm2.report.tracker import ReportTracker
 from smollm2.runtime.device import Runtime, compile_blocks, environment
 from smollm2.storage.atomic import write_atomically
@@ -148,15 +148,15 @@ def open_run(
 
 def check_disk(config: Config, folder: Path) -> None:
     """Raises ResourceError where the checkpoints of the whole run will not fit, with the keep_last that does."""
-    estimate = plan.make_plan(config, "cpu-float32", 1)
+    disk = estimate_disk(config)
     held = sum(path.stat().st_size for path in list_checkpoints(folder))
     free = shutil.disk_usage(folder).free
-    if estimate.disk_bytes <= free + held:
+    if disk.total <= free + held:
         return
-    fits = int((free + held) / estimate.checkpoint_bytes) - 1  # one more lies there while the new one is checked
+    fits = int((free + held) / disk.checkpoint_bytes) - 1  # one more lies there while the new one is checked
     advice = f"set training.keep_last: {fits - 1}" if fits > 2 else "free some space"
     raise ResourceError(
-        f"{folder} - the run's {estimate.checkpoints} checkpoints need {format_bytes(estimate.disk_bytes)} and "
+        f"{folder} - the run's {disk.checkpoints} checkpoints need {format_bytes(disk.total)} and "
         f"{format_bytes(free)} are free - {advice}, or save less often, or choose another --save_dir"
     )
 

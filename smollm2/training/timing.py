@@ -6,16 +6,19 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
-
 from smollm2.errors import (
     ResourceError,
 )
-from smollm2.plan import arithmetic as plan
+from smollm2.plan.throughput import Duration, describe_correction, record_throughput
+from smollm2.runtime.throughput import machine_of
+from smollm2.training.progress import Progress
 from smollm2.training.setup import Run
 from smollm2.training.step import (
     StepResult,
 )
+
+CHECKED_STEPS = 20
+"""Steps after which the announced time is compared with the measured one."""
 
 
 @dataclass
@@ -62,13 +65,18 @@ class Meter:
         return rate
 
 
-def leave_pace(run: Run, meter: Meter) -> None:
-    """Leave in the cache folder how long an update took, for `smollm2 plan`; a guess about speed never ends a run."""
-    device, cores = plan.find_device()
-    on_cpu = run.runtime.device.type == "cpu"
-    is_whole = run.runtime.world_size == 1 and torch.get_num_threads() == cores
-    is_known = on_cpu == device.startswith("cpu") and (is_whole or not on_cpu)
-    if run.runtime.rank == 0 and is_known and len(meter.recent) >= 3:
-        seconds = statistics.median(list(meter.recent)[1:]) * run.runtime.world_size
+def save_throughput(run: Run, meter: Meter) -> None:
+    """Record in the cache folder how long a step took, for later estimates. A failure never ends a run."""
+    if run.runtime.rank == 0 and len(meter.recent) >= 3:
+        seconds = statistics.median(list(meter.recent)[1:])
         with contextlib.suppress(OSError, ResourceError):
-            plan.keep_pace(run.config, device, cores, seconds)
+            record_throughput(run.config, machine_of(run.runtime), seconds)
+
+
+def correct_time(run: Run, progress: Progress, meter: Meter, announced: Duration) -> None:
+    """Report the corrected time once, after some steps, if the announced one was far from it."""
+    if len(meter.recent) == CHECKED_STEPS:
+        left = run.config.training.train_steps - progress.step
+        message = describe_correction(announced, list(meter.recent), left)
+        if message:
+            run.tracker.log_event("estimate", message, progress.step)

@@ -164,7 +164,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
     """The save of step 4 waits for the update 6, which in a run that waited for its saves would never come."""
     write_tiny(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "memory_free", lambda: 1000)  # the run to compare with waits for its saves
+        patch.setattr(saving, "available_memory", lambda: 1000)  # the run to compare with waits for its saves
         train(tiny_config(tmp_path, "whole"))
     came, updates = threading.Event(), 0
     original, update = saving.save_checkpoint, loop.update
@@ -214,7 +214,7 @@ def test_no_thread_of_a_save_outlives_it(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_run_without_memory_for_a_copy_waits_for_its_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny(tmp_path)
     copied: list[object] = []
-    monkeypatch.setattr(saving, "memory_free", lambda: 1000)
+    monkeypatch.setattr(saving, "available_memory", lambda: 1000)
     monkeypatch.setattr(saving, "take_snapshot", lambda *arguments: copied.append(arguments))
     train(tiny_config(tmp_path))
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")][-1] == "step_0012.pt"

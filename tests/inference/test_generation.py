@@ -127,11 +127,9 @@ def test_sampling_follows_the_distribution_of_the_likeliest() -> None:
     expected = torch.cat(((logits[0, :3] / 0.5).softmax(-1), torch.zeros(1)))
     assert torch.allclose(probabilities[0], expected)
 
-    class Rows:
-        generator = torch.Generator().manual_seed(0)
-
-    rows = [Rows()] * 4000
-    drawn = torch.tensor(sample(logits.expand(4000, -1), rows, Sampling(temperature=0.5, top_k=3)))  # type: ignore[arg-type]
+    generators = [torch.Generator().manual_seed(0)] * 4000
+    sampling = Sampling(temperature=0.5, top_k=3)
+    drawn = torch.tensor(sample(logits.expand(4000, -1), sampling, [[]] * 4000, generators))
     assert (drawn.bincount(minlength=4) / 4000 - expected).abs().max() < 0.02
 
 

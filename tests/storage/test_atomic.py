@@ -247,7 +247,7 @@ def a_folder_of_the_kernel(tmp_path: Path) -> Path:
             "",
         ),
         (a_read_only_folder, "permission denied", "Make it writable, or choose another --save_dir."),
-        (a_folder_of_the_kernel, "", "choose another --save_dir."),
+        (a_folder_of_the_kernel, "", "hoose another --save_dir."),
         (lambda tmp_path: tmp_path / ("x" * 300), "the name is too long", "Choose another --save_dir."),
         (lambda tmp_path: tmp_path / "a\0b", "the name contains a NUL character", "Choose another --save_dir."),
     ],

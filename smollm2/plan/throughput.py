@@ -1,0 +1,230 @@
+"""Seconds: how long a step and a run take on a machine, from a table or from what earlier runs measured there.
+
+A run records its throughput in the cache folder (`throughput.json`). Without a record the table below is used. Once torch
+is loaded, `products`, the FLOP/s that a short measurement found in matrix products, corrects the table for a CPU that is
+faster or slower than the one on which the table was made. None of this ever decides what a run computes.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from smollm2.config.schema import Config
+from smollm2.formatting import format_estimate
+from smollm2.plan.arithmetic import flops_per_token, needs_float32, optimizer_flops
+from smollm2.plan.machine import Machine
+from smollm2.storage.atomic import write_atomically
+
+
+@dataclass(frozen=True)
+class CpuSpeed:
+    """The speed of one core of a CPU class in training."""
+
+    float32: float  # FLOP/s of matrix products, as measure_products finds them
+    bf16: float
+    seconds_per_number: float  # all other work, for each number of the residual stream in each layer
+    seconds_per_block: float  # of a block for each micro-batch, however small; not per core
+
+
+CPU_SPEEDS = {
+    "cpu-avx2": CpuSpeed(64e9, 0.6e9, 50e-9, 10e-3),  # without bf16 units: emulated
+    "cpu-avx512": CpuSpeed(86e9, 0.8e9, 125e-9, 3e-3),
+    "cpu-bf16": CpuSpeed(86e9, 190e9, 125e-9, 3e-3),  # AVX-512 with bf16
+    "cpu-amx": CpuSpeed(100e9, 400e9, 125e-9, 3e-3),
+    "cpu-float32": CpuSpeed(30e9, 0.3e9, 125e-9, 10e-3),  # any other
+}
+"""Calibrated on two idle cores, so that whole steps come out right:
+
+- cpu-avx2: AMD EPYC (Zen 3, no bf16 units), torch 2.13, 2026-11-25: products 128 GFLOP/s; nano with AdamW 9,000 tokens/s;
+  forward and backward of micro 2.5 s a step; the 12M shape of benchmarks/train_speed.py 1,611 tokens/s.
+- cpu-bf16: AMD EPYC with avx512_bf16, torch 2.13, 2026-11-24: nano 15,300 and micro 3,050 tokens/s, the 768 wide model with
+  gradient checkpointing 263; in float32 12M parameters 1,756. cpu-avx512 is the same CPU without its bf16 units.
+- cpu-amx, cpu-float32: guesses; nobody has measured them."""
+
+GPU_FLOPS = {"H200": 280e12, "H100": 250e12, "A100": 100e12, "L40S": 80e12, "RTX 4090": 60e12, "L4": 25e12}
+GPU_FLOPS |= {"T4": 15e12, "mps": 2e12}
+"""FLOP/s in training of a GPU whose name contains the word; `mps` is Apple silicon. Estimates."""
+
+OTHER_GPU_FLOPS = 30e12
+GPU_SECONDS_PER_BLOCK = 2e-3
+"""The seconds of a block for each micro-batch, however small; a GPU computes products at the same time."""
+
+SAMPLE_SECONDS_PER_BLOCK = 1e-3
+"""The seconds of one block for one token of a sample: nano writes 250 tokens a second, 2026-11-25."""
+
+SHARE_BESIDES = 0.05
+"""What diagnostics, the loss landscape, reports and saves take, as a share of the steps; nano and micro, 2026-11-25."""
+
+RECORDS = "throughput.json"
+KEPT_RECORDS = 5
+"""Per kind of device: a machine that has become slower is believed after so many runs."""
+
+MAX_DEVIATION = 1.5
+"""Between the measured and the announced time of a step; beyond it the corrected time is reported."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a machine reaches in training."""
+
+    flops: float  # per second in the matrix products
+    seconds_per_block: float  # of a block for each micro-batch, however small
+    measured: str = ""  # the day on which a run reached it; empty if it comes from the table
+    is_scaled: bool = False  # by a measurement of matrix products
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a run takes."""
+
+    step: float  # seconds of one step
+    besides: float  # seconds of the whole run for validation, samples, diagnostics and saves
+    steps: int
+
+    def of(self, steps: int) -> float:
+        """Return the seconds of so many steps with their share of the rest."""
+        return steps * (self.step + self.besides / self.steps)
+
+    @property
+    def total(self) -> float:
+        """Return the seconds of the whole run."""
+        return self.of(self.steps)
+
+
+def estimate_duration(config: Config, machine: Machine, throughput: Throughput | None = None) -> Duration:
+    """Return how long the run takes at this throughput, by default the table's."""
+    t = config.training
+    throughput = throughput or table_throughput(config, machine)
+    step = estimate_step(config, machine, throughput)
+    tokens = config.global_batch_size * t.sequence_length
+    forward = step / 3 / tokens
+    validations = t.train_steps // t.eval_interval + 1 if t.eval_interval else 1
+    samples = t.train_steps // t.sample_interval + 1 if t.sample_interval else 1
+    sampled = samples * (len(t.sample_prompts) + 1) * t.sample_tokens
+    besides = validations * t.eval_windows * t.sequence_length * forward
+    besides += sampled * config.model.num_hidden_layers * SAMPLE_SECONDS_PER_BLOCK
+    return Duration(step, besides + SHARE_BESIDES * step * t.train_steps, t.train_steps)
+
+
+def estimate_step(config: Config, machine: Machine, throughput: Throughput) -> float:
+    """Return the seconds of one step at this throughput."""
+    products, blocks = split_step(config, machine, throughput)
+    return products + blocks if machine.is_cpu else max(products, blocks)
+
+
+def split_step(config: Config, machine: Machine, throughput: Throughput) -> tuple[float, float]:
+    """Return the seconds of one step that grow with its FLOPs, and those that do not."""
+    m, t = config.model, config.training
+    tokens = config.global_batch_size * t.sequence_length / machine.devices
+    flops: float = flops_per_token(m, t.sequence_length)
+    if machine.is_cpu:  # all other work, as the FLOPs that take as long
+        speed = CPU_SPEEDS[machine.device]
+        flops += m.num_hidden_layers * m.hidden_size * speed.seconds_per_number * core_flops(config, machine)
+    work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1) + optimizer_flops(config)
+    micro_batches = max(1.0, t.gradient_accumulation_steps / machine.devices)
+    return work / throughput.flops, micro_batches * m.num_hidden_layers * throughput.seconds_per_block
+
+
+def table_throughput(config: Config, machine: Machine) -> Throughput:
+    """Return what the table says of a machine."""
+    if machine.is_cpu:
+        return Throughput(core_flops(config, machine) * machine.cores, CPU_SPEEDS[machine.device].seconds_per_block)
+    flops = next((flops for word, flops in GPU_FLOPS.items() if word in machine.device), OTHER_GPU_FLOPS)
+    slower = 8 if config.training.precision == "float32" and machine.device != "mps" else 1
+    return Throughput(flops / slower, GPU_SECONDS_PER_BLOCK)
+
+
+def core_flops(config: Config, machine: Machine) -> float:
+    """Return the FLOP/s of matrix products on one core in this run's precision, by the table."""
+    speed = CPU_SPEEDS[machine.device]
+    return speed.float32 if needs_float32(config, machine.device) else speed.bf16
+
+
+def find_throughput(config: Config, machine: Machine, products: float | None = None) -> Throughput:
+    """Return the fastest of the recent records, else the table's, scaled by `products` if that was measured.
+
+    The fastest, because other programs make a run slower, and nothing makes it faster than the machine. `products` are
+    the FLOP/s that all cores of a CPU reach now in this run's precision.
+    """
+    records = read_records(Path(config.data.cache_dir) / RECORDS).get(record_key(config, machine))
+    if records:
+        return min(records, key=lambda record: estimate_step(config, machine, record))
+    table = table_throughput(config, machine)
+    if products is None or not machine.is_cpu:
+        return table
+    factor = products / table.flops
+    return Throughput(products, table.seconds_per_block / factor, is_scaled=True)
+
+
+def measured_throughput(config: Config, machine: Machine, seconds: float) -> Throughput:
+    """Return the throughput at which a step of `config` takes `seconds`: the table's, times one factor.
+
+    A run that is too small to be limited by its products tells nothing about them.
+    """
+    table = table_throughput(config, machine)
+    products, blocks = split_step(config, machine, table)
+    factor = seconds / estimate_step(config, machine, table)
+    flops = table.flops / factor if products > blocks else table.flops
+    return Throughput(flops, table.seconds_per_block * factor, datetime.datetime.now().astimezone().date().isoformat())
+
+
+def record_throughput(config: Config, machine: Machine, seconds: float) -> None:
+    """Record in the cache folder that a step of `config` took `seconds`. Raise OSError or ResourceError."""
+    path, key = Path(config.data.cache_dir) / RECORDS, record_key(config, machine)
+    flops, found = table_throughput(config, machine).flops, measured_throughput(config, machine, seconds)
+    records = read_records(path)
+    of_larger_runs = [record for record in records.get(key, []) if record.flops != flops]
+    if found.flops == flops and of_larger_runs:  # a small run; what larger ones measured is better
+        return
+    earlier = records.get(key, []) if found.flops == flops else of_larger_runs
+    records[key] = [*earlier, found][-KEPT_RECORDS:]
+    text = json.dumps({key: [asdict(record) for record in kept] for key, kept in records.items()}, indent=1)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def read_records(path: Path) -> dict[str, list[Throughput]]:
+    """Return the records in a file; skip what is not one, because a cache may be of any version."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    records: dict[str, list[Throughput]] = {}
+    for key, values in found.items() if isinstance(found, dict) else ():
+        for value in values if isinstance(values, list) else ():
+            with contextlib.suppress(TypeError, ValueError, KeyError):
+                record = Throughput(float(value["flops"]), float(value["seconds_per_block"]), str(value["measured"]))
+                if 0 < record.flops < math.inf and 0 < record.seconds_per_block < math.inf:
+                    records.setdefault(key, []).append(record)
+    return records
+
+
+def record_key(config: Config, machine: Machine) -> str:
+    """Return what a record is valid for."""
+    t = config.training
+    precision = t.precision
+    if precision == "auto":
+        precision = "float32" if needs_float32(config, machine.device) else "bf16"
+    parts = [machine.device, precision, t.optimizer, f"{machine.cores} cores"]
+    return ", ".join([*parts, "compiled"] if t.compile else parts)
+
+
+def describe_correction(announced: Duration, step_seconds: Sequence[float], steps_left: int) -> str | None:
+    """Return one line with the corrected time if steps take far longer or shorter than announced, else None.
+
+    The first steps are left out: they are slower. A run that ends within a minute either way is not worth a line.
+    """
+    step = statistics.median(step_seconds[len(step_seconds) // 4 :])
+    factor = step / announced.step
+    measured = replace(announced, step=step, besides=announced.besides * factor)
+    if 1 / MAX_DEVIATION < factor < MAX_DEVIATION or max(measured.of(steps_left), announced.of(steps_left)) < 60:
+        return None
+    speed = f"{factor:.1f} times slower" if factor > 1 else f"{1 / factor:.1f} times faster"
+    return (
+        f"CORRECTED TIME: about {format_estimate(measured.of(steps_left))} left, not "
+        f"{format_estimate(announced.of(steps_left))}: this machine is {speed} than estimated"
+    )

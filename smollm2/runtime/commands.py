@@ -1,0 +1,33 @@
+"""Commands as the user can type them: relative to the folder where run_training.sh was called, without an activated .venv."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+CALLER = "SMOLLM2_CALLER"
+"""The variable in which run_training.sh, which works in its own folder, leaves the folder from which it was called."""
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as the user can type it: relative if it is below the user's folder, else absolute."""
+    folder = Path(os.environ.get(CALLER) or Path.cwd())
+    whole = Path(os.path.normpath(Path.cwd() / path))  # links are kept: .venv's Python is a link to the system's
+    return shlex.quote(str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole))
+
+
+def shown_script(path: Path) -> str:
+    """Return a shell script as the user can type it: `./run_training.sh` for one in the user's folder."""
+    name = shown_path(path)
+    return name if "/" in name else f"./{name}"
+
+
+def smollm2_command(python: Path | None = None) -> str:
+    """Return `smollm2` if that starts this environment, else its path. `python` is the environment's, by default this one."""
+    python = python or Path(sys.executable)
+    command = python.with_name(f"smollm2{python.suffix}")
+    if not command.exists():
+        return f"{shown_path(python)} -m smollm2"
+    found = shutil.which("smollm2")
+    return "smollm2" if found and Path(found).absolute() == command else shown_path(command)

@@ -1,0 +1,45 @@
+"""How fast this machine is: a short measurement of matrix products, which corrects an estimated time and nothing else."""
+
+import os
+import time
+from dataclasses import replace
+
+import torch
+
+from smollm2.plan.machine import Machine, cpu_class, find_machine
+from smollm2.runtime.device import Runtime
+
+SIDE = 512
+"""Rows and columns of the measured matrices."""
+
+
+def measure_products(dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:
+    """Return the FLOP/s of matrix products on the CPU with torch's threads. Draws no random numbers."""
+    with torch.inference_mode():
+        matrix = torch.full((SIDE, SIDE), 1 / SIDE, dtype=dtype)
+        product = matrix @ matrix  # the first one is slower
+        count, began = 0, time.perf_counter()
+        while (passed := time.perf_counter() - began) < seconds:
+            torch.mm(matrix, matrix, out=product)
+            count += 1
+    return float(2 * SIDE**3 * max(1, count) / passed)
+
+
+def machine_of(runtime: Runtime) -> Machine:
+    """Return what the ranks of a run compute on, as the plan names it."""
+    found = find_machine(os.environ)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if runtime.device.type == "cuda":
+        name = torch.cuda.get_device_name(runtime.device)
+        return replace(found, device=name, gpus=max(1, found.gpus), devices=runtime.world_size)
+    device = "mps" if runtime.device.type == "mps" else cpu_class(os.environ)
+    cores = min(found.cores, local * torch.get_num_threads())
+    return replace(found, device=device, cores=cores, gpus=0, devices=max(1, runtime.world_size // local))
+
+
+def measure_if_long(runtime: Runtime, machine: Machine, seconds: float) -> float | None:
+    """Return the FLOP/s of this machine's products for a run of about `seconds` on a CPU; None if it is not worth it."""
+    if not machine.is_cpu or seconds < 20:
+        return None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # the ranks of a machine measure at the same time
+    return local * measure_products(runtime.precision.dtype)
