@@ -52,6 +52,9 @@ HEAP_GAPS = {"one micro-batch": 0.3, "several": 0.5}
 accumulated, those of the first micro-batch stay among what was its activations. micro, batch_size 8, 2026-11-24, MB at most
 with 1, 2 and 4 micro-batches: 978, 1093, 1090 in float32, 847, 902, 921 in bf16."""
 
+MUON_STEPS = 4
+"""Steps of Muon's orthogonalization (training/muon.py)."""
+
 MEASURED = "measured.json"
 KEPT_PACES = 5
 """Of each kind of device: so many runs until a machine that has become slower is believed."""
@@ -215,6 +218,26 @@ def count_block_matrices(model: ModelConfig) -> int:
     """The entries of one block's matrices."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     return model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
+
+
+def muon_flops(model: ModelConfig, device: str) -> int:
+    """Return the FLOPs of one Muon step, products only, whatever the number of tokens.
+
+    An M x N matrix (M <= N) takes 4 M^2 N + 2 M^3 in each step of the iteration: X X^T, the square of that, and the product
+    with X. In float32 with M < N the iteration is on the M x M Gram matrix: 4 products a step, of which the first leaves out
+    one and the last two, and 4 M^2 N in all.
+    """
+    on_gram = device == "cpu-float32"
+    flops = 0
+    hidden, head_dim = model.hidden_size, model.head_dim
+    query, key_value = model.num_attention_heads * head_dim, model.num_key_value_heads * head_dim
+    for side, count in ((query, 2), (key_value, 2), (model.intermediate_size, 3)):
+        m, n = sorted((side, hidden))
+        if on_gram and m < n:
+            flops += count * (4 * m * m * n + (4 * MUON_STEPS - 3) * 2 * m**3)
+        else:
+            flops += count * MUON_STEPS * (4 * m * m * n + 2 * m**3)
+    return model.num_hidden_layers * flops
 
 
 def flops_per_token(model: ModelConfig, length: int) -> int:
