@@ -54,6 +54,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, Opti
             list(muon.items()),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
+            momentum=config.betas[0],
             dtype=muon_dtype(device_features(device)),
         )
     return optimizers
