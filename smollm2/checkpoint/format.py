@@ -56,7 +56,7 @@ ENTRIES: dict[str, tuple[type, ...]] = {
 """What every checkpoint holds, by dotted name, and as what. `tied` is written and taken out again here: pairs of names
 in `model` that are one tensor, which is stored once, under the second name."""
 
-LATER_ENTRIES: dict[str, tuple[type, ...]] = {"stability.clipped": (list,)}
+LATER_ENTRIES: dict[str, tuple[type, ...]] = {"stability.clipped": (list,), "optimizer.muon.arithmetic": (int,)}
 """What older checkpoints of this format lack, and no weight depends on: of this type where it is there."""
 
 SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype)

@@ -171,7 +171,9 @@ class TrainingConfig(Section):
     decay: Literal["matrices", "all"] = key(
         "matrices", "What decays: matrices only, or all parameters as in SmolLM2's own pretraining.", resume="refused"
     )
-    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's two averaging factors.", resume="noted")
+    betas: tuple[float, float] = key(
+        (0.9, 0.95), "AdamW's two averaging factors; the first is Muon's momentum too.", resume="noted"
+    )
     eps: float = key(1e-8, "AdamW's epsilon.", resume="noted", gt=0, le=1)
     max_grad_norm: float = key(
         1.0, "Gradients are scaled down to this global norm; 0: never.", resume="noted", ge=0, le=1e9

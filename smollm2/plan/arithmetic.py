@@ -30,8 +30,8 @@ the gradients of the first micro-batch stay between the freed activations. micro
 BF16_CPUS = ("cpu-bf16", "cpu-amx")
 """CPU classes (machine.py) with bf16 units."""
 
-NEWTON_SCHULZ_STEPS = 5
-"""Iterations in which Muon makes a matrix orthogonal."""
+MUON_STEPS = 4
+"""Steps of Muon's orthogonalization (training/muon.py)."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,32 @@ def block_matrices(model: ModelConfig) -> list[tuple[int, int]]:
     return [(min(shape), max(shape)) for shape in shapes]
 
 
+def muon_flops(model: ModelConfig, device: str) -> int:
+    """Return the FLOPs of the matrix products of one Muon step, whatever the number of tokens.
+
+    An (m, n) matrix X, m <= n, takes 4 m^2 n + 2 m^3 in each iteration: X X^T, the square of that, and the product with X.
+    In float32 with m < n the iteration is on the (m, m) Gram matrix: 4 products per iteration, of which the first leaves
+    out one and the last two, and 4 m^2 n in all.
+    """
+    in_float32 = device.startswith("cpu") and device not in BF16_CPUS
+    flops = 0
+    for m, n in block_matrices(model):
+        if in_float32 and m < n:
+            flops += 4 * m * m * n + (4 * MUON_STEPS - 3) * 2 * m**3
+        else:
+            flops += MUON_STEPS * (4 * m * m * n + 2 * m**3)
+    return model.num_hidden_layers * flops
+
+
 def flops_per_token(model: ModelConfig, length: int) -> int:
     """Return the FLOPs of forward and backward, causal: 6 N + 6 V d + 6 L d_attention T, N without embeddings."""
     attention = model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
     return 6 * (count_non_embedding(model) + model.vocab_size * model.hidden_size + attention)
 
 
-def optimizer_flops(config: Config) -> int:
-    """Return the FLOPs of the matrix products of one optimizer step. AdamW has none.
-
-    Muon makes each (m, n) matrix X, m <= n, orthogonal by iterations of A = X X^T, B = b A + c A^2, X = a X + B X:
-    2 m^2 n + 2 m^3 + 2 m^2 n.
-    """
-    if config.training.optimizer != "muon":
-        return 0
-    iteration = sum(4 * m * m * n + 2 * m**3 for m, n in block_matrices(config.model))
-    return NEWTON_SCHULZ_STEPS * config.model.num_hidden_layers * iteration
+def optimizer_flops(config: Config, device: str) -> int:
+    """Return the FLOPs of the matrix products of one optimizer step. AdamW has none."""
+    return muon_flops(config.model, device) if config.training.optimizer == "muon" else 0
 
 
 def estimate_memory(config: Config, device: str) -> Memory:

@@ -125,7 +125,7 @@ def split_step(config: Config, machine: Machine, throughput: Throughput) -> tupl
     if machine.is_cpu:  # all other work, as the FLOPs that take as long
         speed = CPU_SPEEDS[machine.device]
         flops += m.num_hidden_layers * m.hidden_size * speed.seconds_per_number * core_flops(config, machine)
-    work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1) + optimizer_flops(config)
+    work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1) + optimizer_flops(config, machine.device)
     micro_batches = max(1.0, t.gradient_accumulation_steps / machine.devices)
     return work / throughput.flops, micro_batches * m.num_hidden_layers * throughput.seconds_per_block
 

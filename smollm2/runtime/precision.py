@@ -62,6 +62,15 @@ def choose_precision(
     return Precision(requested, "as requested")
 
 
+def muon_dtype(features: frozenset[str]) -> torch.dtype:
+    """Return the dtype of Muon's products on a device with `features`: a table, like the one of `choose_precision`.
+
+    bf16 gives the same loss, and where it is emulated it is 100 times slower than float32
+    (docs/decisions/0006-muon-of-our-own.md).
+    """
+    return torch.bfloat16 if "bf16" in features else torch.float32
+
+
 def device_features(device: torch.device) -> frozenset[str]:
     """Return what this device computes at full speed: the one table that every choice by a feature reads.
 

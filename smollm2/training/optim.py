@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smollm2.config.schema import TrainingConfig
+from smollm2.runtime.precision import device_features, muon_dtype
+from smollm2.training.muon import Muon
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -41,18 +43,19 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, Opti
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = {n: p for n, p in parameters.items() if config.optimizer == "muon" and p.ndim == 2 and ".layers." in n}
     groups = _decay_groups({n: p for n, p in parameters.items() if n not in muon}, config)
-    device_type = next(iter(parameters.values())).device.type
+    device = next(iter(parameters.values())).device
     optimizers: dict[str, Optimizer] = {
         "adamw": torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device_type in ("cpu", "cuda")
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device.type in ("cpu", "cuda")
         )
     }
     if muon:
-        optimizers["muon"] = torch.optim.Muon(
+        optimizers["muon"] = Muon(
             list(muon.items()),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
+            momentum=config.betas[0],
+            dtype=muon_dtype(device_features(device)),
         )
     return optimizers
 
@@ -72,8 +75,29 @@ def set_learning_rate(optimizers: Mapping[str, Optimizer], rate: float) -> None:
 
 
 def optimizer_states(optimizers: Mapping[str, Optimizer]) -> dict[str, dict[str, object]]:
-    """What a checkpoint keeps: each optimizer's state, and its parameters' names, so that another order is noticed."""
-    return {name: {"parameters": _names(o), "state": o.state_dict()} for name, o in optimizers.items()}
+    """Return what a checkpoint keeps: each optimizer's state, its parameters' names, so that another order is noticed, and
+    the version of its arithmetic if that is not the first."""
+    states: dict[str, dict[str, object]] = {}
+    for name, optimizer in optimizers.items():
+        states[name] = {"parameters": _names(optimizer), "state": optimizer.state_dict()}
+        if (version := arithmetic_of(optimizer)) != 1:
+            states[name]["arithmetic"] = version
+    return states
+
+
+def arithmetic_of(optimizer: Optimizer) -> int:
+    """Return the version of the optimizer's update rule: 1 for torch's own optimizers."""
+    return int(getattr(optimizer, "arithmetic", 1))
+
+
+def describe_arithmetic_changes(
+    optimizers: Mapping[str, Optimizer], states: Mapping[str, Mapping[str, object]]
+) -> list[str]:
+    """Return a phrase for each optimizer whose update rule is another one than when these states were saved."""
+    versions = {name: (states[name].get("arithmetic", 1), arithmetic_of(o)) for name, o in optimizers.items()}
+    return [
+        f"the optimizer's arithmetic ({n}, version {old} -> {new})" for n, (old, new) in versions.items() if old != new
+    ]
 
 
 def load_optimizer_states(optimizers: Mapping[str, Optimizer], states: Mapping[str, Mapping[str, object]]) -> None:

@@ -14,6 +14,7 @@ from smollm2.runtime.device import machine_facts
 from smollm2.runtime.random_state import random_state, restore_random_state
 from smollm2.tracking.console import ConsoleTracker
 from smollm2.training.optim import (
+    describe_arithmetic_changes,
     learning_rate_at,
     load_optimizer_states,
     optimizer_states,
@@ -55,6 +56,7 @@ def restore(run: Run, path: Path, state: State) -> Progress:
         run.runtime.scaler.load_state_dict(state["scaler"])
     facts = machine_facts(run.runtime)
     moved = [f"{name} {old} -> {facts.get(name)}" for name, old in state["env"].items() if facts.get(name) != old]
+    moved += describe_arithmetic_changes(run.optimizers, state["optimizer"])
     exact = f"not bit-exact, because of {', '.join(moved)}" if moved else "bit-exact"
     run.tracker.log_event("resume", f"resuming from {path} after step {state['step']}: {exact}", state["step"])
     restore_random_state(state["rng"])

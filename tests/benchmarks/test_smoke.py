@@ -21,6 +21,7 @@ COMMANDS = {
     "gpu": ["--toy", "--steps", "1", "--attention", "sdpa", "--modes", "eager"],
     "learning": ["--steps", "4", "--every", "2", "--input_file", "input.txt"],
     "memory": ["--repeats", "1", "--vocabulary", "512", "--width", "64", "--tokens", "128"],
+    "muon": ["--presets", "nano", "--layers", "1", "--rounds", "1", "--peer_rounds", "1", "--threads", "1"],
     "train_speed": [*ONE_ROUND, "--modes", "eager", "--batch", "1", "--length", "32"],
 }
 SLOW = {"generate", "learning", "train_speed"}

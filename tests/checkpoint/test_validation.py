@@ -135,6 +135,7 @@ def nest_in_itself(content: dict[str, Any]) -> None:
         (lambda content: content["tied"].append(["lm_head.weight", "nothing"]), "tied does not name tensors"),
         (lambda content: content["optimizer"]["adamw"].pop("parameters"), "'adamw': parameters is missing"),
         (lambda content: content["optimizer"].update(muon=1), "optimizer.'muon' is a int"),
+        (lambda content: content["optimizer"].update(muon={"arithmetic": "2"}), "optimizer.muon.arithmetic is a str"),
         (lambda content: content["best"].update(there={1, 2}), "'best.there' is a set, which no checkpoint holds"),
         (lambda content: content["best"].update({"\x1b[2J": {1}}), r"'best.\\x1b\[2J' is a set"),
         (lambda content: content["best"].update({1.5: 1}), "has a key that is a float"),

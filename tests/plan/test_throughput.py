@@ -45,7 +45,7 @@ SHAPE_12M = {**MICRO, "num_key_value_heads": 6}
         (small_run(NANO, 16, 1, "adamw"), "cpu-avx2", 0.22),
         (small_run(NANO, 16, 1, "muon"), "cpu-avx2", 0.22 + 0.0235),
         (small_run(MICRO, 8, 2, "adamw"), "cpu-avx2", 2.5),
-        (small_run(MICRO, 8, 2, "muon"), "cpu-avx2", 2.5 + 0.726),
+        (small_run(MICRO, 8, 2, "muon"), "cpu-avx2", 2.5 + 0.43),
         (small_run(SHAPE_12M, 8, 1, "adamw"), "cpu-avx2", 2048 / 1611),
     ],
 )
@@ -58,7 +58,7 @@ def test_seconds_a_step_are_within_30_percent_of_what_was_measured(
 
 def test_muon_costs_what_its_products_cost() -> None:
     adamw, muon = (step_of(small_run(MICRO, 8, 2, name), AVX2) for name in ("adamw", "muon"))
-    assert muon - adamw == pytest.approx(0.726, rel=0.2)
+    assert muon - adamw == pytest.approx(0.43, rel=0.2)
 
 
 @pytest.mark.parametrize("device", [*CPU_SPEEDS, "mps", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "a GPU of next year"])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ROOT, WORDS, metrics, outcome, tiny_config, write_tiny
 from twins import needs_bf16
 
@@ -151,6 +152,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
     assert "step_0012.pt" in (out := capsys.readouterr().out)
     assert "after step 11" in out
     assert outcome(tmp_path / "run" / "checkpoints", 12) == outcome(uninterrupted / "checkpoints", 12)
+
+
+def test_a_checkpoint_of_torchs_muon_resumes_and_one_line_reports_the_other_arithmetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path)
+    train(tiny_config(tmp_path, training__optimizer="muon"))
+    path = tmp_path / "checkpoints" / "step_0008.pt"
+    state = torch.load(path, weights_only=True)
+    del state["optimizer"]["muon"]["arithmetic"]
+    torch.save(state, path)
+    capsys.readouterr()
+    config = tiny_config(tmp_path, "again", training__optimizer="muon")
+    assert train(config, checkpoint_path=path).step == 12
+    lines = [line for line in capsys.readouterr().out.splitlines() if "arithmetic (muon, version 1 -> 2)" in line]
+    assert len(lines) == 1
+    assert "not bit-exact" in lines[0]
 
 
 @pytest.mark.slow

@@ -1,0 +1,132 @@
+"""Muon: momentum whose update is orthogonalized (arXiv 2502.16982), in one implementation for all devices.
+
+`torch.optim.Muon` casts to bf16 on every device and processes one matrix after the other. A CPU without bf16 units emulates
+those products at a hundredth of its float32 speed. Here the dtype is an argument, and matrices of equal shape are stacked and
+multiplied in batched products. What was compared, with the figures, is in docs/decisions/0006-muon-of-our-own.md.
+
+Letters in shapes: B matrices of one stack, M their shorter and N their longer side.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+COEFFICIENTS = (
+    (8.0942, -22.3269, 15.7716),
+    (3.9485, -2.7902, 0.5049),
+    (3.4861, -2.5145, 0.4819),
+    (2.5202, -1.8034, 0.4083),
+)
+"""(a, b, c) of each step X <- a X + b (X X^T) X + c (X X^T)^2 X, by the method of Polar Express (arXiv 2505.16932): each is the
+best polynomial of its degree for the range that the one before it leaves. Four steps take singular values between 0.003 and 1
+to between 0.77 and 1.23. Each range is 2 % wider than it need be: outside of it the polynomials explode, and bf16 rounds."""
+
+SMALLEST_NORM = 1e-7
+"""A matrix whose norm is below this is divided by this: noise of that size is not scaled up to a full update."""
+
+STACKED_NUMBERS = 2**25
+"""Numbers in one stack at most: bounds the temporary memory of large models."""
+
+
+class Muon(Optimizer):
+    """Momentum with Nesterov, orthogonalized, and decoupled weight decay, for parameters with two dimensions.
+
+    The update is scaled by 0.2 sqrt(max(rows, columns)) to the root mean square of AdamW's (arXiv 2502.16982, section 2.2),
+    so that one learning rate and one weight decay serve both. The state of a parameter is its `momentum_buffer`, which means
+    the same as that of `torch.optim.Muon`.
+    """
+
+    arithmetic = (
+        2  # of the update rule; a checkpoint records it, and one that does not is by torch.optim.Muon: version 1
+    )
+
+    def __init__(
+        self,
+        params: Sequence[tuple[str, Tensor]],
+        *,
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.ndim != 2:
+                    raise ValueError(f"Muon updates matrices, and {name} has the shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. `closure` is only there because torch's signature has it."""
+        for group in self.param_groups:
+            for stack in stack_by_shape([p for p in group["params"] if p.grad is not None]):
+                self._update(stack, group)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in params if p.grad is not None]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        stacked = torch.stack([lay_wide(direction) for direction in directions])
+        orthogonal = orthogonalize(stacked, self.dtype).to(params[0].dtype).unbind()
+        scale = 0.2 * math.sqrt(max(params[0].shape))
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_([lay_wide(p) for p in params], orthogonal, alpha=-group["lr"] * scale)
+
+
+def stack_by_shape(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the matrices of equal shape, tall ones among the wide ones of the same sides, in stacks of bounded size."""
+    stacks: dict[tuple[int, int], list[Tensor]] = {}
+    for p in params:
+        stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
+    for (shorter, longer), alike in stacks.items():
+        count = max(1, STACKED_NUMBERS // (shorter * longer))
+        for start in range(0, len(alike), count):
+            yield alike[start : start + count]
+
+
+def lay_wide(matrix: Tensor) -> Tensor:
+    """Return a matrix with at least as many columns as rows, or the transposed view of one with fewer."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (B, M, N) in `dtype` with the singular vectors of `x` and singular values near 1.
+
+    The Frobenius norm of X X^T bounds the square of the largest singular value, and is tighter than that of X itself:
+    the iteration starts with larger singular values, which saves one of its steps.
+    """
+    x = x.to(dtype)
+    gram = torch.bmm(x, x.mT)
+    square = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(SMALLEST_NORM**2)
+    gram, x = gram / square, x * square.rsqrt()
+    # The square root of bf16's precision is too coarse for the small singular values, which the Gram matrix has squared.
+    if dtype == torch.float32 and x.shape[1] < x.shape[2]:
+        return torch.bmm(iterate_on_gram(gram), x)
+    for number, (a, b, c) in enumerate(COEFFICIENTS):
+        gram = torch.bmm(x, x.mT) if number else gram
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def iterate_on_gram(gram: Tensor) -> Tensor:
+    """Return the product (B, M, M) of all steps' polynomials of X X^T, so that only it multiplies the longer X.
+
+    Polynomials of one symmetric matrix commute: with P = a + b G + c G^2, the next Gram matrix is P G P.
+    """
+    product = gram
+    for number, (a, b, c) in enumerate(COEFFICIENTS):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = torch.bmm(polynomial, product) if number else polynomial
+        if number < len(COEFFICIENTS) - 1:
+            gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
+    return product
