@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from smollm2.config.reading import add_config_flags, load_config_with_origins, read_config_flags, suggest_key
+from smollm2.config.reading import add_config_flags, load_config_with_origins, read_config_flags
 from smollm2.config.schema import Config
+from smollm2.config.vocabulary import suggest_key
 from smollm2.errors import EXIT_CODE_FILE, ConfigError, DataError, Interrupted, Smollm2Error
 
 if TYPE_CHECKING:

@@ -1,303 +1,270 @@
-"""The keys of a config: their types, bounds, sentences, and what may change on a resume.
+"""The keys of a config: type, default, bounds, a sentence, and whether a resume may change it. All docs are made from here."""
 
-`model` is meaning (what function the weights compute), `training` is manner (how they are found), `data` is the text,
-`wandb` who hears of it. A key stands here once; the command line, docs/config.md, the JSON schema and the resume table
-are all read off these classes. Values are checked one by one here; contradictions between keys in `contradictions`.
-"""
-
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from smollm2.config.values import Beta, Duration, FilePath, FolderPath, Text, expand_path, name_folder
 
 Resume = Literal["free", "noted", "refused"]
-"""On a resume a changed key is `free` (the numbers do not depend on it), `noted` (allowed, one line says old and new,
-no longer bit-exact) or `refused` (the run would be another run)."""
+"""A key that is changed on a resume is `free` (the numbers do not depend on it), `noted` (allowed and reported, but no
+longer bit-exact) or `refused` (it would be another run)."""
 
 IGNORE_INDEX = -100
 """The label of a position that has no target, in data, loss and evaluation alike (PyTorch's `ignore_index`)."""
 
-A_PATH = {"min_length": 1, "pattern": r"^[^\x00]*$"}
-"""Bounds of a text that names a file: no operating system takes a NUL character."""
 
-
-def key(default: Any, sentence: str, *, resume: Resume, **bounds: Any) -> Any:
-    """One key: default (or a function of the keys above it), bounds, its sentence, and its rule on a resume."""
+def key(default: Any, resume: Resume, takes: str = "", **bounds: Any) -> Any:
+    """Return a field: its default (or a function of the keys above it), its resume rule, what it takes, and its bounds."""
     how = {"default_factory": default} if callable(default) else {"default": default}
-    return Field(description=sentence, json_schema_extra={"resume": resume}, **how, **bounds)
+    return Field(json_schema_extra={"resume": resume, "takes": takes}, **how, **bounds)
+
+
+class Contradiction(NamedTuple):
+    """Values that are valid alone but not together; the first key is the one to name."""
+
+    keys: tuple[Text, ...]
+    what: str
+    advice: str
+
+
+def _refuse(name: str, found: list[Contradiction], parts: int) -> None:
+    """Raise ValidationError if there are contradictions; the last `parts` of each dotted key are below the model `name`."""
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError("contradiction", "{what}. {advice}", one._asdict()),
+            loc=tuple(one.keys[0].split(".")[-parts:]),
+            input=None,
+        )
+        for one in found
+    ]
+    if details:
+        raise ValidationError.from_exception_data(name, details)
 
 
 class Section(BaseModel):
-    """A frozen section that knows its keys; numbers must be finite."""
+    """A frozen section of a config; numbers must be finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     @classmethod
     def resume_rule(cls, name: str) -> Resume:
-        """What may happen to the key `name` on a resume."""
+        """Return whether a resume may change the key `name`."""
         rule: Resume = cls.model_fields[name].json_schema_extra["resume"]  # type: ignore[index,assignment]
         return rule
 
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield the contradictions within this section."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def refuse_contradictions(self) -> Self:
+        """Raise ValidationError if there are contradictions, on every way to a config."""
+        _refuse(type(self).__name__, list(self.contradictions()), parts=1)
+        return self
+
 
 class ModelConfig(Section):
-    """What function the weights compute."""
+    """What the model computes."""
 
-    vocab_size: int = key(
-        32000,
-        "Number of token ids; follows the tokenizer, and the change is said.",
-        resume="refused",
-        ge=2,
-        le=2**31 - 1,
-    )
-    hidden_size: int = key(768, "Width of the residual stream.", resume="refused", ge=1, le=65536)
-    intermediate_size: int = key(
-        3072, "Width inside the SwiGLU feed-forward block.", resume="refused", ge=1, le=1048576
-    )
-    num_hidden_layers: int = key(12, "Number of transformer blocks.", resume="refused", ge=1, le=1024)
-    num_attention_heads: int = key(12, "Number of query heads.", resume="refused", ge=1, le=1024)
-    num_key_value_heads: int = key(
-        lambda data: data["num_attention_heads"],
-        "Number of key and value heads; default: as many as query heads.",
-        resume="refused",
-        ge=1,
-        le=1024,
-    )
+    vocab_size: int = key(32000, "refused", ge=2, le=2**31 - 1)
+    """Number of token ids; set to the tokenizer's, and a change is reported."""
+    hidden_size: int = key(768, "refused", ge=1, le=65536)
+    """Width of the residual stream."""
+    intermediate_size: int = key(3072, "refused", ge=1, le=2**20)
+    """Width inside the SwiGLU feed-forward block."""
+    num_hidden_layers: int = key(12, "refused", ge=1, le=1024)
+    """Number of transformer blocks."""
+    num_attention_heads: int = key(12, "refused", ge=1, le=1024)
+    """Number of query heads."""
+    num_key_value_heads: int = key(lambda data: data["num_attention_heads"], "refused", ge=1, le=1024)
+    """Number of key and value heads; default: as many as query heads."""
     head_dim: int = key(
-        lambda data: max(1, data["hidden_size"] // data["num_attention_heads"]),
-        "Width of one head; default: hidden_size / num_attention_heads.",
-        resume="refused",
-        ge=2,
-        le=1024,
-        multiple_of=2,
+        lambda data: data["hidden_size"] // data["num_attention_heads"], "refused", ge=2, le=1024, multiple_of=2
     )
-    max_position_embeddings: int = key(2048, "Longest context, in tokens.", resume="refused", ge=2, le=2**24)
-    rope_theta: float = key(10000.0, "Base of the rotary position embedding.", resume="refused", gt=1, le=1e12)
-    norm: Literal["rmsnorm", "layernorm"] = key(
-        "layernorm", "Normalization: rmsnorm, or layernorm with weight and bias, computed in float32.", resume="refused"
-    )
-    norm_eps: float = key(1e-5, "Added to the variance inside the normalization.", resume="refused", gt=0, le=0.1)
-    initializer_range: float = key(
-        0.02,
-        "Standard deviation of the initial weights; output projections divide it by sqrt(2 x layers).",
-        resume="refused",
-        gt=0,
-        le=10,
-    )
-    tie_word_embeddings: bool = key(True, "Use the token embedding as the output head.", resume="refused")
+    """Width of one head; default: hidden_size / num_attention_heads."""
+    max_position_embeddings: int = key(2048, "refused", ge=2, le=2**24)
+    """Longest context, in tokens."""
+    rope_theta: float = key(10000.0, "refused", gt=1, le=1e12)
+    """Base of the rotary position embedding."""
+    norm: Literal["rmsnorm", "layernorm"] = key("layernorm", "refused")
+    """Normalization: rmsnorm, or layernorm with weight and bias, computed in float32."""
+    norm_eps: float = key(1e-5, "refused", gt=0, le=0.1)
+    """Added to the variance inside the normalization."""
+    initializer_range: float = key(0.02, "refused", gt=0, le=10)
+    """Standard deviation of the initial weights; output projections divide it by sqrt(2 x layers)."""
+    tie_word_embeddings: bool = key(True, "refused")
+    """Use the token embedding as the output head."""
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield heads that do not fit the width or one another."""
+        heads, width = "model.num_attention_heads", "model.hidden_size"
+        if "head_dim" not in self.model_fields_set:
+            if not self.is_divided_by_heads:
+                what = f"must divide {width} {self.hidden_size} (got {self.num_attention_heads})"
+                yield Contradiction((heads, width), what, f"change {heads} or {width}")
+            elif self.head_dim % 2 or not 2 <= self.head_dim <= 1024:
+                what = f"{self.num_attention_heads} heads in {width} {self.hidden_size} are {self.head_dim} wide each"
+                yield Contradiction((heads, width), what, "the width of a head must be an even number from 2 to 1,024")
+        if self.num_attention_heads % self.num_key_value_heads:
+            what = f"must divide {heads} {self.num_attention_heads} (got {self.num_key_value_heads})"
+            yield Contradiction(("model.num_key_value_heads", heads), what, f"use a divisor of {heads}")
+
+    @property
+    def is_divided_by_heads(self) -> bool:
+        """Whether hidden_size is a multiple of the number of heads; transformers 5 loads no other model."""
+        return self.hidden_size % self.num_attention_heads == 0
 
 
 class DataConfig(Section):
-    """The text and how it becomes windows of tokens."""
+    """The text, and how it becomes windows of tokens."""
 
-    input: str = key(
-        "input.txt",
-        "Text file, UTF-8; `-` is standard input. The sample corpus is made where the default is absent.",
-        resume="noted",
-        **A_PATH,
-    )
-    tokenizer: str = key(
-        "auto",
-        "`auto` (a byte-level BPE trained on the text), `bytes`, a folder with tokenizer.json, or a hub name.",
-        resume="refused",
-        **A_PATH,
-    )
-    cache_dir: str = key("cache", "Folder of the token cache; default: cache beside save_dir.", resume="free", **A_PATH)
-    validation_fraction: float = key(
-        0.05,
-        "Share of the text kept for validation: whole documents, or the tail of one long text.",
-        resume="refused",
-        ge=0,
-        le=0.5,
-    )
-    stride: int = key(
-        2048,
-        "Tokens from one window to the next; default: sequence_length. Below it, shared tokens are context, not targets.",
-        resume="refused",
-        ge=1,
-        le=2**24,
-    )
-    document_separator: str | None = key(
-        None,
-        "Text between two documents of one file, such as a form feed; default: the file is one document.",
-        resume="refused",
-        min_length=1,
-    )
-    document_mask: bool = key(
-        False,
-        "Documents in one window see nothing of one another, and the first token of each is no target.",
-        resume="refused",
-    )
+    input: FilePath = key("input.txt", "noted", "a path, or `-`")
+    """Text file, UTF-8; `-` is standard input. If the default is absent, the sample corpus is made."""
+    tokenizer: FilePath = key("auto", "refused", "`auto`, `bytes`, a path or a hub name")
+    """`auto` (a byte-level BPE trained on the text), `bytes`, a folder with tokenizer.json, or a hub name."""
+    cache_dir: FolderPath = key("cache", "free", "a path")
+    """Folder of the token cache; default: cache beside save_dir."""
+    validation_fraction: float = key(0.05, "refused", ge=0, le=0.5)
+    """Share of the text kept for validation: whole documents, or the end of one long text."""
+    stride: int = key(2048, "refused", ge=1, le=2**24)
+    """Tokens from one window to the next; default: sequence_length. If it is less, shared tokens are context, not targets."""
+    document_separator: Text | None = key(None, "refused", min_length=1)
+    """Text between two documents of one file, such as a form feed; default: the file is one document."""
+    document_mask: bool = key(False, "refused")
+    """Documents in one window do not attend to one another, and the first token of each is not a target."""
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield a mask without documents."""
+        if self.document_mask and self.document_separator is None:
+            keys = ("data.document_mask", "data.document_separator")
+            yield Contradiction(keys, "true has no effect without data.document_separator", "set the separator")
 
 
 class TrainingConfig(Section):
-    """How the weights are found."""
+    """How the model is trained."""
 
-    train_steps: int = key(5000, "Optimizer updates in the whole run.", resume="noted", ge=1, le=10**9)
-    batch_size: int = key(
-        12,
-        "Sequences in one forward pass; on several devices the largest divisor of a device's share up to this.",
-        resume="noted",
-        ge=1,
-        le=10**6,
-    )
-    gradient_accumulation_steps: int = key(
-        4, "batch_size x this = sequences in one update, on any number of devices.", resume="noted", ge=1, le=10**6
-    )
-    sequence_length: int = key(
-        2048, "Tokens in one window; default: max_position_embeddings.", resume="refused", ge=1, le=2**24
-    )
+    train_steps: int = key(5000, "noted", ge=1, le=10**9)
+    """Optimizer steps in the whole run."""
+    batch_size: int = key(12, "noted", ge=1, le=10**6)
+    """Sequences in one forward pass; on several devices the largest divisor of a device's share up to this."""
+    gradient_accumulation_steps: int = key(4, "noted", ge=1, le=10**6)
+    """batch_size x this = sequences in one step, on any number of devices."""
+    sequence_length: int = key(2048, "refused", ge=1, le=2**24)
+    """Tokens in one window; default: max_position_embeddings."""
 
-    optimizer: Literal["adamw", "muon"] = key(
-        "adamw", "adamw, or muon on the matrices of the blocks with AdamW on the rest.", resume="refused"
-    )
-    learning_rate: float = key(1e-4, "Highest learning rate.", resume="noted", gt=0, le=10)
-    min_learning_rate: float = key(0.0, "Learning rate towards which the schedule falls.", resume="noted", ge=0, le=10)
-    warmup_steps: int = key(
-        100, "Updates over which the rate rises linearly to learning_rate.", resume="noted", ge=0, le=10**9
-    )
-    schedule: Literal["cosine", "linear", "wsd"] = key(
-        "cosine",
-        "After the warmup: cosine, linear, or wsd (stable, then linear over the last decay_steps).",
-        resume="noted",
-    )
-    decay_steps: int = key(
-        lambda data: data["train_steps"] // 5,
-        "Updates in the final decay of wsd; default: a fifth of train_steps.",
-        resume="noted",
-        ge=0,
-        le=10**9,
-    )
-    weight_decay: float = key(0.01, "Decoupled weight decay.", resume="noted", ge=0, le=10)
-    decay: Literal["matrices", "all"] = key(
-        "matrices", "What decays: matrices only, or all parameters as in SmolLM2's own pretraining.", resume="refused"
-    )
-    betas: tuple[float, float] = key(
-        (0.9, 0.95), "AdamW's two averaging factors; the first is Muon's momentum too.", resume="noted"
-    )
-    eps: float = key(1e-8, "AdamW's epsilon.", resume="noted", gt=0, le=1)
-    max_grad_norm: float = key(
-        1.0, "Gradients are scaled down to this global norm; 0: never.", resume="noted", ge=0, le=1e9
-    )
-    z_loss: float = key(0.0, "Weight of the squared log-normalizer of the logits; 0: off.", resume="noted", ge=0, le=1)
-    on_nonfinite: Literal["skip", "stop"] = key(
-        "skip",
-        "A step whose loss or gradient is not finite: skip it (10 in a row or 1 % of the last 1000 stop the run), or stop at once.",
-        resume="free",
-    )
+    optimizer: Literal["adamw", "muon"] = key("adamw", "refused")
+    """adamw, or muon on the matrices of the blocks with AdamW on the rest."""
+    learning_rate: float = key(1e-4, "noted", gt=0, le=10)
+    """Highest learning rate."""
+    min_learning_rate: float = key(0.0, "noted", ge=0, le=10)
+    """Learning rate towards which the schedule falls."""
+    warmup_steps: int = key(100, "noted", ge=0, le=10**9)
+    """Steps over which the rate rises linearly to learning_rate."""
+    schedule: Literal["cosine", "linear", "wsd"] = key("cosine", "noted")
+    """After the warmup: cosine, linear, or wsd (stable, then linear over the last decay_steps)."""
+    decay_steps: int = key(lambda data: data["train_steps"] // 5, "noted", ge=0, le=10**9)
+    """Steps in the final decay of wsd; default: a fifth of train_steps."""
+    weight_decay: float = key(0.01, "noted", ge=0, le=10)
+    """Decoupled weight decay."""
+    decay: Literal["matrices", "all"] = key("matrices", "refused")
+    """Parameters that decay: matrices only, or all as in SmolLM2's own pretraining."""
+    betas: tuple[Beta, Beta] = key((0.9, 0.95), "noted", "two numbers from 0 to below 1, as [0.9, 0.95]")
+    """AdamW's two averaging factors; the first is Muon's momentum too."""
+    eps: float = key(1e-8, "noted", gt=0, le=1)
+    """AdamW's epsilon."""
+    max_grad_norm: float = key(1.0, "noted", ge=0, le=1e9)
+    """Gradients are scaled down to this global norm; 0: never."""
+    z_loss: float = key(0.0, "noted", ge=0, le=1)
+    """Weight of the squared log-normalizer of the logits; 0: off."""
+    on_nonfinite: Literal["skip", "stop"] = key("skip", "free")
+    """If the loss or the gradient of a step is not finite: skip the step (10 in a row or 1 % of the last 1000 stop the run), or stop at once."""
 
-    precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = key(
-        "auto", "Number format of the products; auto: bf16 where the hardware computes it.", resume="noted"
-    )
-    attention: Literal["auto", "sdpa", "blocks", "varlen", "flex", "eager"] = key(
-        "auto",
-        "Attention backend; auto picks, checks and names one. varlen and flex need a GPU.",
-        resume="noted",
-    )
-    gradient_checkpointing: bool = key(
-        False, "Recompute each block in the backward pass: less memory, about 30 % more arithmetic.", resume="noted"
-    )
-    compile: bool = key(
-        False,
-        "Compile each block with torch.compile; on a CPU it wins about a tenth, after up to a minute at the first update.",
-        resume="noted",
-    )
-    deterministic: bool = key(
-        False,
-        "Use only deterministic GPU kernels: a run repeated on the same GPU is bit-identical, but slower.",
-        resume="noted",
-    )
-    seed: int = key(1337, "Seed of weights, data order and samples.", resume="refused", ge=0, lt=2**63)
+    precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = key("auto", "noted")
+    """Number format of the matrix products; auto: bf16 if the hardware computes it."""
+    attention: Literal["auto", "sdpa", "blocks", "varlen", "flex", "eager"] = key("auto", "noted")
+    """Attention backend; auto chooses one and checks it. varlen and flex need a GPU."""
+    gradient_checkpointing: bool = key(False, "noted")
+    """Recompute each block in the backward pass: less memory, about 30 % more arithmetic."""
+    compile: bool = key(False, "noted")
+    """Compile each block with torch.compile; on a CPU about a tenth faster, after up to a minute at the first step."""
+    deterministic: bool = key(False, "noted")
+    """Use only deterministic GPU kernels: a run repeated on the same GPU is bit-identical, but slower."""
+    seed: int = key(1337, "refused", ge=0, le=2**63 - 1)
+    """Seed of weights, data order and samples."""
 
-    log_interval: int = key(10, "Updates between two reports.", resume="free", ge=1, le=10**9)
-    eval_interval: int = key(100, "Updates between two validations; 0: at the end only.", resume="free", ge=0, le=10**9)
-    eval_windows: int = key(
-        256,
-        "Windows, spread over the validation split, that one validation reads; the end reads all.",
-        resume="free",
-        ge=1,
-        le=10**9,
-    )
-    save_interval: int = key(500, "Updates between two checkpoints; 0: at the end only.", resume="free", ge=0, le=10**9)
-    sample_interval: int = key(
-        200, "Updates between two rounds of samples; 0: at the end only.", resume="free", ge=0, le=10**9
-    )
-    sample_prompts: tuple[str, ...] = key(
-        ("Once upon a time", "The"),
-        "Prompts of the samples; one sample without a prompt follows them.",
-        resume="free",
-        max_length=64,
-    )
-    sample_tokens: int = key(64, "Tokens in one sample; 0: no samples.", resume="free", ge=0, le=10**6)
+    log_interval: int = key(10, "free", ge=1, le=10**9)
+    """Steps between two reports."""
+    eval_interval: int = key(100, "free", ge=0, le=10**9)
+    """Steps between two validations; 0: at the end only."""
+    eval_windows: int = key(256, "free", ge=1, le=10**9)
+    """Windows, spread over the validation split, that one validation reads; the last one reads all."""
+    save_interval: int = key(500, "free", ge=0, le=10**9)
+    """Steps between two checkpoints; 0: at the end only."""
+    sample_interval: int = key(200, "free", ge=0, le=10**9)
+    """Steps between two rounds of samples; 0: at the end only."""
+    sample_prompts: tuple[Text, ...] = key(("Once upon a time", "The"), "free", max_length=64)
+    """Prompts of the samples; one sample without a prompt follows them."""
+    sample_tokens: int = key(64, "free", ge=0, le=10**6)
+    """Tokens in one sample; 0: no samples."""
+    diagnostics_interval: int = key(50, "free", ge=0, le=10**9)
+    """Steps between two diagnostics: norms, update ratios, activations (diagnostics.jsonl); 0: never, and no landscape."""
 
-    diagnostics_interval: int = key(
-        50,
-        "Updates between two looks inside the model: norms, update ratios, activations (diagnostics.jsonl); 0: never, and no landscape.",
-        resume="free",
-        ge=0,
-        le=10**9,
+    rank_timeout: int = key(600, "free", ge=5, le=10**6)
+    """Seconds that the processes of a run wait for one that does not answer, before the run ends and names it."""
+    save_dir: FolderPath = key("checkpoints", "free", "a path")
+    """The run folder."""
+    keep_last: int | None = key(None, "free", ge=2, le=10**9)
+    """Keep only this many newest checkpoints, and the best; default: keep all."""
+    keep_every: int | None = key(None, "free", ge=1, le=10**9)
+    """With keep_last: also keep every checkpoint whose step is a multiple of this."""
+    time_limit: Duration | None = key(
+        None, "free", "seconds above 0, or a duration such as 90m, 2h or 1-12:00:00, or null", gt=0, le=1e9
     )
+    """Time after which the run saves and ends with exit code 75; default: never."""
+    tensorboard: bool = key(False, "free")
+    """Mirror metrics, samples and histograms to <save_dir>/tensorboard; needs the extra tensorboard."""
 
-    rank_timeout: int = key(
-        600,
-        "Seconds that the processes of a run wait for one of them that does not answer; then the run ends and names it.",
-        resume="free",
-        ge=5,
-        le=10**6,
-    )
-    save_dir: str = key("checkpoints", "The run folder.", resume="free", **A_PATH)
-    keep_last: int | None = key(
-        None, "Keep only this many newest checkpoints, with the best; default: keep all.", resume="free", ge=2, le=10**9
-    )
-    keep_every: int | None = key(
-        None,
-        "With keep_last: also keep every checkpoint whose step is a multiple of this.",
-        resume="free",
-        ge=1,
-        le=10**9,
-    )
-    time_limit: float | None = key(
-        None,
-        "Seconds after which the run ends by itself, in time for its own save; default: never.",
-        resume="free",
-        gt=0,
-        le=1e9,
-    )
-    tensorboard: bool = key(
-        False,
-        "Mirror metrics, samples and histograms to <save_dir>/tensorboard; needs the extra tensorboard.",
-        resume="free",
-    )
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield rates out of order, and retention without a limit."""
+        low, high = "training.min_learning_rate", "training.learning_rate"
+        if self.min_learning_rate > self.learning_rate:
+            what = f"is above {high} {self.learning_rate:g} (got {self.min_learning_rate:g})"
+            yield Contradiction((low, high), what, "lower it")
+        if self.keep_every is not None and self.keep_last is None:
+            keys = ("training.keep_every", "training.keep_last")
+            yield Contradiction(keys, "has no effect without training.keep_last", "set both, or neither")
 
 
 class WandbConfig(Section):
     """Weights & Biases."""
 
-    enabled: bool = key(
-        False, "Mirror the run to Weights & Biases; offline where no key or no network is found.", resume="free"
-    )
-    mode: Literal["auto", "online", "offline"] = key(
-        "auto", "auto: online where a key is present and the host answers, else offline.", resume="free"
-    )
-    project: str = key("smollm2", "Project name.", resume="free", min_length=1, max_length=128)
-    entity: str | None = key(None, "Team or user; default: the account's own.", resume="free", min_length=1)
-    name: str | None = key(
-        None, "Name of the run; default: the name of the run folder.", resume="free", min_length=1, max_length=128
-    )
-    tags: tuple[str, ...] = key((), "Tags of the run.", resume="free", max_length=64)
-    log_checkpoints: Literal["none", "best", "all"] = key(
-        "all", "Checkpoints that are uploaded: none, those of a new lowest validation loss, or all.", resume="free"
-    )
-    log_gradients: bool = key(
-        True, "Send norms, histograms and the flow of gradients and weights, by layer.", resume="free"
-    )
-    log_code: bool = key(True, "Send the Python files of this package, and train.py.", resume="free")
-    landscape_interval: int = key(
-        0,
-        "Updates between two loss landscapes, each at most 1.5 % of the run; 0: one, at the end.",
-        resume="free",
-        ge=0,
-        le=10**9,
-    )
+    enabled: bool = key(False, "free")
+    """Mirror the run to Weights & Biases; offline if there is no key or no network."""
+    mode: Literal["auto", "online", "offline"] = key("auto", "free")
+    """auto: online if there is a key and the host answers, else offline."""
+    project: Text = key("smollm2", "free", min_length=1, max_length=128)
+    """Project name."""
+    entity: Text | None = key(None, "free", min_length=1)
+    """Team or user; default: the account's own."""
+    name: Text | None = key(None, "free", min_length=1, max_length=128)
+    """Name of the run; default: the name of the run folder."""
+    tags: tuple[Text, ...] = key((), "free", max_length=64)
+    """Tags of the run."""
+    log_checkpoints: Literal["none", "best", "all"] = key("all", "free")
+    """Checkpoints that are uploaded: none, those with a new lowest validation loss, or all."""
+    log_gradients: bool = key(True, "free")
+    """Send norms, histograms and the flow of gradients and weights, by layer."""
+    log_code: bool = key(True, "free")
+    """Send the Python files of this package, and train.py."""
+    landscape_interval: int = key(0, "free", ge=0, le=10**9)
+    """Steps between two loss landscapes, each at most 1.5 % of the run; 0: one, at the end."""
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -306,12 +273,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
     "wandb": WandbConfig,
 }
-
-ALIASES: dict[str, tuple[str, dict[bool, str | bool]]] = {
-    "model.flash_attention": ("training.attention", {True: "auto", False: "eager"}),
-    "model.gradient_checkpointing": ("training.gradient_checkpointing", {True: True, False: False}),
-}
-"""Keys that people look for under `model`: where their value goes, and as what."""
+FIELDS = {f"{name}.{key}": field for name, section in SECTIONS.items() for key, field in section.model_fields.items()}
 
 
 class Config(BaseModel):
@@ -327,7 +289,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def follow_other_sections(cls, data: Any) -> Any:
-        """Defaults that another section decides: sequence_length, stride and cache_dir."""
+        """Set the defaults that depend on another section: sequence_length, stride and cache_dir."""
         if not isinstance(data, dict):
             return data
         given = {
@@ -338,69 +300,48 @@ class Config(BaseModel):
         if not (isinstance(model, dict) and isinstance(training, dict) and isinstance(text, dict)):
             return data
         training, text = dict(training), dict(text)
-        training.setdefault(
-            "sequence_length",
-            model.get("max_position_embeddings", ModelConfig.model_fields["max_position_embeddings"].default),
-        )
+        positions = ModelConfig.model_fields["max_position_embeddings"].default
+        training.setdefault("sequence_length", model.get("max_position_embeddings", positions))
         text.setdefault("stride", training["sequence_length"])
-        text.setdefault("cache_dir", str(Path(str(training.get("save_dir", "checkpoints"))).parent / "cache"))
+        with contextlib.suppress(ValueError):  # the key itself is refused
+            folder = Path(name_folder(expand_path(str(training.get("save_dir", "checkpoints")))))
+            text.setdefault("cache_dir", str(folder.parent / "cache"))
         return {**given, "training": training, "data": text}
 
+    @model_validator(mode="after")
+    def refuse_contradictions(self) -> Self:
+        """Raise ValidationError if two sections contradict each other."""
+        _refuse("Config", list(self.contradictions()), parts=2)
+        return self
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield lengths that do not fit one another."""
+        length, positions = self.training.sequence_length, self.model.max_position_embeddings
+        if length > positions:
+            keys = ("training.sequence_length", "model.max_position_embeddings")
+            yield Contradiction(keys, f"is longer than {keys[1]} {positions} (got {length})", "lower it, or raise that")
+        if self.data.stride > length:
+            keys = ("data.stride", "training.sequence_length")
+            what = (
+                f"is longer than {keys[1]} {length} (got {self.data.stride}): tokens between two windows would be lost"
+            )
+            yield Contradiction(keys, what, "lower it")
+
     def with_vocab_size(self, vocab_size: int) -> Self:
-        """The same config for a tokenizer of `vocab_size` ids."""
+        """Return the same config for a tokenizer of `vocab_size` ids."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences in one update, on any number of devices."""
+        """Sequences in one step, on any number of devices."""
         return self.training.batch_size * self.training.gradient_accumulation_steps
 
-
-def contradictions(config: Config) -> list[tuple[str, str]]:
-    """What each key allows alone but not together: (key, sentence), empty where all is well."""
-    m, t, d = config.model, config.training, config.data
-    found: list[tuple[str, str]] = []
-
-    def check(holds: bool, name: str, sentence: str) -> None:
-        if not holds:
-            found.append((name, sentence))
-
-    if "head_dim" not in m.model_fields_set:
-        check(
-            m.hidden_size % m.num_attention_heads == 0,
-            "model.num_attention_heads",
-            f"{m.num_attention_heads} heads do not divide model.hidden_size {m.hidden_size}; change one of them, or set model.head_dim",
-        )
-    check(
-        m.num_attention_heads % m.num_key_value_heads == 0,
-        "model.num_key_value_heads",
-        f"{m.num_key_value_heads} key-value heads do not divide {m.num_attention_heads} query heads; use a divisor of model.num_attention_heads",
-    )
-    check(
-        t.sequence_length <= m.max_position_embeddings,
-        "training.sequence_length",
-        f"{t.sequence_length} is longer than model.max_position_embeddings {m.max_position_embeddings}; lower it, or raise the positions",
-    )
-    check(
-        d.stride <= t.sequence_length,
-        "data.stride",
-        f"{d.stride} is longer than training.sequence_length {t.sequence_length}: the tokens between two windows would never be read; lower it",
-    )
-    check(
-        t.min_learning_rate <= t.learning_rate,
-        "training.min_learning_rate",
-        f"{t.min_learning_rate:g} is above training.learning_rate {t.learning_rate:g}; lower it",
-    )
-    check(
-        not d.document_mask or d.document_separator is not None,
-        "data.document_mask",
-        "true acts only where data.document_separator is set; without that the file is one document",
-    )
-    for position, beta in enumerate(t.betas):
-        check(0 <= beta < 1, "training.betas", f"beta {position + 1} is {beta:g}; it must be at least 0 and below 1")
-    check(
-        t.keep_every is None or t.keep_last is not None,
-        "training.keep_every",
-        "it acts only where training.keep_last is set; without that every checkpoint is kept",
-    )
-    return found
+    def warnings(self) -> list[str]:
+        """Return what a later stage will refuse, as one line each."""
+        if self.model.is_divided_by_heads:
+            return []
+        width, heads = self.model.hidden_size, self.model.num_attention_heads
+        return [
+            f"warning: model.hidden_size {width} is not a multiple of model.num_attention_heads {heads}: "
+            "transformers 5 will not load the exported model"
+        ]

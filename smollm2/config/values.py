@@ -1,0 +1,59 @@
+"""Types of config values that pydantic does not have: durations, text and paths."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+SLURM_DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def parse_duration(value: object) -> object:
+    """Return the seconds in `90m`, `1h30m` or Slurm's `1-12:00:00`; anything else is returned for pydantic to read."""
+    if not isinstance(value, str):
+        return value
+    if match := SLURM_DURATION.fullmatch(value):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    parts = DURATION_PART.findall(value)
+    if parts and "".join(number + unit for number, unit in parts) == value:
+        return sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
+    return value
+
+
+def check_text(text: str) -> str:
+    """Return the text. Raise ValueError if it is not valid Unicode: half of a surrogate pair can be neither stored nor sent."""
+    text.encode("utf-8")
+    return text
+
+
+def expand_path(text: str) -> str:
+    """Return the path with `~` expanded. Raise ValueError if no file can have that name."""
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises RuntimeError if there is no home folder
+    if not text or "\0" in text or expanded.startswith("~"):
+        raise ValueError(text)
+    return expanded
+
+
+def name_folder(text: str) -> str:
+    """Return the path of a folder that has a name, so that others can be placed beside it: `.` becomes absolute.
+
+    Raise ValueError for the root of the file system.
+    """
+    path = Path(text)
+    if path.name in ("", ".."):
+        path = Path(os.path.realpath(text))
+    if not path.name:
+        raise ValueError(text)
+    return str(path)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)]
+Text = Annotated[str, AfterValidator(check_text)]
+FilePath = Annotated[Text, AfterValidator(expand_path)]
+FolderPath = Annotated[FilePath, AfterValidator(name_folder)]
