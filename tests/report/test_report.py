@@ -19,14 +19,14 @@ from runs import tiny_config, write_tiny
 
 from smollm2.cli.main import main
 from smollm2.errors import DataError, Interrupted
-from smollm2.report.compare import COMPARISON
+from smollm2.report.compare import COMPARISON, comparable_metric, compare_best
 from smollm2.report.curves import thin
-from smollm2.report.page import page_parts
+from smollm2.report.page import page_chunks, write_landscape_page
 from smollm2.report.reading import RunFolder, read_run, read_runs
 from smollm2.report.sections import SECTIONS
 from smollm2.report.terminal import draw_run
 from smollm2.report.tracker import ReportTracker
-from smollm2.report.verdict import describe_fit, status_of, verdict_of
+from smollm2.report.verdict import describe_fit, notes_of, status_of, verdict_of
 from smollm2.tracking.base import Fanout, Fence, Sample
 from smollm2.tracking.jsonl import JsonlTracker
 from smollm2.training.loop import train
@@ -35,7 +35,7 @@ MEGABYTE = 10**6
 
 
 class Page(HTMLParser):
-    """A page taken apart as a browser would: elements, what is text, what runs, and the data of its figures."""
+    """A page parsed as by a browser: elements, texts, scripts, and the data of its figures."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 
 def build_page(runs: Sequence[RunFolder]) -> str:
-    return b"".join(page_parts(runs)).decode()
+    return b"".join(page_chunks(runs)).decode()
 
 
 def page_of(*runs: Path) -> Page:
@@ -87,35 +87,49 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-# What is on the page
+# Content of the page
 
 
-def test_every_section_stands_there_in_its_order(run: Path) -> None:
+def test_the_page_has_every_section_in_order(run: Path) -> None:
     assert page_of(run).ids == [section.id for section in SECTIONS]
-    assert {"verdict", "curves", "samples", "inside", "landscape", "data", "events", "config", "machine", "next"} == {
-        section.id for section in SECTIONS
-    }
+    assert {
+        "summary",
+        "curves",
+        "samples",
+        "diagnostics",
+        "landscape",
+        "data",
+        "events",
+        "config",
+        "machine",
+        "next",
+    } == {section.id for section in SECTIONS}
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "All 400 updates are done.",
-        "The training loss fell from",
-        "1 update skipped",
+        "All 400 steps are done; the training loss fell from 7.651 to 3.054.",
+        "Validation is at 1.698 bits per byte (2.547 at first), and the run does not overfit.",
+        "1 step skipped",
         "531,380, 3.67 characters each",
         "100.00% of the training tokens are in a window",
         "resuming from step_0200.pt",
         "stopped by SIGTERM after step 200",
         "nano.yaml:21",
         "PyTorch",
+        "Resumed once.",
+        "Unencodable bytes",
+        "Latest sample, step 400",
+        "Largest attention score before the softmax.",
+        "below 50; above 100 attention sticks to one token",
         "smollm2 export",
         "--train_steps 800",
-        "Every parameter at update 400",
+        "Every parameter at step 400",
         "3.2000 at the weights themselves",
     ],
 )
-def test_the_page_says(run: Path, text: str) -> None:
+def test_the_page_contains(run: Path, text: str) -> None:
     assert text in page_of(run).text
 
 
@@ -123,10 +137,10 @@ def test_the_page_names_no_address_outside_its_scripts(run: Path) -> None:
     html = build_page(read_runs([run]))
     without_scripts = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
     assert "//" not in without_scripts.replace("</", "")
-    assert "default-src 'none'" in html.replace("&#x27;", "'")
+    assert "default-src 'none'" in html.replace("&#39;", "'")
 
 
-def test_each_chart_is_said_in_a_sentence(run: Path) -> None:
+def test_each_chart_has_a_sentence(run: Path) -> None:
     plots = [attrs for _, attrs in page_of(run).tags if attrs.get("class") == "plot"]
     assert len(plots) == 8
     assert all(attrs["role"] == "img" and re.search(r"\d", str(attrs["aria-label"])) for attrs in plots)
@@ -155,13 +169,86 @@ def test_the_heat_map_has_a_layers_norm_over_its_parameters(run: Path) -> None:
         "max_attention_logit",
         "dead_units",
     ]
-    look = json.loads((run / "diagnostics.jsonl").read_text().splitlines()[-1])
-    mine = [norm for name, norm in look["gradient_norms"].items() if ".layers.2." in name]
-    row = measures["gradient norm"]["rows"].index("layer 2")
-    assert measures["gradient norm"]["values"][row][-1] == pytest.approx(math.hypot(*mine), rel=1e-3)
+    row = json.loads((run / "diagnostics.jsonl").read_text().splitlines()[-1])
+    norms = [norm for name, norm in row["gradient_norms"].items() if ".layers.2." in name]
+    index = measures["gradient norm"]["rows"].index("layers.2")
+    assert measures["gradient norm"]["values"][index][-1] == pytest.approx(math.hypot(*norms), rel=1e-3)
     assert measures["max_abs"]["values"][3][-1] == pytest.approx(
-        look["activations"]["model.layers.3"]["max_abs"], rel=1e-3
+        row["activations"]["model.layers.3"]["max_abs"], rel=1e-3
     )
+
+
+# One definition of each number
+
+
+def summary_of(page: Page) -> dict[str, str]:
+    """Return the key figures by name."""
+    names = [page.texts.index(name) for name in ("Training loss", "Best validation loss", "Bits per byte", "Ran for")]
+    return {page.texts[at]: page.texts[at + 1] for at in names}
+
+
+def test_the_training_loss_is_that_of_the_last_report_everywhere(run: Path) -> None:
+    page = page_of(run)
+    last = [loss for _, loss in read_run(run).points("loss")][-1]
+    assert summary_of(page)["Training loss"] == f"{last:.3f}"
+    assert f"the training loss fell from 7.651 to {last:.3f}." in page.text
+    assert f"Training loss 7.651 at step 10, {last:.4g} at 400" in page.text
+    assert page.data[0]["curves"][0]["y"][-1] == pytest.approx(last, rel=1e-5)
+
+
+@pytest.mark.parametrize(("reports", "smoothing"), [(13, "0.0"), (99, "0.0"), (100, "0.6")])
+def test_short_runs_are_not_smoothed(tmp_path: Path, reports: int, smoothing: str) -> None:
+    page = page_of(with_rows(tmp_path / "run", [{"step": step, "loss": 2.0} for step in range(1, reports + 1)]))
+    (slider,) = [attrs for tag, attrs in page.tags if attrs.get("name") == "smoothing"]
+    assert slider["value"] == smoothing
+
+
+def test_a_run_without_validation_has_a_sentence_and_no_number(tmp_path: Path) -> None:
+    """The text is too short for a validation split."""
+    folder = with_rows(tmp_path / "run", [{"step": step, "loss": 2.0, "validation_bpb": None} for step in (1, 2, 3)])  # type: ignore[dict-item]
+    event = {"step": 0, "kind": "data", "message": "", "validation_tokens": 0, "train_tokens": 5, "tokens": 5}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    page = page_of(folder)
+    assert "There was no validation, because the text is too short for a validation split." in page.text
+    assert "none: the text is too short" in page.text
+    assert summary_of(page)["Best validation loss"] == summary_of(page)["Bits per byte"] == "–"
+    assert not re.search(r"\bnan\b", page.text, re.IGNORECASE)
+
+
+# Marks, samples and diagnostics
+
+
+def test_warmup_resumes_skips_and_the_best_checkpoint_are_marked_on_the_loss(tmp_path: Path) -> None:
+    marks = page_of(write_run(tmp_path, training__warmup_steps="45")).data[0]["marks"]
+    assert marks["warmup"]["step"] == 45 and marks["warmup"]["tokens"] == 45 * 2048
+    assert [place["step"] for place in marks["resume"]] == [200]
+    assert [place["step"] for place in marks["skip"]] == [200]
+    assert marks["best"]["step"] == 400 and marks["best"]["y"] == pytest.approx(4.227, abs=1e-3)
+
+
+def test_samples_are_shown_first_middle_and_last(run: Path) -> None:
+    headings = [text for text in page_of(run).texts if re.fullmatch(r"Step \d+", text)]
+    assert headings == ["Step 50", "Step 250", "Step 400"] * 2
+
+
+def test_a_diagnostic_outside_its_healthy_range_is_marked(copy: Path) -> None:
+    path = copy / "diagnostics.jsonl"
+    *rows, last = path.read_text().splitlines()
+    row = json.loads(last)
+    row["activations"]["model.layers.3"]["max_attention_logit"] = 120
+    path.write_text("\n".join([*rows, json.dumps(row)]) + "\n")
+    texts = [text.strip() for text in page_of(copy).texts if text.strip()]
+    assert texts[texts.index("high") - 1] == "15 to 120" and texts.count("high") == 1
+
+
+def test_a_landscape_has_a_page_in_the_style_of_the_report(run: Path, tmp_path: Path) -> None:
+    step, landscape = read_run(run).landscape or (0, None)
+    assert landscape
+    write_landscape_page(landscape, step, tmp_path / "landscape.html")
+    html = (tmp_path / "landscape.html").read_text(encoding="utf-8")
+    page, report = Page(html), page_of(run)
+    assert page.ids == ["landscape"] and page.scripts == report.scripts
+    assert page.data == [data for data in report.data if "data" in data]
 
 
 # The verdict
@@ -186,24 +273,35 @@ def rows_of(training: Callable[[int], float], validation: Callable[[int], float]
     return rows
 
 
+def rise(step: int) -> float:
+    return 3 + abs(step - 40) / 50
+
+
+ROSE = "the validation loss rose by 33% since step 40"
+MEMORIZED = "The training loss is 48% below the validation loss: part of the text is memorized."
+
+
 @pytest.mark.parametrize(
-    ("training", "validation", "said"),
+    ("training", "validation", "clause", "note"),
     [
-        (lambda step: 4 - step / 50, lambda step: 4 - step / 60, "It does not overfit"),
+        (lambda step: 4 - step / 50, lambda step: 4 - step / 60, ", and the run does not overfit", ""),
         (
             lambda step: 4 - step / 50,
-            lambda step: 3 + abs(step - 40) / 50,
-            "It overfits: the validation loss has risen by 33% since update 40",
+            rise,
+            f"; the run overfits: {ROSE}, while the training loss fell",
+            "Use more text or fewer steps, or the best checkpoint.",
         ),
-        (lambda step: 3 + abs(step - 40) / 50, lambda step: 3 + abs(step - 40) / 50, "It got worse"),
-        (lambda step: 3 - step / 60, lambda step: 3.0 + step / 10**4, "the training loss is 48% lower"),
+        (rise, rise, f"; the run got worse: {ROSE}", "The training loss rose too: a lower learning rate may help."),
+        (lambda step: 3 - step / 60, lambda step: 3.0 + step / 10**4, ", and the run does not overfit", MEMORIZED),
     ],
-    ids=["falling", "overfitting", "worse", "by heart"],
+    ids=["falling", "overfitting", "worse", "memorized"],
 )
 def test_whether_it_overfits(
-    tmp_path: Path, training: Callable[[int], float], validation: Callable[[int], float], said: str
+    tmp_path: Path, training: Callable[[int], float], validation: Callable[[int], float], clause: str, note: str
 ) -> None:
-    assert said in describe_fit(read_run(with_rows(tmp_path / "run", rows_of(training, validation))))
+    run = read_run(with_rows(tmp_path / "run", rows_of(training, validation)))
+    assert describe_fit(run) == clause
+    assert notes_of(run) == ([note] if note else [])
 
 
 def test_the_last_validation_of_the_whole_split_does_not_count_as_a_rise(tmp_path: Path) -> None:
@@ -220,8 +318,8 @@ def test_the_last_validation_of_the_whole_split_does_not_count_as_a_rise(tmp_pat
         (["start", "stopped"], False, "stopped"),
         (["start", "failed"], True, "failed"),
         (["start"], True, "running"),
-        (["start", "stopped", "start"], False, "broken off"),
-        ([], False, "broken off"),
+        (["start", "stopped", "start"], False, "interrupted"),
+        ([], False, "interrupted"),
     ],
 )
 def test_the_state_of_a_run(tmp_path: Path, events: list[str], lock: bool, status: str) -> None:
@@ -254,7 +352,7 @@ def test_thinning_keeps_the_ends_and_every_extreme(count: int) -> None:
     assert min(values) <= min(means) <= max(means) <= max(values)
 
 
-def test_thinning_keeps_the_least_and_the_greatest_of_each_bucket() -> None:
+def test_thinning_keeps_the_minimum_and_maximum_of_each_bucket() -> None:
     noise = random.Random(1)
     values = [noise.gauss(0, 1) for _ in range(10_002)]
     kept, _ = thin(values, 202)
@@ -263,7 +361,7 @@ def test_thinning_keeps_the_least_and_the_greatest_of_each_bucket() -> None:
         assert {min(bucket, key=values.__getitem__), max(bucket, key=values.__getitem__)} <= set(kept)
 
 
-def test_numbers_that_are_none_are_no_points() -> None:
+def test_missing_numbers_are_not_points() -> None:
     assert thin([math.nan, 1.0, math.nan, 2.0], 4) == ([1, 3], [1.0, 2.0])
 
 
@@ -310,7 +408,7 @@ def test_no_text_of_a_folder_becomes_markup(run: Path, copy: Path, text: str) ->
     plant(copy, text)
     clean, page = page_of(run), page_of(copy)
     assert page.scripts == clean.scripts
-    allowed = {tag for tag, _ in clean.tags} | {"i"}
+    allowed = {tag for tag, _ in clean.tags}
     assert {tag for tag, _ in page.tags} <= allowed
     names = {name for _, attrs in page.tags for name in attrs}
     assert not {name for name in names if name.startswith("on")}
@@ -376,7 +474,7 @@ def test_a_file_that_is_absent_or_damaged_is_named_and_the_page_is_built(
     is_empty = (copy / name).is_file() and not (copy / name).read_bytes() and name.endswith("l")
     is_named = any(name in problem for problem in read_run(copy).problems)
     assert is_named == (not is_optional and not (is_empty and name != "config.yaml"))
-    assert is_named == (f"{name}" in page.text.partition("Not everything could be read")[2][:400])
+    assert is_named == (f"{name}" in page.text.partition("Some files could not be read")[2][:400])
 
 
 ROWS = [
@@ -394,17 +492,17 @@ ROWS = [
 ]
 
 
-def test_lines_that_are_no_rows_are_counted_and_the_others_kept(copy: Path) -> None:
+def test_damaged_lines_are_counted_and_the_others_kept(copy: Path) -> None:
     before = read_run(copy)
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(b"".join(row + b"\n" for row in ROWS))
     after = read_run(copy)
     assert repr(after.metrics) == repr(before.metrics)
     lines = len((copy / "metrics.jsonl").read_bytes().splitlines()) - len(ROWS) + 1
-    assert after.problems == [f"metrics.jsonl:{lines} - {len(ROWS)} lines are no rows - left out here"]
+    assert after.problems == [f"metrics.jsonl:{lines}: {len(ROWS)} damaged lines are omitted"]
 
 
-def test_a_torn_last_line_is_left_out_without_a_word(copy: Path) -> None:
+def test_a_torn_last_line_is_omitted_silently(copy: Path) -> None:
     spoil_by_cutting(copy / "metrics.jsonl")
     assert read_run(copy).problems == []
     assert len(read_run(copy).metrics["step"]) == len(read_run(copy).metrics["loss"])
@@ -420,7 +518,7 @@ def test_a_torn_last_line_is_left_out_without_a_word(copy: Path) -> None:
 )
 def test_an_event_of_another_form_is_counted(copy: Path, row: str) -> None:
     (copy / "events.jsonl").write_text(row + "\n")
-    assert read_run(copy).problems == ["events.jsonl:1 - 1 line is no row - left out here"]
+    assert read_run(copy).problems == ["events.jsonl:1: 1 damaged line is omitted"]
 
 
 def test_rows_of_two_runs_in_one_file_are_drawn_by_step(copy: Path) -> None:
@@ -441,11 +539,13 @@ def test_numbers_beyond_all_bounds_draw_a_page(copy: Path) -> None:
     assert page_of(copy).ids
 
 
-def test_a_folder_that_is_no_runs_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_run_folder_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(DataError, match="neither metrics"):
         read_run(tmp_path)
     assert main(["report", str(tmp_path / "absent")]) == 3
-    assert "it is no folder - name the --save_dir of a run" in capsys.readouterr().err
+    assert "it is not a folder. Name the --save_dir of a run." in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_one_line(
@@ -513,14 +613,60 @@ def test_runs_are_compared_key_by_key_and_the_best_is_marked(run: Path, tmp_path
     with (other / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 400, "validation_loss": 1.5, "validation_bpb": 0.5}) + "\n")
     page = page_of(run, other)
-    assert page.ids == [identity for identity, _, _ in COMPARISON]
+    assert page.ids == [section.id for section in COMPARISON]
     assert {"training.learning_rate", "training.seed", "0.001", "0.003"} <= set(page.texts)
     assert "training.optimizer" not in page.text
     assert page.texts[page.texts.index(" (best)") - 1] == "other"
+    assert (
+        "other is better than run: its best validation loss is 1.500 instead of 4.227, lower by 2.727 (64.5%)."
+        in page.text
+    )
     assert {curve["run"] for curve in page.data[0]["curves"]} == {"run", "other"}
 
 
-def test_runs_of_one_name_are_told_apart(run: Path, copy: Path) -> None:
+def with_time(folder: Path, seconds: float) -> None:
+    """Give a run a start and an end that many seconds apart, and the same data as the others."""
+    data = {"step": 0, "kind": "data", "message": "", "tokens": 100, "validation_tokens": 10, "vocab_size": 5}
+    events = [("start", 0, 1000.0), ("done", 100, 1000.0 + seconds)]
+    rows = [data, *({"step": step, "kind": kind, "message": "", "time": time} for kind, step, time in events)]
+    (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def compared(tmp_path: Path, first: Callable[[int], float], second: Callable[[int], float]) -> list[str]:
+    """Return the sentences about two runs that validate at steps 10 to 90."""
+    for name, losses, seconds in (("a", first, 90.0), ("b", second, 60.0)):
+        rows = rows_of(losses, losses)
+        for row in rows:
+            row |= {"tokens": row["step"] * 10, "tokens_per_second": 10.0} if "loss" in row else {}
+        with_time(with_rows(tmp_path / name, rows), seconds)
+    runs = read_runs([tmp_path / "a", tmp_path / "b"])
+    return compare_best(runs, comparable_metric(runs))
+
+
+def test_the_comparison_names_the_better_run_the_difference_and_the_time(tmp_path: Path) -> None:
+    assert compared(tmp_path, lambda step: 4 - step / 50, lambda step: 4 - step / 60) == [
+        "a is better than b: its best validation loss is 2.200 instead of 2.500, lower by 0.300 (12.0%).",
+        "It is lower at each of the 9 validations that both have, by 0.033 to 0.300.",
+        "It ran for 1 min 30 s instead of 1 min 0 s (50% longer), and reached 2.500 after 1 min 20 s of training.",
+    ]
+
+
+def test_a_difference_that_changes_its_sign_is_not_clear(tmp_path: Path) -> None:
+    sentences = compared(
+        tmp_path, lambda step: 4 - step / 50, lambda step: 4 - step / 50 + (0.1 if step > 50 else -0.1)
+    )
+    assert sentences[1] == "It is lower at 4 of the 9 validations that both have: the difference is not clear."
+
+
+def test_runs_on_different_data_are_compared_by_bits_per_byte(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path, name="other")
+    text = (other / "events.jsonl").read_text()
+    (other / "events.jsonl").write_text(text.replace('"vocab_size": 4096', '"vocab_size": 257'))
+    assert comparable_metric(read_runs([run, run])) == "validation_loss"
+    assert comparable_metric(read_runs([run, other])) == "validation_bpb"
+
+
+def test_runs_with_the_same_folder_name_are_distinguished(run: Path, copy: Path) -> None:
     names = [one.name for one in read_runs([run, copy])]
     assert len(set(names)) == 2 and all(name.endswith("/run") for name in names)
 
@@ -533,7 +679,7 @@ def test_many_runs_are_a_page_under_6_megabytes(tmp_path: Path) -> None:
 # The command
 
 
-def test_the_command_writes_the_page_where_it_says(
+def test_the_command_writes_the_page_to_the_path_that_it_prints(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -602,19 +748,32 @@ def test_a_run_leaves_its_page_and_names_it(tmp_path: Path, capsys: pytest.Captu
     train(tiny_config(tmp_path))
     page = Page((tmp_path / "checkpoints" / "report.html").read_text(encoding="utf-8"))
     assert page.ids == [section.id for section in SECTIONS]
-    assert "All 12 updates are done." in page.text
-    assert "Not everything could be read" not in page.text
+    assert "All 12 steps are done; " in page.text
+    assert "Some files could not be read" not in page.text
     assert f"report                {tmp_path / 'checkpoints' / 'report.html'}" in capsys.readouterr().out
 
 
-def test_a_run_that_was_stopped_says_so_on_its_page(tmp_path: Path) -> None:
+def test_a_run_whose_validation_has_no_bytes_logs_no_bits_per_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The validation split of a very short text is the end of text alone, which has no bytes."""
+    write_tiny(tmp_path, text="hi there\n")
+    train(tiny_config(tmp_path, training__train_steps=2))
+    rows = (tmp_path / "checkpoints" / "metrics.jsonl").read_text()
+    assert "null" not in rows and "validation_bpb" not in rows
+    assert not re.search(r"\bnan\b", capsys.readouterr().out, re.IGNORECASE)
+    page = Page((tmp_path / "checkpoints" / "report.html").read_text(encoding="utf-8"))
+    assert not re.search(r"\bnan\b", page.text, re.IGNORECASE)
+
+
+def test_the_page_of_a_stopped_run_reports_the_stop(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     with pytest.raises(Interrupted):
         train(tiny_config(tmp_path, training__train_steps=10**6, training__save_interval=10**6, training__time_limit=1))
     run = read_run(tmp_path / "checkpoints")
     assert status_of(run) == "stopped"
     page = Page((run.path / "report.html").read_text(encoding="utf-8"))
-    assert f"It was stopped at update {run.last_step:,} of 1,000,000 and can go on from there." in page.text
+    assert f"The run was stopped at step {run.last_step:,} of 1,000,000 and can be resumed" in page.text
     assert f"training.time_limit is reached after step {run.last_step}" in page.text
     assert "--resume auto" in page.text
 
@@ -641,24 +800,24 @@ def test_a_page_without_news_is_not_written_again(copy: Path) -> None:
 def test_a_page_that_cannot_be_written_is_one_line_and_ends_nothing(copy: Path) -> None:
     (copy / "report.html").mkdir()
     (copy / "report.html" / "x").write_text("")
-    said: list[str] = []
-    fence = Fence("report.html", lambda: ReportTracker(copy), said.append)
+    reported: list[str] = []
+    fence = Fence("report.html", lambda: ReportTracker(copy), reported.append)
     Fanout([fence]).log({"loss": 1.0}, 400)
     fence.close()
-    assert len(said) == 1 and said[0].startswith("report.html - ResourceError: ")
+    assert len(reported) == 1 and reported[0].startswith("report.html: turned off after an error (ResourceError: ")
 
 
 CLOCK = {"seconds", "tokens_per_second"}
 
 
 def timeless(run: Path) -> tuple[object, ...]:
-    """A page without what the clock and the resume itself have a say in."""
+    """Return a page without what depends on the clock and on the resume itself."""
     found = read_run(run)
     page = page_of(run)
     curves = [
         [{name: value for name, value in curve.items() if name not in CLOCK} for curve in data["curves"]]
         for data in page.data
-        if "curves" in data and data["title"] != "tokens a second"
+        if "curves" in data and data["title"] != "tokens per second"
     ]
     events = [
         {name: value for name, value in event.items() if name not in ("time", "seconds")}

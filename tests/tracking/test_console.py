@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smollm2.tracking.base import Fanout, Sample
-from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets, redact
+from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets, join_in_lines, redact, wrap_words
 
 REPORT = {
     "loss": 3.21,
@@ -85,6 +85,18 @@ def test_the_smoothed_loss_is_the_exponential_mean_without_bias() -> None:
     assert text.splitlines()[-1].endswith(f"smoothed_loss {expected:.4f}")
 
 
+def test_the_smoothed_loss_continues_after_a_resume() -> None:
+    losses = [5.0, 4.0, 3.0, 2.5]
+    whole = printed(lambda console: [Fanout([console]).log({"loss": loss}, 1) for loss in losses])
+
+    def resume(console: ConsoleTracker) -> None:
+        console.restore_smoothing(losses[:2])
+        for loss in losses[2:]:
+            Fanout([console]).log({"loss": loss}, 1)
+
+    assert printed(resume).splitlines() == whole.splitlines()[2:]
+
+
 def test_a_page_aligns_its_values() -> None:
     text = printed(lambda console: console.show_page("Title", [("a", "1"), ("long", "[/b] 2\n3")]))
     assert text == "Title\n  a     1\n  long  [/b] 2\\n3\n"
@@ -113,6 +125,22 @@ def test_what_the_encoding_lacks_is_written_as_its_escape() -> None:
     stream = io.TextIOWrapper(raw, "ascii")
     ConsoleTracker(1, 0, stream).report("Zürich\udc80")
     assert raw.getvalue().split() == [b"Z\\xfcrich\\udc80"]
+
+
+def test_progress_pages_and_samples_are_escaped_for_an_ascii_stream() -> None:
+    raw = io.BytesIO()
+    console = ConsoleTracker(1, 0, io.TextIOWrapper(raw, "ascii"))
+    console.show_progress("Zürich", 1.0)
+    console.show_page("Zürich", [("größe", "é")])
+    Fanout([console]).log_text([Sample("é", "ü")], 1)
+    Fanout([console]).log_event("x", "é", 1)
+    assert raw.getvalue().decode("ascii").splitlines() == [
+        "Z\\xfcrich 100%",
+        "Z\\xfcrich",
+        "  gr\\xf6\\xdfe  \\xe9",
+        "step 1/1  sample: [\\xe9]\\xfc",
+        "\\xe9",
+    ]
 
 
 def test_a_closed_pipe_ends_nothing() -> None:
@@ -175,6 +203,27 @@ def test_a_terminal_is_not_sent_what_a_sample_would_make_it_obey(terminal_output
 
 def test_a_terminal_keeps_a_long_path_in_one_piece(terminal_output: str) -> None:
     assert "x" * 200 in terminal_output
+
+
+def test_a_terminal_has_no_metric_that_is_broken_across_lines(terminal_output: str) -> None:
+    below = re.findall(r"smoothed_loss 3\.2100.*?tokens_per_second 12346", terminal_output, re.DOTALL)[-1]
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", below).split("\n")
+    assert len(lines) > 1
+    assert all(re.fullmatch(r"(\w+ \S+)(  \w+ \S+)*", line.strip()) for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 90, 100])
+def test_long_lines_are_broken_at_spaces_only(width: int) -> None:
+    line = "  precision  float32: this machine has no bf16 units; attention: sdpa; compile: off; " + "/" + "x" * 120
+    lines = wrap_words(line, width, 13).splitlines()
+    assert " ".join(" ".join(lines).split()) == " ".join(line.split())
+    assert all(len(one) <= width for one in lines if "xxx" not in one)
+    assert all(one.startswith(" " * 13) for one in lines[1:])
+
+
+def test_parts_are_joined_in_as_few_lines_as_they_need() -> None:
+    assert join_in_lines(["aaa 1", "bbb 2", "ccc 3"], 12) == ["aaa 1  bbb 2", "ccc 3"]
+    assert join_in_lines(["a" * 30], 12) == ["a" * 30]
 
 
 def test_a_terminal_is_left_as_it_was(terminal_output: str) -> None:

@@ -139,7 +139,7 @@ def test_trackers_leave_the_run_bit_identical(whole: WholeRun, tmp_path: Path) -
 
 
 def test_the_tracking_overhead_is_printed(whole: WholeRun) -> None:
-    assert re.search(r"^  watching +\d+\.\d s of \d+ s \(\d+\.\d%\)$", whole.output(), re.MULTILINE)
+    assert re.search(r"^  logging overhead +\d+\.\d s of \d+ s \(\d+\.\d%\)$", whole.output(), re.MULTILINE)
 
 
 # Slow: whole runs against a host on loopback, and with a mirror that breaks under them

@@ -270,6 +270,11 @@ def test_config_name_and_tags_are_those_of_the_run(offline: Record) -> None:
     assert (run["project"], run["display_name"], run["tags"], run["run_id"]) == ("proj", "first", ["a", "b"], "run1")
 
 
+def test_the_name_of_the_run_is_that_of_its_folder_by_default(other: Record) -> None:
+    (run,) = select(other.found, "run")
+    assert run["display_name"] == "a run"
+
+
 def test_metrics_are_in_groups_against_our_own_step(offline: Record) -> None:
     assert history(offline.found)[:4] == [
         {"train/step": 10, "train/loss": 2.5, "train/learning_rate": 1e-4},
