@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_pages import HOSTILE, build_page, plant, write_many_rows
 from run_folders import write_run
-from test_report import HOSTILE, build_page, plant, write_many_rows
 
 from smollm2.report.reading import read_runs
 from smollm2.report.sections import SECTIONS
