@@ -17,6 +17,9 @@ from smollm2.report.sections import SECTIONS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
 DRAWN = "document.querySelectorAll('.plot:not(:has(.main-svg))').length === 0"
+BUSY_SECONDS = 200
+"""A page draws in two seconds; a machine that runs other tests may need much longer."""
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -40,6 +43,7 @@ class Visit:
             viewport={"width": width, "height": 900}, color_scheme=theme, offline=True, reduced_motion="reduce"
         )
         self.page = self.context.new_page()
+        self.page.set_default_timeout(BUSY_SECONDS * 1000)
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)

@@ -135,7 +135,7 @@ def test_a_hundred_thousand_rows_are_a_page_under_6_megabytes(tmp_path: Path) ->
     assert all(len(curve["y"]) <= 2000 for data in Page(html).data if "curves" in data for curve in data["curves"])
 
 
-def test_a_folder_with_much_of_everything_is_a_page_under_6_megabytes(copy: Path) -> None:
+def test_a_folder_with_many_samples_events_and_diagnostics_is_a_page_under_6_megabytes(copy: Path) -> None:
     tracker = Fanout([JsonlTracker(copy, 10**6, print)])
     for step in range(400, 1400):
         tracker.log_text([Sample(f"prompt {i}", "word " * 400) for i in range(4)], step)

@@ -95,7 +95,7 @@ def test_a_torn_last_line_is_omitted_silently(copy: Path) -> None:
         '{"step": 1, "kind": "skip", "message": "x", "time": "noon"}',
     ],
 )
-def test_an_event_of_another_form_is_counted(copy: Path, row: str) -> None:
+def test_a_malformed_event_is_counted(copy: Path, row: str) -> None:
     (copy / "events.jsonl").write_text(row + "\n")
     assert read_run(copy).problems == ["events.jsonl:1: 1 damaged line is omitted"]
 

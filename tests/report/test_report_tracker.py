@@ -51,7 +51,7 @@ def test_the_page_of_a_stopped_run_reports_the_stop(tmp_path: Path) -> None:
     assert "--resume auto" in page.text
 
 
-def test_the_page_is_written_at_evaluations_but_seldom(run: Path, copy: Path) -> None:
+def test_the_page_is_written_after_validations_but_rarely(run: Path, copy: Path) -> None:
     page = copy / "report.html"
     tracker = Fanout([ReportTracker(copy, seconds_between=0.0)])
     tracker.log({"loss": 1.0}, 10)
@@ -65,12 +65,12 @@ def test_the_page_is_written_at_evaluations_but_seldom(run: Path, copy: Path) ->
     assert page.exists()
 
 
-def test_a_page_without_news_is_not_written_again(copy: Path) -> None:
+def test_an_unchanged_page_is_not_written_again(copy: Path) -> None:
     ReportTracker(copy).close()
     assert not (copy / "report.html").exists()
 
 
-def test_a_page_that_cannot_be_written_is_one_line_and_ends_nothing(copy: Path) -> None:
+def test_a_page_that_cannot_be_written_is_reported_in_one_line(copy: Path) -> None:
     (copy / "report.html").mkdir()
     (copy / "report.html" / "x").write_text("")
     reported: list[str] = []

@@ -22,7 +22,7 @@ def test_the_terminal_loads_no_plotly(run: Path) -> None:
     ("encoding", "drawn"), [("utf-8", "\u2800-\u28ff"), ("ascii", "*"), ("latin-1", "*"), ("nonsense", "*")]
 )
 @pytest.mark.parametrize("width", [5, 40, 80, 200])
-def test_curves_in_the_terminal_fit_it_and_its_encoding(run: Path, encoding: str, drawn: str, width: int) -> None:
+def test_curves_in_the_terminal_fit_its_width_and_encoding(run: Path, encoding: str, drawn: str, width: int) -> None:
     lines = draw_run(read_run(run), width, encoding)
     curve = [line for line in lines if re.search("[|\u2502]", line)]
     assert len(curve) == 36
@@ -40,6 +40,6 @@ def test_a_falling_loss_falls_in_the_terminal(tmp_path: Path) -> None:
     assert firsts == sorted(firsts)
 
 
-def test_the_terminal_is_sent_no_control_character(copy: Path) -> None:
+def test_the_terminal_receives_no_control_character(copy: Path) -> None:
     plant(copy, "\x1b[31m")
     assert "\x1b" not in "\n".join(draw_run(read_run(copy), 80, "utf-8"))

@@ -66,7 +66,7 @@ def test_a_diagnosis_is_a_row_of_rounded_numbers_without_histograms(tmp_path: Pa
     ]
 
 
-def test_a_landscape_is_kept_whole_and_the_newest_stays(tmp_path: Path) -> None:
+def test_the_newest_landscape_replaces_the_one_before(tmp_path: Path) -> None:
     files = JsonlTracker(tmp_path, 0, print)
     tracker = Fanout([files])
     for loss in (2.0, 1.0):
