@@ -22,7 +22,7 @@ from wandb_server import WandbServer, wandb_server
 from smollm2.config.schema import Config, WandbConfig
 from smollm2.tracking import wandb as tracker_module
 from smollm2.tracking.base import Diagnosis, Fanout, Histogram, Landscape, Sample
-from smollm2.tracking.wandb import CheckpointLinks, describe_upload, list_code, start_wandb
+from smollm2.tracking.wandb import describe_upload, list_code, start_wandb
 from smollm2.tracking.wandb_environment import (
     DEFAULT_HOST,
     WandbEnvironment,
@@ -30,6 +30,7 @@ from smollm2.tracking.wandb_environment import (
     make_run_id,
     prepare_environment,
 )
+from smollm2.tracking.wandb_links import CheckpointLinks
 
 KEY = "a" * 40
 SMALL = {
