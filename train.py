@@ -12,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 STARTED_AGAIN = "SMOLLM2_STARTED_AGAIN"
 DEPENDENCIES = [
     "accelerate",
+    "jinja2",
     "numpy",
     "plotly",
     "psutil",

@@ -30,7 +30,6 @@ from smollm2.inference.loading import load_source, read_config
 from smollm2.plan import arithmetic as plan
 from smollm2.storage.atomic import probe_folder, write_atomically
 from smollm2.tracking.base import Landscape
-from smollm2.tracking.charts import finite
 from smollm2.tracking.jsonl import landscape_json
 
 WINDOWS = 8
@@ -201,8 +200,8 @@ def draw_landscape(
     say: Callable[[str], None],
     show: Callable[[float], None],
 ) -> Landscape:
-    """Measure, and write `output` and a page beside it. Says the cost before; goes on where an earlier call was stopped,
-    whose points lie beside the output until all are there. Raises ResourceError where the folder cannot be written."""
+    """Measure the landscape and write `output`. Show the cost first; resume an interrupted call, whose points are stored
+    beside the output until all are measured. Raise ResourceError if the folder cannot be written."""
     probe_folder(output.parent, "--output")
     partial, points = output.with_name(f"{output.name}.partial"), list_points(side)
     of = {
@@ -243,7 +242,6 @@ def draw_landscape(
         write_points(partial, of, losses)
         raise
     write_atomically(output, landscape_json(landscape, source.state["step"]))
-    write_atomically(output.with_suffix(".html"), render_page(landscape, source.state["step"]).encode())
     partial.unlink(missing_ok=True)
     return landscape
 
@@ -263,26 +261,3 @@ def write_points(path: Path, of: Mapping[str, object], losses: Mapping[Point, fl
     """Whole, or as it was before."""
     points = [[*point, loss] for point, loss in losses.items()]
     write_atomically(path, json.dumps({"of": of, "points": points}).encode())
-
-
-def render_page(landscape: Landscape, step: int) -> str:
-    """One HTML file with the surface, which can be turned, and the line; it needs nothing from anywhere."""
-    from plotly import graph_objects
-    from plotly.subplots import make_subplots
-
-    title = (
-        f"Loss around the weights of step {step:,}: {landscape.loss:.4f} at the centre, on {landscape.targets:,} tokens"
-    )
-    figure = make_subplots(1, 2, specs=[[{"type": "surface"}, {"type": "xy"}]], column_widths=[0.6, 0.4])
-    at, grid = list(landscape.grid_at), [finite(row) for row in landscape.grid]
-    # grid[i][j] lies at i along the first direction; plotly's z[row][column] wants the column there.
-    across = [list(column) for column in zip(*grid, strict=True)]
-    figure.add_trace(graph_objects.Surface(x=at, y=at, z=across, colorscale="Viridis", showscale=False), 1, 1)
-    line = graph_objects.Scatter(x=list(landscape.line_at), y=finite(landscape.line), name="along the first")
-    figure.add_trace(line, 1, 2)
-    axes = {"xaxis_title": "first direction", "yaxis_title": "second direction", "zaxis_title": "loss"}
-    figure.update_layout(title=title, showlegend=False, template="plotly_white", height=720, scene=axes)
-    figure.update_xaxes(title="first direction, in lengths of the weights")
-    figure.update_yaxes(title="loss, nats per token")
-    page: str = figure.to_html(include_plotlyjs=True)
-    return page

@@ -338,6 +338,9 @@ def run_landscape(args: argparse.Namespace) -> None:
         raise
     finally:
         console.close()
+    from smollm2.report.page import write_landscape_page
+
+    write_landscape_page(landscape, source.state["step"], output.with_suffix(".html"))
     lowest = min(min(row) for row in landscape.grid)
     print(f"loss {landscape.loss:.4f} at the centre, {lowest:.4f} at the lowest point")
     print(f"{output} and {output.with_suffix('.html')}")

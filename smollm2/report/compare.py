@@ -1,68 +1,153 @@
-"""What a page about several runs is made of: each section a function from the runs to a piece of HTML."""
+"""The sections of the page of several runs, and which of them is better, by how much and at what cost in time.
 
-from collections.abc import Sequence
+Validation losses are compared if the runs have the same tokens and windows, else bits per byte. The differences at the
+validations that two runs have in common are paired: same step, same windows.
+"""
 
-from smollm2.report.charts import draw_curves
-from smollm2.report.markup import Markup, clip, note, show, table
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from smollm2.formatting import format_duration
+from smollm2.report.curves import axes_of
+from smollm2.report.figures import Context, curve_figures, initial_smoothing, number_table
 from smollm2.report.reading import RunFolder
-from smollm2.report.sections import key_figures, list_problems
+from smollm2.report.sections import key_figures, seconds_of
 from smollm2.report.verdict import best_of, describe_status, status_of
 
+SHOWN_PROMPTS = 8
+NAMES = {"validation_loss": "validation loss", "validation_bpb": "bits per byte"}
+SAME_DATA = ("tokens", "bytes", "vocab_size", "train_tokens", "validation_tokens", "window_tokens")
 
-def overview_section(runs: Sequence[RunFolder]) -> str:
-    """What became of each run, side by side, the best value of each row marked."""
-    problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
-    scores = [best_of(run, "validation_loss") for run in runs]
-    best = min((score[1] for score in scores if score), default=None)
+
+class Comparison(NamedTuple):
+    """One part of the page: its id and template, its heading, and the data of the template."""
+
+    id: str
+    title: str
+    build: Callable[[Sequence[RunFolder]], Context]
+    is_collapsed: bool = False
+
+
+def runs_section(runs: Sequence[RunFolder]) -> Context:
+    """Return the state and key figures of each run, the best of them, and how far the others are from it."""
+    metric = comparable_metric(runs)
+    scores = {run.name: found[1] for run in runs if (found := best_of(run, metric))}
+    best = min(scores, key=scores.__getitem__, default=None)
+    is_tie = list(scores.values()).count(scores.get(best, 0.0) if best else 0.0) > 1
     figures = [key_figures(run) for run in runs]
     rows = []
-    for run, score, shown in zip(runs, scores, figures, strict=True):
-        name = Markup(f"<b>{show(run.name)}</b> (best)") if score and score[1] == best else run.name
-        rows.append((name, status_of(run), f"{run.last_step:,}", *(value for _, value in shown)))
-    names = [name for name, _ in figures[0]]
-    unfinished = [run for run in runs if status_of(run) != "finished"]
-    sentences = "".join(f"<li><b>{show(run.name)}</b> {show(describe_status(run))}</li>" for run in unfinished)
-    listed = f"<ul>{sentences}</ul>" if sentences else ""
-    header = ("Run", "State", "Updates", *names)
-    return f"{table(header, rows, 'The runs', numeric=True)}{listed}{list_problems(problems)}"
+    for run, shown in zip(runs, figures, strict=True):
+        behind = f"+{scores[run.name] - scores[best]:.3f}" if best and run.name in scores and run.name != best else "–"
+        cells = [f"{run.last_step:,}", *(value for _, value in shown), behind]
+        rows.append(
+            {"name": run.name, "status": status_of(run), "is_best": run.name == best and not is_tie, "cells": cells}
+        )
+    return {
+        "sentences": compare_best(runs, metric),
+        "header": ("Run", "State", "Steps", *(name for name, _ in figures[0]), f"Behind in {NAMES[metric]}"),
+        "rows": rows,
+        "unfinished": [(run.name, describe_status(run)) for run in runs if status_of(run) != "finished"],
+        "problems": [f"{run.name}: {problem}" for run in runs for problem in run.problems],
+    }
 
 
-def differences_section(runs: Sequence[RunFolder]) -> str:
-    """The config keys on which the runs are not of one mind."""
+def comparable_metric(runs: Sequence[RunFolder]) -> str:
+    """Return `validation_loss` if all runs validated on the same tokens and windows, else `validation_bpb`."""
+
+    def data_of(run: RunFolder) -> list[object]:
+        event = run.latest("data") or {}
+        return [event.get(key) for key in SAME_DATA]
+
+    known = data_of(runs[0])
+    return "validation_loss" if any(known) and all(data_of(run) == known for run in runs) else "validation_bpb"
+
+
+def compare_best(runs: Sequence[RunFolder], metric: str) -> list[str]:
+    """Return sentences on the best run against the second best: the difference, its spread, and the time."""
+    scored = sorted(((found[1], run) for run in runs if (found := best_of(run, metric))), key=lambda pair: pair[0])
+    if len(scored) < 2:
+        return [f"The runs cannot be compared: fewer than two have {NAMES[metric]}."]
+    (low, first), (high, second) = scored[:2]
+    if low == high:
+        return [f"{first.name} and {second.name} have the same {NAMES[metric]}, {low:.3f}."]
+    share = f" ({(high - low) / high:.1%})" if high > 0 else ""
+    sentences = [
+        f"{first.name} is better than {second.name}: its best {NAMES[metric]} is {low:.3f} instead of {high:.3f}, "
+        f"lower by {high - low:.3f}{share}."
+    ]
+    return [*sentences, *describe_pairs(first, second, metric), *describe_time(first, second, metric, high)]
+
+
+def describe_pairs(first: RunFolder, second: RunFolder, metric: str) -> list[str]:
+    """Return the spread of the paired differences, in a sentence."""
+    others = dict(second.points(metric))
+    differences = [others[step] - value for step, value in first.points(metric) if step in others]
+    if len(differences) < 2:
+        return []
+    lower = sum(difference > 0 for difference in differences)
+    spread = f"by {min(differences):.3f} to {max(differences):.3f}"
+    if lower == len(differences):
+        return [f"It is lower at each of the {lower} validations that both have, {spread}."]
+    return [
+        f"It is lower at {lower} of the {len(differences)} validations that both have: the difference is not clear."
+    ]
+
+
+def describe_time(first: RunFolder, second: RunFolder, metric: str, target: float) -> list[str]:
+    """Return the time of both runs, and when the better run reached the other's best value."""
+    ours, theirs = seconds_of(first), seconds_of(second)
+    if not ours or not theirs:
+        return []
+    more = "longer" if ours > theirs else "shorter"
+    change = f" ({abs(ours - theirs) / theirs:.0%} {more})" if round(ours) != round(theirs) else ""
+    sentence = f"It ran for {format_duration(ours)} instead of {format_duration(theirs)}{change}"
+    pairs = zip(axes_of(first)["seconds"], first.metrics[metric], strict=True)
+    reached = next((seconds for seconds, value in pairs if value <= target), 0.0)
+    return [
+        f"{sentence}, and reached {target:.3f} after {format_duration(reached)} of training."
+        if reached
+        else f"{sentence}."
+    ]
+
+
+def curves_section(runs: Sequence[RunFolder]) -> Context:
+    """Return the curves of all runs in shared charts."""
+    if not any(run.last_step for run in runs):
+        return {"note": "Nothing has been reported yet."}
+    tables = [number_table(run) for run in runs]
+    return {"figures": curve_figures(runs), "tables": tables, "smoothing": initial_smoothing(runs)}
+
+
+def differences_section(runs: Sequence[RunFolder]) -> Context:
+    """Return the config keys whose values differ."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     rows = []
     for key in keys:
         values = [run.settings[key].value if key in run.settings else "–" for run in runs]
         if len(set(values)) > 1:
-            rows.append((Markup(f"<code>{show(key, 200)}</code>"), *(clip(value, 500) for value in values)))
+            rows.append((key, values))
     if not rows:
-        return note("The configs of these runs are the same, or there is none to read.")
-    return table(("Key", *(run.name for run in runs)), rows, "Config keys that differ")
+        return {"note": "The configs of these runs are the same, or cannot be read."}
+    return {"header": ("Key", *(run.name for run in runs)), "rows": rows}
 
 
-def last_samples_section(runs: Sequence[RunFolder]) -> str:
-    """What each run wrote last, prompt by prompt."""
-    prompts = list(dict.fromkeys(row["prompt"] for run in runs for row in run.samples))[:8]
+def last_samples_section(runs: Sequence[RunFolder]) -> Context:
+    """Return the last sample of each run, prompt by prompt."""
+    prompts = list(dict.fromkeys(row["prompt"] for run in runs for row in run.samples))[:SHOWN_PROMPTS]
     if not prompts:
-        return note("None of these runs has samples.")
-    blocks = ""
-    for prompt in prompts:
-        cards = ""
-        for run in runs:
-            row = next((row for row in reversed(run.samples) if row["prompt"] == prompt), None)
-            if row:
-                cards += (
-                    f'<article class="card"><h4>{show(run.name)}, update {row["step"]:,}</h4>'
-                    f'<p class="text">{show(row["text"], 1000)}</p></article>'
-                )
-        blocks += f'<h3>{show(prompt, 500) if prompt else "No prompt"}</h3><div class="cards">{cards}</div>'
-    return blocks
+        return {"note": "None of these runs has samples."}
+
+    def last_of(prompt: str) -> list[tuple[str, int, str]]:
+        rows = [(run, next((row for row in reversed(run.samples) if row["prompt"] == prompt), None)) for run in runs]
+        return [(run.name, row["step"], row["text"]) for run, row in rows if row]
+
+    return {"prompts": [(prompt, last_of(prompt)) for prompt in prompts]}
 
 
 COMPARISON = (
-    ("overview", "Runs", overview_section),
-    ("curves", "Curves", draw_curves),
-    ("differences", "What differs", differences_section),
-    ("samples", "Last samples", last_samples_section),
+    Comparison("runs", "Runs", runs_section),
+    Comparison("curves", "Curves", curves_section),
+    Comparison("differences", "Differences", differences_section),
+    Comparison("last_samples", "Last samples", last_samples_section),
 )
 """The page of several runs, from top to bottom."""

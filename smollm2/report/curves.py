@@ -1,5 +1,6 @@
-"""Rows as curves that a browser can hold: at most 2,000 points each, with every bucket's minimum and maximum among them."""
+"""Metrics as curves that a browser can hold: at most 2,000 points each, with every bucket's minimum and maximum."""
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -10,34 +11,38 @@ Item = TypeVar("Item")
 
 POINTS = 2000
 POINTS_OF_A_PAGE = 24_000
+SHOWN_MARKS = 200
 SLOWEST = 1e-9
 Curve = dict[str, object]
-"""`name`, `step`, `tokens`, `seconds` and `y`, lists of one length; `mean`, that of each point's bucket, where thinned."""
+"""`name`, `step`, `tokens`, `seconds` and `y`, lists of one length; `mean`, that of each point's bucket, if thinned."""
+
+Place = dict[str, float | int]
+"""A position on each of the axes `step`, `tokens` and `seconds`."""
 
 CURVES = {
     "loss": ("loss", "validation_loss"),
     "bits per byte": ("validation_bpb",),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
-    "tokens a second": ("tokens_per_second",),
+    "tokens per second": ("tokens_per_second",),
 }
-"""What stands in one chart together."""
+"""The charts and their curves."""
 
 WORDS = {
-    "loss": "loss",
+    "loss": "training loss",
     "validation_loss": "validation loss",
     "validation_bpb": "bits per byte",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
 }
-"""What a person calls them."""
+"""The names of metrics on the page."""
 
 
 def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:
-    """Where the values to draw stand, at most `points` (at least 4) of them, and the mean of each one's bucket.
+    """Return the indices to draw, at most `points` (at least 4), and for each the mean of its bucket.
 
-    NaN is no value. The first and the last are kept, and of each bucket between them the least and the greatest.
+    NaN is no value. The first and the last are kept, and the minimum and maximum of each bucket between them.
     """
     indices = [index for index, value in enumerate(values) if not math.isnan(value)]
     if len(indices) <= points:
@@ -53,17 +58,17 @@ def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:
 
 
 def split_evenly(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
-    """So many buckets, in order, as long as one another but for one item."""
+    """Split into `count` buckets in order, equally long but for one item."""
     return [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
 
 
 def pick_evenly(items: Sequence[int], count: int) -> list[int]:
-    """At most so many (at least 2): the first, the last, and what lies evenly between; `items` rise."""
+    """Return at most `count` (at least 2) of the rising items: the first, the last, and evenly spaced ones between."""
     return sorted({items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)}) if items else []
 
 
 def make_curve(run: RunFolder, metric: str, points: int = POINTS) -> Curve:
-    """One metric against steps, tokens and seconds of training."""
+    """Return one metric against steps, tokens and seconds of training."""
     values, axes = run.metrics[metric], axes_of(run)
     kept, means = thin(values, points)
     curve: Curve = {"name": metric, **{axis: [shorten(numbers[i], 9) for i in kept] for axis, numbers in axes.items()}}
@@ -74,8 +79,11 @@ def make_curve(run: RunFolder, metric: str, points: int = POINTS) -> Curve:
 
 
 def axes_of(run: RunFolder) -> dict[str, list[float]]:
-    """What a curve can stand on, for each row. Seconds are those of the updates: tokens over tokens a second, since rows
-    hold no clock; evaluation, samples and saves are outside them. A validation has the tokens of the report before it."""
+    """Return the step, tokens and seconds of each row.
+
+    Seconds are those of the steps, tokens over tokens per second, since rows have no clock; evaluation, samples and saves
+    are not in them. A validation has the tokens of the report before it.
+    """
     axes: dict[str, list[float]] = {"step": list(run.metrics["step"]), "tokens": [], "seconds": []}
     tokens, seconds = 0.0, 0.0
     for total, rate in zip(run.metrics["tokens"], run.metrics["tokens_per_second"], strict=True):
@@ -88,13 +96,45 @@ def axes_of(run: RunFolder) -> dict[str, list[float]]:
     return axes
 
 
+def marks_of(run: RunFolder) -> dict[str, object]:
+    """Return what is marked on the curves of a run: warmup, resumes, the best checkpoint, skipped steps and spikes."""
+    axes = axes_of(run)
+
+    def place(step: float) -> Place:
+        """Return the position of a step; tokens and seconds are interpolated between rows."""
+        rows = axes["step"]
+        right = min(bisect.bisect_left(rows, step), len(rows) - 1)
+        left = max(0, right - 1)
+        share = (step - rows[left]) / (rows[right] - rows[left]) if rows[right] > rows[left] else 1.0
+        share = min(1.0, max(0.0, share))
+        found = {
+            name: axes[name][left] + share * (axes[name][right] - axes[name][left]) for name in ("tokens", "seconds")
+        }
+        return {"step": shorten(step), **{name: shorten(value, 9) for name, value in found.items()}}
+
+    if not axes["step"]:
+        return {}
+    marks: dict[str, object] = {
+        kind: [place(event["step"]) for event in run.events if event["kind"] == kind][-SHOWN_MARKS:]
+        for kind in ("resume", "skip", "spike")
+    }
+    warmup = run.number("training.warmup_steps") or 0
+    if warmup > 0:
+        marks["warmup"] = place(min(warmup, run.last_step))
+    step = (run.best or {}).get("step")
+    losses = dict(run.points("validation_loss"))
+    if isinstance(step, int) and step in losses:
+        marks["best"] = {**place(step), "y": shorten(losses[step])}
+    return marks
+
+
 def shorten(number: float, digits: int = 6) -> float | int:
-    """The number with so many significant digits, whole where it is whole: a page holds tens of thousands."""
+    """Round to significant digits, to an integer if it is whole: a page holds tens of thousands of numbers."""
     short = float(f"{number:.{digits}g}")
     return int(short) if short.is_integer() and abs(short) < 2**53 else short
 
 
 def tail_mean(values: Sequence[float]) -> float:
-    """Where a noisy curve stands at its end: the mean of its last fifth, of ten values at most."""
+    """Return the mean of the last fifth, at most ten values: the level of a noisy curve at its end."""
     count = min(10, max(1, len(values) // 5))
     return sum(values[-count:]) / count

@@ -1,7 +1,7 @@
-"""What lies in a run folder, read by someone who trusts none of it.
+"""Reads a run folder and trusts none of it.
 
 A file may be absent, torn, damaged or another program's: what can be used is used, the rest is named and counted in
-`problems`, and nothing is raised. Metrics are kept as columns of 8 bytes a number, so that 100,000 rows cost megabytes.
+`problems`, and nothing is raised. Metrics are columns of 8 bytes per number, so that 100,000 rows cost megabytes.
 """
 
 import json
@@ -14,9 +14,19 @@ from typing import Any, TypeVar
 
 import yaml
 
-from smollm2.errors import DataError
+from smollm2.errors import DataError, lay_out
 from smollm2.storage.locks import is_held
-from smollm2.storage.run_folder import CHECKPOINT, step_of
+from smollm2.storage.run_folder import (
+    BEST,
+    CHECKPOINT,
+    CONFIG,
+    DIAGNOSTICS,
+    EVENTS,
+    LANDSCAPE,
+    METRICS,
+    SAMPLES,
+    step_of,
+)
 from smollm2.tracking.base import Diagnosis, Landscape
 
 COLUMNS = (
@@ -39,7 +49,7 @@ LARGEST_STEP = 2**53
 LARGEST_NUMBER = 1e100
 LARGEST_GRID = 201
 LIFE = ("start", "stopped", "failed", "done")
-"""Kinds of events that say whether a run goes on."""
+"""Kinds of events that decide the status of a run."""
 
 Row = Mapping[str, Any]
 Parsed = TypeVar("Parsed")
@@ -47,20 +57,20 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of config.yaml as it stands there; `origin` is empty where it is the default."""
+    """One value of config.yaml as it is written there; `origin` is empty if it is the default."""
 
     value: str
     origin: str
 
     @property
     def is_default(self) -> bool:
-        """Whether nobody set it: it is the default, or follows from another value."""
+        """Return whether nobody set it: it is the default, or follows from another value."""
         return self.origin in ("", "default") or self.origin.startswith("from ")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What could be read of one run. Metrics are columns of one length, NaN where a row lacks the number."""
+    """What could be read of one run. Metrics are columns of one length, NaN if a row lacks the number."""
 
     path: Path
     name: str
@@ -76,47 +86,47 @@ class RunFolder:
     is_held: bool = False
 
     def points(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of each row that has the metric."""
+        """Return (step, value) of each row that has the metric."""
         pairs = zip(self.metrics["step"], self.metrics[name], strict=True)
         return [(int(step), value) for step, value in pairs if not math.isnan(value)]
 
     def number(self, key: str) -> float | None:
-        """A setting that is a number."""
+        """Return a setting that is a number, or None."""
         setting = self.settings.get(key)
         return parse_number(setting.value) if setting else None
 
     def latest(self, *kinds: str) -> Row | None:
-        """The last event of these kinds."""
+        """Return the last event of these kinds, or None."""
         return next((event for event in reversed(self.events) if event["kind"] in kinds), None)
 
     @property
     def train_steps(self) -> int | None:
-        """Updates of the whole run, as its config says."""
+        """Return the steps of the whole run by its config."""
         steps = self.number("training.train_steps")
         return int(steps) if steps is not None else None
 
     @property
     def last_step(self) -> int:
-        """The last update that was reported; 0 before the first."""
+        """Return the last step that was reported; 0 before the first."""
         return int(max(self.metrics["step"], default=0))
 
 
 def read_run(path: Path) -> RunFolder:
-    """Everything that a page is made of. Raises DataError where the folder is no run's at all."""
-    if not (path / "metrics.jsonl").exists() and not (path / "config.yaml").exists():
-        what = "it has neither metrics.jsonl nor config.yaml" if path.is_dir() else "it is no folder"
-        raise DataError(f"{path} - {what} - name the --save_dir of a run")
+    """Read everything that a page shows. Raise DataError if the folder is not a run folder."""
+    if not (path / METRICS).exists() and not (path / CONFIG).exists():
+        what = f"it has neither {METRICS} nor {CONFIG}" if path.is_dir() else "it is not a folder"
+        raise DataError(path, what, "name the --save_dir of a run")
     problems: list[str] = []
     return RunFolder(
         path=path,
         name=path.resolve().name or str(path),
-        settings=read_settings(path / "config.yaml", problems),
-        metrics=read_metrics(path / "metrics.jsonl", problems),
-        events=sorted(read_rows(path / "events.jsonl", problems, parse_event), key=lambda row: row["step"]),
-        samples=sorted(read_rows(path / "samples.jsonl", problems, parse_sample), key=lambda row: row["step"]),
-        diagnoses=sorted(read_rows(path / "diagnostics.jsonl", problems, parse_diagnosis), key=lambda row: row[0]),
-        landscape=read_landscape(path / "landscape.json", problems),
-        best=read_object(path / "best.json", problems),
+        settings=read_settings(path / CONFIG, problems),
+        metrics=read_metrics(path / METRICS, problems),
+        events=sorted(read_rows(path / EVENTS, problems, parse_event), key=lambda row: row["step"]),
+        samples=sorted(read_rows(path / SAMPLES, problems, parse_sample), key=lambda row: row["step"]),
+        diagnoses=sorted(read_rows(path / DIAGNOSTICS, problems, parse_diagnosis), key=lambda row: row[0]),
+        landscape=read_landscape(path / LANDSCAPE, problems),
+        best=read_object(path / BEST, problems),
         checkpoints=list_checkpoints(path),
         problems=problems,
         is_held=is_held(path),
@@ -124,7 +134,7 @@ def read_run(path: Path) -> RunFolder:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Each run, under a name of its own: as much of its path as tells it from the others."""
+    """Read several runs; those with the same folder name are named by two parts of their paths."""
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     parts = [run.path.resolve().parts for run in runs]
@@ -135,18 +145,18 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, bytes]]:
-    """The numbered lines of a file; a torn last one is left out, since its row is being written or will be again."""
+    """Yield the numbered lines of a file; a torn last line is omitted, since its row is written again."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
                 if line.endswith(b"\n") or len(line) == LINE_BYTES:
                     yield number, line
     except OSError as error:
-        problems.append(f"{path.name} - it cannot be read: {error.strerror or error} - what it holds is missing here")
+        problems.append(lay_out(path.name, f"cannot be read ({error.strerror or error})"))
 
 
 def read_rows(path: Path, problems: list[str], parse: Callable[[Row], Parsed]) -> list[Parsed]:
-    """What `parse` makes of each line; lines that are no such rows are counted and the first is named."""
+    """Return the parsed rows of a file; damaged lines are counted and the first is named."""
     rows: list[Parsed] = []
     damaged: list[int] = []
     for number, line in read_lines(path, problems):
@@ -158,13 +168,13 @@ def read_rows(path: Path, problems: list[str], parse: Callable[[Row], Parsed]) -
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             damaged.append(number)
     if damaged:
-        lines = "1 line is no row" if len(damaged) == 1 else f"{len(damaged):,} lines are no rows"
-        problems.append(f"{path.name}:{damaged[0]} - {lines} - left out here")
+        lines = "1 damaged line is" if len(damaged) == 1 else f"{len(damaged):,} damaged lines are"
+        problems.append(lay_out(f"{path.name}:{damaged[0]}", f"{lines} omitted"))
     return rows
 
 
 def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
-    """The columns, in the order of their steps."""
+    """Read the metrics as columns, in the order of their steps."""
     columns = {name: array("d") for name in COLUMNS}
 
     def keep(row: Row) -> None:
@@ -181,12 +191,12 @@ def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
 
 
 def is_step(value: object) -> bool:
-    """Whether it counts updates."""
+    """Return whether the value is a number of steps."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_STEP
 
 
 def to_number(value: object) -> float:
-    """A number of a row; NaN where it is null, absent or beyond all sense. Raises ValueError where it is something else."""
+    """Return a number of a row; NaN if it is null, absent or absurdly large. Raise ValueError if it is not a number."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -195,36 +205,36 @@ def to_number(value: object) -> float:
 
 
 def to_numbers(value: Any) -> dict[str, float]:
-    """A mapping from names to numbers. Raises ValueError or AttributeError."""
+    """Return a mapping from names to numbers. Raise ValueError or AttributeError if it is not one."""
     return {str(name): to_number(number) for name, number in value.items()}
 
 
 def to_list(value: Any) -> list[float]:
-    """A list of numbers, of bounded length. Raises ValueError."""
+    """Return a list of numbers of bounded length. Raise ValueError if it is not one."""
     if not isinstance(value, list) or len(value) > LARGEST_GRID:
         raise ValueError(value)
     return [to_number(number) for number in value]
 
 
 def to_text(value: object) -> str:
-    """A text. Raises ValueError."""
+    """Return a text. Raise ValueError if it is not one."""
     if not isinstance(value, str):
         raise ValueError(value)
     return value
 
 
 def parse_event(row: Row) -> Row:
-    """An event with the texts that every event has, and a time that is a number."""
+    """Check the texts that every event has, and its time."""
     return {**row, "kind": to_text(row["kind"]), "message": to_text(row["message"]), "time": to_number(row.get("time"))}
 
 
 def parse_sample(row: Row) -> Row:
-    """One sample."""
+    """Check the texts of a sample."""
     return {"step": row["step"], "prompt": to_text(row["prompt"]), "text": to_text(row["text"])}
 
 
 def parse_diagnosis(row: Row) -> tuple[int, Diagnosis]:
-    """One look inside, with its step."""
+    """Return the diagnostics of one step."""
     return row["step"], Diagnosis(
         gradient_norms=to_numbers(row["gradient_norms"]),
         weight_norms=to_numbers(row["weight_norms"]),
@@ -235,24 +245,24 @@ def parse_diagnosis(row: Row) -> tuple[int, Diagnosis]:
 
 
 def read_object(path: Path, problems: list[str]) -> Row | None:
-    """The JSON object of a small file that need not be there."""
+    """Return the JSON object of a small file; None if it is absent or damaged."""
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(LINE_BYTES))
         if isinstance(found, dict):
             return found
-        problems.append(f"{path.name} - it is no JSON object - left out here")
+        problems.append(lay_out(path.name, "is not a JSON object"))
     except FileNotFoundError:
         pass
     except OSError as error:
-        problems.append(f"{path.name} - it cannot be read: {error.strerror or error} - left out here")
+        problems.append(lay_out(path.name, f"cannot be read ({error.strerror or error})"))
     except (ValueError, RecursionError):
-        problems.append(f"{path.name} - it is not JSON - left out here")
+        problems.append(lay_out(path.name, "is not JSON"))
     return None
 
 
 def read_landscape(path: Path, problems: list[str]) -> tuple[int, Landscape] | None:
-    """landscape.json with the step of its weights, where it is whole."""
+    """Return the landscape and the step of its weights; None if it is absent or damaged."""
     row = read_object(path, problems)
     if row is None:
         return None
@@ -266,12 +276,12 @@ def read_landscape(path: Path, problems: list[str]) -> tuple[int, Landscape] | N
             raise ValueError(path)
         return row["step"], Landscape(loss, line_at, line, grid_at, grid, int(seed), int(targets))
     except (ValueError, TypeError, KeyError, OverflowError):
-        problems.append(f"{path.name} - it is no landscape - left out here")
+        problems.append(lay_out(path.name, "is not a landscape"))
         return None
 
 
 def read_settings(path: Path, problems: list[str]) -> dict[str, Setting]:
-    """The values of config.yaml by dotted key, each with the comment behind it."""
+    """Return the values of config.yaml by dotted key, each with the comment after it."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(CONFIG_BYTES)
@@ -280,14 +290,14 @@ def read_settings(path: Path, problems: list[str]) -> dict[str, Setting]:
             raise ValueError(path)
         return dict(list_settings(root, text))
     except OSError as error:
-        problems.append(f"{path.name} - it cannot be read: {error.strerror or error} - what it holds is missing here")
+        problems.append(lay_out(path.name, f"cannot be read ({error.strerror or error})"))
     except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        problems.append(f"{path.name} - it is no config of a run - left out here")
+        problems.append(lay_out(path.name, "is not the config of a run"))
     return {}
 
 
 def list_settings(root: yaml.MappingNode, text: str) -> Iterator[tuple[str, Setting]]:
-    """Each key of each section."""
+    """Yield each key of each section."""
     for section, body in root.value:
         for key, value in body.value:
             rest = text[value.end_mark.index :].partition("\n")[0]
@@ -297,7 +307,7 @@ def list_settings(root: yaml.MappingNode, text: str) -> Iterator[tuple[str, Sett
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a setting's text is."""
+    """Return the number in a setting's text, or None."""
     try:
         number = float(text)
     except ValueError:
@@ -306,7 +316,7 @@ def parse_number(text: str) -> float | None:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
-    """(step, path, bytes) of each step_XXXX.pt, the oldest first."""
+    """Return (step, path, bytes) of each step_XXXX.pt, the oldest first."""
     found = []
     try:
         for path in folder.iterdir():

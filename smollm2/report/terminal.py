@@ -1,4 +1,4 @@
-"""Curves in the terminal: eight dots a character where its encoding has braille, one star a character elsewhere."""
+"""Curves in the terminal: eight braille dots per character if its encoding has them, else one star per character."""
 
 import itertools
 import math
@@ -6,30 +6,30 @@ import textwrap
 from collections.abc import Sequence
 
 from smollm2.report.reading import RunFolder
-from smollm2.report.verdict import verdict_of
+from smollm2.report.verdict import notes_of, verdict_of
 from smollm2.tracking.base import escape_controls
 
 ROWS = 12
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Of a braille character, by row and column of its dots."""
+"""The bits of a braille character by row and column of its dots."""
 
 CHARTS = (("loss", "loss"), ("validation_loss", "validation loss"), ("grad_norm", "gradient norm"))
 
 
 def draw_run(run: RunFolder, width: int, encoding: str) -> list[str]:
-    """The verdict and the curves as lines of at most `width` characters."""
-    said = [run.name, *verdict_of(run), *run.problems]
-    lines = [part for one in said for part in textwrap.wrap(escape_controls(one, keep_newlines=False), max(20, width))]
+    """Return the verdict and the curves as lines of at most `width` characters."""
+    texts = [run.name, *verdict_of(run), *notes_of(run), *run.problems]
+    lines = [part for one in texts for part in textwrap.wrap(escape_controls(one, keep_newlines=False), max(20, width))]
     for metric, title in CHARTS:
         points = run.points(metric)
         if len(points) > 1:
-            lines += ["", f"{title}, updates {points[0][0]:,} to {points[-1][0]:,}"]
+            lines += ["", f"{title}, steps {points[0][0]:,} to {points[-1][0]:,}"]
             lines += draw_curve(points, max(20, width), has_braille(encoding))
     return lines
 
 
 def has_braille(encoding: str) -> bool:
-    """Whether a terminal of this encoding can be sent the characters."""
+    """Return whether the encoding has the braille characters."""
     try:
         "\u28ff\u2502".encode(encoding)
     except (UnicodeEncodeError, LookupError):
@@ -38,7 +38,7 @@ def has_braille(encoding: str) -> bool:
 
 
 def draw_curve(points: Sequence[tuple[int, float]], width: int, braille: bool) -> list[str]:
-    """`ROWS` lines: an axis with the greatest and the least value, and the curve, one mean for each column of dots."""
+    """Return `ROWS` lines: an axis with the largest and the smallest value, and the curve, one mean per column of dots."""
     values = [value for _, value in points]
     labels = [f"{number:.4g}" for number in (max(values), min(values))]
     margin = max(map(len, labels))
@@ -49,7 +49,7 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int, braille: bool) -
     grid = [[0] * len(columns) for _ in range(ROWS * down)]
     depths = [round((high - value) / ((high - low) or 1.0) * (ROWS * down - 1)) for value in columns]
     for column, (before, depth) in enumerate(itertools.pairwise([depths[0], *depths])):
-        # From beside the dot before, so that a steep curve stays one line.
+        # Start beside the previous dot, so that a steep curve stays one line.
         for row in range(min(depth, before + 1), max(depth, before - 1) + 1):
             grid[row][column] = 1
     bar = "\u2502" if braille else "|"
@@ -59,7 +59,7 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int, braille: bool) -
 
 
 def encode_row(dots: Sequence[Sequence[int]], across: int, braille: bool) -> str:
-    """A line of characters from the rows of dots that it stands for."""
+    """Return a line of characters from its rows of dots."""
     if not braille:
         return "".join("*" if dot else " " for dot in dots[0])
     cells = range(0, len(dots[0]), across)
@@ -71,7 +71,7 @@ def encode_row(dots: Sequence[Sequence[int]], across: int, braille: bool) -> str
 
 
 def column_means(points: Sequence[tuple[int, float]], columns: int) -> list[float]:
-    """The mean of the values that fall on each column of dots; a column between two reports goes straight across."""
+    """Return the mean of the values in each column of dots; columns between two reports are interpolated."""
     first, last = points[0][0], points[-1][0]
     buckets: list[list[float]] = [[] for _ in range(columns)]
     for step, value in points:

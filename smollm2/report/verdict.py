@@ -1,4 +1,4 @@
-"""What became of a run, in sentences; each by a rule that its function names."""
+"""The verdict on a run: two sentences and some notes, each by a rule that its function names."""
 
 import math
 from collections.abc import Sequence
@@ -7,121 +7,165 @@ from smollm2.report.curves import tail_mean
 from smollm2.report.reading import LIFE, RunFolder
 
 RISE = 1.01
-"""A validation loss this many times the lowest has risen: less is the noise of a few windows."""
+"""A validation loss this many times the lowest has risen; less is the noise of a few windows."""
 
 GAP = 0.1
-"""A training loss this much below the validation loss is told: the distance of two texts of one kind is less."""
+"""A training loss this much below the validation loss is noted: two texts of one kind differ by less."""
 
 
 def status_of(run: RunFolder) -> str:
-    """`running`, `finished`, `stopped`, `failed` or `broken off`: by the last of the events that say so."""
+    """Return `running`, `finished`, `stopped`, `failed` or `interrupted`, by the last event that decides it."""
     last = run.latest(*LIFE)
     kind = last["kind"] if last else ""
     if kind in ("stopped", "failed"):
         return str(kind)
     if kind == "done" or (run.train_steps and run.last_step >= run.train_steps and not run.is_held):
         return "finished"
-    return "running" if run.is_held else "broken off"
-
-
-def describe_status(run: RunFolder) -> str:
-    """How far the run came, and why no farther."""
-    total = f" of {run.train_steps:,}" if run.train_steps else ""
-    match status_of(run):
-        case "finished":
-            return f"All {run.last_step:,} updates are done."
-        case "running":
-            return f"It is at update {run.last_step:,}{total}."
-        case "stopped":
-            return f"It was stopped at update {run.last_step:,}{total} and can go on from there."
-        case "failed":
-            last = run.latest(*LIFE) or {}
-            return f"It failed at update {run.last_step:,}{total}: {last.get('reason', 'no reason was left')}"
-    if not run.last_step:
-        return "Nothing was reported yet."
-    return f"It ended after update {run.last_step:,}{total} without a word: killed, or the machine went down."
-
-
-def describe_loss(run: RunFolder) -> str:
-    """From the first report to the mean of the last ones."""
-    losses = [loss for _, loss in run.points("loss")]
-    if len(losses) < 2:
-        return "There are not enough reports yet to say where the loss is going."
-    first, last = losses[0], tail_mean(losses)
-    verb = "fell" if last < first else "did not fall: it went"
-    return f"The training loss {verb} from {first:.2f} to {last:.2f}."
-
-
-def describe_bits(run: RunFolder) -> str:
-    """Bits per byte, by which runs of other tokenizers compare, against the first validation."""
-    bits = [value for _, value in run.points("validation_bpb")]
-    if not bits:
-        return ""
-    if len(bits) == 1:
-        return f"Text that it was not trained on takes {bits[0]:.2f} bits per byte."
-    return f"Text that it was not trained on takes {bits[-1]:.2f} bits per byte, against {bits[0]:.2f} at the first validation."
-
-
-def describe_fit(run: RunFolder) -> str:
-    """Whether it overfits: the validation loss has risen by over 1 % since its lowest, and the training loss has not.
-
-    The last validation reads the whole split and those before it a part of it, so it has no say where three came before.
-    """
-    points = run.points("validation_loss")
-    if len(points) > 3 and points[-1][0] == run.train_steps:
-        points = points[:-1]
-    if len(points) < 3:
-        return ""
-    best_step, best = min(points, key=lambda point: point[1])
-    reports = run.points("loss")
-    losses = [loss for _, loss in reports]
-    if points[-1][1] <= best * RISE:
-        gap = 1 - tail_mean(losses) / points[-1][1] if losses else 0.0
-        more = f"; the training loss is {gap:.0%} lower, so part of the text is learned by heart" if gap > GAP else ""
-        return f"It does not overfit: the validation loss has not risen from its lowest{more}."
-    risen = f"the validation loss has risen by {points[-1][1] / best - 1:.0%} since update {best_step:,}"
-    before = [loss for step, loss in reports if step <= best_step]
-    after = [loss for step, loss in reports if step > best_step]
-    if before and after and tail_mean(after) < tail_mean(before):
-        return f"It overfits: {risen}, while the training loss fell on. More text or fewer updates would help."
-    return f"It got worse: {risen}, and the training loss has not fallen either. A lower learning rate may help."
-
-
-def describe_trouble(run: RunFolder) -> str:
-    """Skipped updates and spikes."""
-    skips = sum(event["kind"] == "skip" for event in run.events)
-    spikes = sum(event["kind"] == "spike" for event in run.events)
-    if not skips and not spikes:
-        return "No update was skipped and no loss stood out." if run.last_step else ""
-    said = [f"{count_of(skips, 'update')} skipped, because loss or gradient was not finite"] if skips else []
-    said += [f"{count_of(spikes, 'loss', 'losses')} stood out from those before"] if spikes else []
-    return begin_sentence("; ".join(said))
+    return "running" if run.is_held else "interrupted"
 
 
 def verdict_of(run: RunFolder) -> list[str]:
-    """The sentences, the state of the run first."""
+    """Return at most two sentences: status and training loss, then validation. A failure takes the first for itself."""
     if not run.last_step:
-        return [describe_status(run)]
-    parts = (describe_status, describe_loss, describe_bits, describe_fit, describe_trouble)
-    return [sentence for part in parts if (sentence := part(run))]
+        return [f"{describe_status(run)}."]
+    status, loss = describe_status(run), describe_loss(run)
+    if status_of(run) == "failed":
+        return [
+            end_sentence(status),
+            begin_sentence("; ".join(part for part in (loss, describe_validation(run)) if part)),
+        ]
+    first = f"{status}; {loss}." if loss else f"{status}."
+    validation = describe_validation(run)
+    return [first, begin_sentence(validation)] if validation else [first]
+
+
+def notes_of(run: RunFolder) -> list[str]:
+    """Return what deserves attention besides the verdict, with advice: overfitting, skipped steps, loss spikes."""
+    notes = [note] if (note := advise_on_fit(run)) else []
+    skips, spikes = (sum(event["kind"] == kind for event in run.events) for kind in ("skip", "spike"))
+    if skips:
+        notes.append(f"{count_of(skips, 'step')} skipped, because the loss or the gradient was not finite.")
+    if spikes:
+        notes.append(f"{count_of(spikes, 'loss spike')}: far above the losses before.")
+    return notes
+
+
+def describe_status(run: RunFolder) -> str:
+    """Return how far the run came, and why it ended."""
+    step, total = f"{run.last_step:,}", f" of {run.train_steps:,}" if run.train_steps else ""
+    match status_of(run):
+        case "finished":
+            return f"All {step} steps are done"
+        case "running":
+            return f"The run is at step {step}{total}"
+        case "stopped":
+            return f"The run was stopped at step {step}{total} and can be resumed"
+        case "failed":
+            last = run.latest(*LIFE) or {}
+            return f"The run failed at step {step}{total}: {last.get('reason', 'no reason was recorded')}"
+    if not run.last_step:
+        return "Nothing has been reported yet"
+    return f"The run was interrupted after step {step}{total} (killed, or the machine went down)"
+
+
+def describe_loss(run: RunFolder) -> str:
+    """Return the first and the last reported training loss: each is the loss of its own step, as in metrics.jsonl."""
+    losses = [loss for _, loss in run.points("loss")]
+    if len(losses) < 2:
+        return ""
+    fell = tail_mean(losses) < losses[0]
+    verb = "fell from" if fell else "did not fall: it went from"
+    return f"the training loss {verb} {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def describe_validation(run: RunFolder) -> str:
+    """Return bits per byte, by which runs with other tokenizers compare, or the loss; and whether the run overfits."""
+    for metric, form in (("validation_bpb", "{:.3f} bits per byte"), ("validation_loss", "a loss of {:.3f}")):
+        values = [value for _, value in run.points(metric)]
+        if values:
+            first = f" ({values[0]:.3f} at first)" if len(values) > 1 else ""
+            return f"validation is at {form.format(values[-1])}{first}{describe_fit(run)}"
+    if (run.latest("data") or {}).get("validation_tokens") in (0, 1):
+        return "there was no validation, because the text is too short for a validation split"
+    return "no validation has run yet" if status_of(run) == "running" else "no validation was run"
+
+
+def describe_fit(run: RunFolder) -> str:
+    """Return a clause on overfitting; empty with fewer than three validations."""
+    risen = rise_of(run)
+    if risen is None:
+        return ""
+    step, rise = risen
+    if rise <= RISE - 1:
+        return ", and the run does not overfit"
+    fell = did_loss_fall(run, step)
+    what = "the run overfits" if fell else "the run got worse"
+    return f"; {what}: the validation loss rose by {rise:.0%} since step {step:,}{', while the training loss fell' if fell else ''}"
+
+
+def advise_on_fit(run: RunFolder) -> str:
+    """Return what to do about the fit; empty if there is nothing to do."""
+    risen = rise_of(run)
+    if risen is None:
+        return ""
+    step, rise = risen
+    if rise > RISE - 1:
+        return (
+            "Use more text or fewer steps, or the best checkpoint."
+            if did_loss_fall(run, step)
+            else "The training loss rose too: a lower learning rate may help."
+        )
+    losses = [loss for _, loss in run.points("loss")]
+    gap = 1 - tail_mean(losses) / comparable_validations(run)[-1][1] if losses else 0.0
+    return (
+        f"The training loss is {gap:.0%} below the validation loss: part of the text is memorized." if gap > GAP else ""
+    )
+
+
+def rise_of(run: RunFolder) -> tuple[int, float] | None:
+    """Return the step of the lowest validation loss, and by what share the last one is above it."""
+    points = comparable_validations(run)
+    if len(points) < 3:
+        return None
+    step, lowest = min(points, key=lambda point: point[1])
+    return step, points[-1][1] / lowest - 1 if lowest > 0 else 0.0
+
+
+def comparable_validations(run: RunFolder) -> list[tuple[int, float]]:
+    """Return the validation losses over the same windows: the last step validates on the whole split, others on a part."""
+    points = run.points("validation_loss")
+    return points[:-1] if len(points) > 3 and points[-1][0] == run.train_steps else points
+
+
+def did_loss_fall(run: RunFolder, step: int) -> bool:
+    """Return whether the training loss fell after a step."""
+    reports = run.points("loss")
+    before = [loss for at, loss in reports if at <= step]
+    after = [loss for at, loss in reports if at > step]
+    return bool(before and after) and tail_mean(after) < tail_mean(before)
 
 
 def best_of(run: RunFolder, metric: str) -> tuple[int, float] | None:
-    """Where a metric is lowest."""
+    """Return the step and value of a metric's minimum."""
     return min(run.points(metric), key=lambda point: point[1], default=None)
 
 
 def median_of(values: Sequence[float]) -> float:
-    """The middle one; NaN of none."""
+    """Return the median; NaN if there are no values."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else math.nan
 
 
 def begin_sentence(text: str) -> str:
-    """With a capital, and a full stop."""
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    """Capitalize the first letter and end with a full stop."""
+    return end_sentence(f"{text[0].upper()}{text[1:]}") if text else ""
+
+
+def end_sentence(text: str) -> str:
+    """Add a full stop unless there is one."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def count_of(number: int, noun: str, plural: str = "") -> str:
-    """`1 update`, `2 updates`."""
+    """Return `1 step`, `2 steps`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -86,7 +86,7 @@ def flow_figure(diagnosis: Diagnosis) -> Figure:
 
 
 def landscape_figures(landscape: Landscape) -> dict[str, Figure]:
-    """Return the landscape as a `surface` and a `map` over both directions, and as a `line` along the first."""
+    """Return the landscape as a `surface` over both directions and as a `line` along the first; the weights are marked."""
     at, loss = list(landscape.grid_at), landscape.loss
     # grid[i][j] is at i along the first direction; plotly's z[row][column] has x in its columns.
     grid = [finite(column) for column in zip(*landscape.grid, strict=True)]
@@ -101,21 +101,14 @@ def landscape_figures(landscape: Landscape) -> dict[str, Figure]:
         "surface": {
             "data": [
                 {"type": "surface", **plane, "showscale": False, "hovertemplate": hover},
-                {"type": "scatter3d", **centre, "z": [loss], "marker": {"size": 4}},
+                {"type": "scatter3d", **centre, "z": finite([loss]), "marker": {"size": 4}},
             ],
             "layout": {**title, "scene": {**axes, "zaxis": axis("loss")}},
-        },
-        "map": {
-            "data": [
-                {"type": "contour", **plane, "hovertemplate": hover, "contours": {"coloring": "heatmap"}},
-                {"type": "scatter", **centre, "marker": {"symbol": "cross", "size": 10}},
-            ],
-            "layout": {**title, **axes},
         },
         "line": {
             "data": [
                 {"type": "scatter", **line, "hovertemplate": "%{x:.3~g}: %{y:.4f}<extra></extra>"},
-                {"type": "scatter", **centre, "y": [loss], "marker": {"size": 8}},
+                {"type": "scatter", **centre, "y": finite([loss]), "marker": {"size": 8}},
             ],
             "layout": {**title, "xaxis": axis("distance along the first direction"), "yaxis": axis("loss")},
         },

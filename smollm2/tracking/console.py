@@ -133,7 +133,7 @@ class ConsoleTracker(Tracker):
         self._draw(None)
 
     def _show_metrics(self, metrics: Mapping[str, float | int], step: int) -> None:
-        shown = {name: metrics[name] for name in FORMATS if name in metrics and is_known(name, metrics[name])}
+        shown = {name: metrics[name] for name in FORMATS if name in metrics}
         if "loss" in shown:
             shown["smoothed_loss"] = self._smooth(shown["loss"])
         self.latest |= shown
@@ -242,11 +242,6 @@ class RunLog:
     def write_error(self, error: BaseException) -> None:
         """Append an error with its traceback and its causes."""
         self.write("".join(traceback.format_exception(error)).rstrip())
-
-
-def is_known(name: str, value: float) -> bool:
-    """Return False for a validation number that does not exist: bits per byte of a text without bytes are NaN."""
-    return not (name == "validation_bpb" and math.isnan(value))
 
 
 def format_metrics(metrics: Mapping[str, float | int]) -> list[str]:

@@ -6,6 +6,7 @@ none is missing or double. That requires that everything about step N is logged,
 checkpoint is written. A number that is not finite becomes null: JSON has no NaN.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -166,6 +167,16 @@ def repair_rows(path: Path, last_step: int, report: Report) -> None:
         report(f"{path.name}:{damaged[0][0]}: {len(damaged)} damaged lines were moved to {moved.name}")
     if torn or len(kept) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in kept))
+
+
+def read_values(path: Path, name: str) -> list[float]:
+    """Return the values of one metric in the rows of a file; null and damaged lines are skipped."""
+    values = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            value = json.loads(line).get(name)
+            values += [float(value)] if isinstance(value, int | float) else []
+    return values
 
 
 def read_step(line: bytes) -> int | None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smollm2.config.schema import Config, WandbConfig
+from smollm2.config.schema import Config
 from smollm2.formatting import format_bytes
 from smollm2.plan.arithmetic import estimate_disk
 from smollm2.storage.run_folder import CONFIG, TOKENIZER
@@ -39,7 +39,8 @@ from smollm2.tracking.base import (
     describe,
 )
 from smollm2.tracking.charts import Figure, diagnosis_metrics, flow_figure, group_metrics, landscape_figures
-from smollm2.tracking.wandb_environment import OWN_FOLDER, Mode, WandbEnvironment, decide_mode
+from smollm2.tracking.wandb_environment import Mode, WandbEnvironment, decide_mode
+from smollm2.tracking.wandb_links import CheckpointLinks, remove_links
 
 if TYPE_CHECKING:
     import wandb
@@ -110,84 +111,21 @@ def describe_upload(config: Config, done: int) -> str:
     )
 
 
-def links_folder(folder: Path) -> Path:
-    """Return the folder of the hard links to checkpoints."""
-    return folder.absolute() / OWN_FOLDER / "checkpoints"
-
-
-def remove_links(folder: Path) -> None:
-    """Remove the hard links of a run folder: those of an interrupted run may keep gigabytes of removed checkpoints."""
-    for path in links_folder(folder).glob("*.pt"):
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-class CheckpointLinks:
-    """Hard links to the checkpoints that are to be uploaded, in the run's wandb folder."""
-
-    def __init__(self, folder: Path, config: WandbConfig, report: Report) -> None:
-        self.folder, self.chosen, self.report = links_folder(folder), config.log_checkpoints, report
-
-    def keep(self, path: Path, is_best: bool) -> Path | None:
-        """Return the hard link, or None if this file is not wanted or the disk has no hard links, which is reported."""
-        if self.chosen == "none" or (self.chosen == "best" and not is_best):
-            return None
-        link = self.folder / path.name
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.hardlink_to(path)
-        except OSError as error:
-            self.chosen = "none"
-            self.report(f"W&B: {path.name} cannot be linked ({error.strerror or error}). No checkpoints are uploaded.")
-            return None
-        return link
-
-
 def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Report) -> "WandbTracker":
     """Import wandb and start the run: online if that works, else offline with one line."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
 
-    def begin(mode: Mode) -> "wandb.Run":
-        settings = wandb.Settings(
-            mode=mode,
-            console="off",
-            disable_git=True,
-            disable_job_creation=True,
-            host="",
-            program="train.py",
-            finish_timeout=FINISH_SECONDS,
-            finish_timeout_raises=True,
-            init_timeout=INIT_SECONDS,
-            save_code=False,
-            silent=True,
-            # Not x_disable_machine_info: it would silence the measurements too.
-            x_disable_meta=True,
-            x_save_requirements=False,
-        )
-        return wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            name=config.wandb.name or folder.resolve().name,
-            tags=list(config.wandb.tags),
-            config=config.model_dump(mode="json"),
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-            settings=settings,
-        )
-
     try:
-        run = begin(mode)
+        run = init_run(config, folder, run_id, mode)
     except Exception as error:
         # The service still holds the id of the run that failed; a fresh one does not.
         wandb.teardown()
         if mode == "offline":
             raise
         report(f"W&B: offline, the host refused ({describe(error)})")
-        run = begin("offline")
+        run = init_run(config, folder, run_id, "offline")
     if not run.offline:
         report(f"W&B: {run.url}")
     run.define_metric("train/step")
@@ -200,6 +138,39 @@ def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Repo
     except Exception as error:
         report(f"W&B: code, config and tokenizer are not uploaded ({describe(error)})")
     return tracker
+
+
+def init_run(config: Config, folder: Path, run_id: str, mode: Mode) -> "wandb.Run":
+    """Start the run in a mode, with everything turned off that wandb would send unasked."""
+    import wandb
+
+    settings = wandb.Settings(
+        mode=mode,
+        console="off",
+        disable_git=True,
+        disable_job_creation=True,
+        host="",
+        program="train.py",
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
+        init_timeout=INIT_SECONDS,
+        save_code=False,
+        silent=True,
+        # Not x_disable_machine_info: it would silence the measurements too.
+        x_disable_meta=True,
+        x_save_requirements=False,
+    )
+    return wandb.init(
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        name=config.wandb.name or folder.resolve().name,
+        tags=list(config.wandb.tags),
+        config=config.model_dump(mode="json"),
+        dir=str(folder),
+        id=run_id,
+        resume="allow",
+        settings=settings,
+    )
 
 
 def list_code() -> list[tuple[Path, str]]:

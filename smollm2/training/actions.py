@@ -91,7 +91,9 @@ def validate(run: Run, step: int, size: int, *, whole: bool) -> float:
     indices = spread(count, count if whole else run.config.training.eval_windows)
     bytes_per_token = run.tokenizer.bytes_per_token
     found = evaluate_on_ranks(run.model, run.validation, indices, bytes_per_token, batch_size=size, runtime=run.runtime)
-    run.tracker.log({"validation_loss": found.loss, "validation_bpb": found.bits_per_byte}, step)
+    # Tokens without bytes, such as the end of text alone, have no bits per byte.
+    bits = {"validation_bpb": found.bits_per_byte} if found.text_bytes else {}
+    run.tracker.log({"validation_loss": found.loss, **bits}, step)
     return found.loss
 
 

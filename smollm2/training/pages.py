@@ -114,7 +114,7 @@ def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, st
     folder = Path(run.config.training.save_dir)
     rows = [
         ("time", str(datetime.timedelta(seconds=round(seconds)))),
-        ("watching", f"{run.tracker.seconds:.1f} s of {seconds:.0f} s ({run.tracker.seconds / seconds:.1%})"),
+        ("logging overhead", f"{run.tracker.seconds:.1f} s of {seconds:.0f} s ({run.tracker.seconds / seconds:.1%})"),
         ("loss", f"{progress.loss:.4f}"),
         ("model", str(folder / f"step_{progress.step:04d}.pt")),
         ("samples", str(folder / "samples.jsonl")),

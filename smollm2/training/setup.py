@@ -37,9 +37,10 @@ from smollm2.plan.arithmetic import estimate_disk
 from smollm2.report.tracker import ReportTracker
 from smollm2.runtime.device import Runtime, compile_blocks, environment
 from smollm2.storage.atomic import write_atomically
+from smollm2.storage.run_folder import METRICS
 from smollm2.tracking.base import Fanout, Fence
 from smollm2.tracking.console import ConsoleTracker
-from smollm2.tracking.jsonl import JsonlTracker
+from smollm2.tracking.jsonl import JsonlTracker, read_values
 from smollm2.tracking.tensorboard import start_tensorboard
 from smollm2.tracking.wandb import start_wandb
 from smollm2.tracking.wandb_environment import make_run_id, prepare_environment
@@ -109,6 +110,7 @@ def open_run(
     rows = None
     if runtime.rank == 0:
         rows = JsonlTracker(folder, start[1]["step"] if start else 0, console.say)
+        console.restore_smoothing(read_values(folder / METRICS, "loss"))
         trackers.append(rows)
         write_atomically(folder / "config.yaml", effective_config_yaml(config, dict(origins)).encode())
         tokenizer.save(folder / "tokenizer")

@@ -87,7 +87,7 @@ def test_the_seconds_spent_in_trackers_are_counted() -> None:
     assert 0.02 <= tracker.seconds < 1
 
 
-def test_what_a_fenced_tracker_computes_is_counted_and_its_waiting_is_not() -> None:
+def test_the_cpu_time_of_a_fenced_tracker_is_counted_and_its_waiting_is_not() -> None:
     class Busy(Recorder):
         def on(self, message: Message) -> None:
             time.sleep(0.2)
@@ -169,7 +169,7 @@ def test_a_tracker_that_cannot_be_opened_is_named_once_in_one_line() -> None:
     assert reported == ["W&B: turned off after an error (ImportError: broken). The run folder is complete."]
 
 
-def test_a_tracker_that_blocks_delays_neither_a_report_nor_the_end() -> None:
+def test_a_blocked_tracker_delays_neither_a_report_nor_the_end() -> None:
     never, reported = threading.Event(), list[str]()
 
     def block() -> Recorder:
@@ -187,7 +187,7 @@ def test_a_tracker_that_blocks_delays_neither_a_report_nor_the_end() -> None:
     never.set()
 
 
-def test_what_a_full_queue_cannot_hold_is_counted() -> None:
+def test_messages_dropped_by_a_full_queue_are_counted() -> None:
     go, tracker, reported = threading.Event(), Recorder(), list[str]()
 
     def wait() -> Recorder:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smollm2.tracking.base import Fanout, Sample
-from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets, redact
+from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets, join_in_lines, redact, wrap_words
 
 REPORT = {
     "loss": 3.21,
@@ -39,13 +39,13 @@ def show_a_run(console: ConsoleTracker) -> None:
     console.report("done")
 
 
-def test_a_report_is_one_plain_line_off_a_terminal() -> None:
+def test_a_report_is_one_plain_line_in_a_pipe() -> None:
     assert printed(lambda console: Fanout([console]).log(REPORT, 10)) == (
         "step 10/1000  loss 3.2100  smoothed_loss 3.2100  learning_rate 1.00e-04  grad_norm 0.910  tokens_per_second 12346\n"
     )
 
 
-def test_a_validation_is_one_plain_line_off_a_terminal() -> None:
+def test_a_validation_is_one_plain_line_in_a_pipe() -> None:
     rows = {"validation_loss": 3.5, "validation_bpb": 1.25}
     assert (
         printed(lambda console: Fanout([console]).log(rows, 10))
@@ -53,18 +53,18 @@ def test_a_validation_is_one_plain_line_off_a_terminal() -> None:
     )
 
 
-def test_an_event_without_a_message_is_for_the_files_alone() -> None:
+def test_an_event_without_text_is_not_printed() -> None:
     assert printed(lambda console: Fanout([console]).log_event("start", "", 0, device="cpu")) == ""
 
 
-def test_a_loss_that_is_no_number_is_shown_as_such() -> None:
+def test_a_loss_that_is_nan_is_printed_as_nan() -> None:
     assert (
         printed(lambda console: Fanout([console]).log({"loss": math.nan}, 1))
         == "step 1/1000  loss nan  smoothed_loss nan\n"
     )
 
 
-def test_no_control_character_goes_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_control_character_is_written_to_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "20")
     lines = printed(show_a_run).splitlines()
@@ -72,7 +72,7 @@ def test_no_control_character_goes_off_a_terminal(monkeypatch: pytest.MonkeyPatc
     assert [line.split()[0] for line in lines] == ["Training", "model", "folder", *["step"] * 5, "saved", "done"]
 
 
-def test_a_time_is_left_once_there_is_a_pace() -> None:
+def test_the_time_left_is_printed_from_the_second_report_on() -> None:
     first, second = printed(lambda console: [Fanout([console]).log(REPORT, step) for step in (10, 20)]).splitlines()
     assert "time_left" not in first and re.search(r"time_left \d:\d\d:\d\d$", second)
 
@@ -85,6 +85,18 @@ def test_the_smoothed_loss_is_the_exponential_mean_without_bias() -> None:
     assert text.splitlines()[-1].endswith(f"smoothed_loss {expected:.4f}")
 
 
+def test_the_smoothed_loss_continues_after_a_resume() -> None:
+    losses = [5.0, 4.0, 3.0, 2.5]
+    whole = printed(lambda console: [Fanout([console]).log({"loss": loss}, 1) for loss in losses])
+
+    def resume(console: ConsoleTracker) -> None:
+        console.restore_smoothing(losses[:2])
+        for loss in losses[2:]:
+            Fanout([console]).log({"loss": loss}, 1)
+
+    assert printed(resume).splitlines() == whole.splitlines()[2:]
+
+
 def test_a_page_aligns_its_values() -> None:
     text = printed(lambda console: console.show_page("Title", [("a", "1"), ("long", "[/b] 2\n3")]))
     assert text == "Title\n  a     1\n  long  [/b] 2\\n3\n"
@@ -95,12 +107,12 @@ def test_a_sample_is_one_line_with_its_prompt_in_brackets() -> None:
     assert text == "step 7/1000  sample: []a\\n[b]\nstep 7/1000  sample: [The] end\n"
 
 
-def test_quick_work_before_the_run_is_said_once() -> None:
+def test_the_progress_of_quick_work_is_printed_once() -> None:
     text = printed(lambda console: [console.show_progress("tokenizing", n / 100) for n in range(101)] * 2)
     assert text == "tokenizing 100%\n"
 
 
-def test_slow_work_before_the_run_is_said_by_the_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_of_slow_work_is_printed_by_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     fractions = (0.0, 0.05, 0.25, 0.3, 0.5, 0.75, 0.8, 1.0)
@@ -108,14 +120,30 @@ def test_slow_work_before_the_run_is_said_by_the_tenth(monkeypatch: pytest.Monke
     assert text.splitlines() == ["tokenizing 25%", "tokenizing 50%", "tokenizing 75%", "tokenizing 100%"]
 
 
-def test_what_the_encoding_lacks_is_written_as_its_escape() -> None:
+def test_characters_that_the_encoding_lacks_are_escaped() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii")
     ConsoleTracker(1, 0, stream).report("Zürich\udc80")
     assert raw.getvalue().split() == [b"Z\\xfcrich\\udc80"]
 
 
-def test_a_closed_pipe_ends_nothing() -> None:
+def test_progress_pages_and_samples_are_escaped_for_an_ascii_stream() -> None:
+    raw = io.BytesIO()
+    console = ConsoleTracker(1, 0, io.TextIOWrapper(raw, "ascii"))
+    console.show_progress("Zürich", 1.0)
+    console.show_page("Zürich", [("größe", "é")])
+    Fanout([console]).log_text([Sample("é", "ü")], 1)
+    Fanout([console]).log_event("x", "é", 1)
+    assert raw.getvalue().decode("ascii").splitlines() == [
+        "Z\\xfcrich 100%",
+        "Z\\xfcrich",
+        "  gr\\xf6\\xdfe  \\xe9",
+        "step 1/1  sample: [\\xe9]\\xfc",
+        "\\xe9",
+    ]
+
+
+def test_a_closed_pipe_does_not_end_the_run() -> None:
     program = (
         "import sys; from smollm2.tracking.base import Fanout; from smollm2.tracking.console import ConsoleTracker; console = ConsoleTracker(9, 0)\n"
         "for step in range(20_000): Fanout([console]).log({'loss': 1.0}, step)\n"
@@ -157,7 +185,7 @@ def test_a_terminal_has_the_latest_numbers_below_a_bar(terminal_output: str) -> 
     assert re.search(r"step 20/1000  time_left \d:\d\d:\d\d", terminal_output)
 
 
-def test_a_terminal_still_has_all_the_numbers_below_a_message(terminal_output: str) -> None:
+def test_a_terminal_shows_all_numbers_below_a_message(terminal_output: str) -> None:
     sample, event = terminal_output.index("[Once]"), terminal_output.index("saved")
     assert "tokens_per_second 12346" in terminal_output[sample:event]
 
@@ -167,7 +195,7 @@ def test_a_terminal_scrolls_short_reports_above_the_bar(terminal_output: str) ->
         assert line in terminal_output
 
 
-def test_a_terminal_is_not_sent_what_a_sample_would_make_it_obey(terminal_output: str) -> None:
+def test_a_terminal_receives_no_control_character_of_a_sample(terminal_output: str) -> None:
     """G6."""
     assert "[Once] upon\r\n\\x1b[2Ja" in terminal_output and "\x1b[2J" not in terminal_output
     assert "saved \\x1b[31mred" in terminal_output
@@ -177,7 +205,28 @@ def test_a_terminal_keeps_a_long_path_in_one_piece(terminal_output: str) -> None
     assert "x" * 200 in terminal_output
 
 
-def test_a_terminal_is_left_as_it_was(terminal_output: str) -> None:
+def test_a_terminal_has_no_metric_that_is_broken_across_lines(terminal_output: str) -> None:
+    below = re.findall(r"smoothed_loss 3\.2100.*?tokens_per_second 12346", terminal_output, re.DOTALL)[-1]
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", below).split("\n")
+    assert len(lines) > 1
+    assert all(re.fullmatch(r"(\w+ \S+)(  \w+ \S+)*", line.strip()) for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 90, 100])
+def test_long_lines_are_broken_at_spaces_only(width: int) -> None:
+    line = "  precision  float32: this machine has no bf16 units; attention: sdpa; compile: off; " + "/" + "x" * 120
+    lines = wrap_words(line, width, 13).splitlines()
+    assert " ".join(" ".join(lines).split()) == " ".join(line.split())
+    assert all(len(one) <= width for one in lines if "xxx" not in one)
+    assert all(one.startswith(" " * 13) for one in lines[1:])
+
+
+def test_parts_are_joined_in_as_few_lines_as_they_need() -> None:
+    assert join_in_lines(["aaa 1", "bbb 2", "ccc 3"], 12) == ["aaa 1  bbb 2", "ccc 3"]
+    assert join_in_lines(["a" * 30], 12) == ["a" * 30]
+
+
+def test_a_terminal_is_restored_at_the_end(terminal_output: str) -> None:
     assert terminal_output.rindex("\x1b[?25h") > terminal_output.rindex("\x1b[?25l")
     assert terminal_output.endswith("done\r\n")
 
@@ -202,7 +251,7 @@ def test_the_log_has_the_traceback_of_an_error_and_of_its_cause(tmp_path: Path) 
     assert "KeyError: 'cause'" in text and "ValueError: effect" in text and 'raise KeyError("cause")' in text
 
 
-def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     RunLog(tmp_path / "absent", 0).write("x")
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ import pytest
 
 from smollm2.errors import ResourceError
 from smollm2.tracking.base import Diagnosis, Fanout, Histogram, Landscape, Sample
-from smollm2.tracking.jsonl import JsonlTracker
+from smollm2.tracking.jsonl import JsonlTracker, read_values
 
 
 def rows_of(path: Path) -> list[dict[str, object]]:
@@ -66,7 +66,7 @@ def test_a_diagnosis_is_a_row_of_rounded_numbers_without_histograms(tmp_path: Pa
     ]
 
 
-def test_a_landscape_is_kept_whole_and_the_newest_stays(tmp_path: Path) -> None:
+def test_the_newest_landscape_replaces_the_one_before(tmp_path: Path) -> None:
     files = JsonlTracker(tmp_path, 0, print)
     tracker = Fanout([files])
     for loss in (2.0, 1.0):
@@ -185,3 +185,11 @@ def test_a_folder_that_cannot_hold_the_files_is_named(tmp_path: Path) -> None:
         ResourceError, match=r"events\.jsonl: cannot be written \(Is a directory\)\. .*another --save_dir"
     ):
         JsonlTracker(tmp_path, 0, print)
+
+
+def test_the_values_of_a_metric_are_read_back_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "loss": 3}\n{"step": 1, "validation_loss": 9}\nnull\n{\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.5}\n'
+    )
+    assert read_values(path, "loss") == [3.0, 2.5]

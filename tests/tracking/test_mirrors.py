@@ -1,4 +1,4 @@
-"""Whole runs that are mirrored: what arrives, what must not leave, and what a run does when the mirror breaks."""
+"""Whole runs with W&B and TensorBoard: what arrives, what must not leave the machine, and what a failing host changes."""
 
 import base64
 import json
@@ -19,18 +19,18 @@ from wandb_server import Answer, Request, wandb_server
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 CANARY = "canary"
-MIRRORED = TINY + "wandb: {enabled: true}\n"
+WITH_WANDB = TINY + "wandb: {enabled: true}\n"
 
 DRIVER = """
 import sys
 from smollm2.cli.main import main
-sys.exit(main(sys.argv[2:]))  # the first argument is for nobody
+sys.exit(main(sys.argv[2:]))  # the first argument is a canary
 """
 
 
 @dataclass
 class WholeRun:
-    """A mirrored run as a process of its own, on a machine full of canaries."""
+    """A run with W&B as a process of its own, on a machine full of canaries: planted values that must not leave it."""
 
     root: Path
     host: str = ""
@@ -45,12 +45,12 @@ class WholeRun:
         return self.root / "checkout" / "checkpoints"
 
     def prepare(self) -> Path:
-        """A checkout and a home folder, unless they are there; returns the checkout."""
+        """Make a checkout and a home folder unless they exist, and return the checkout."""
         checkout, home = self.root / "checkout", self.root / "home"
         for path in (home, self.root / "tmp"):
             path.mkdir(parents=True, exist_ok=True)
         if not checkout.exists():
-            write_tiny(checkout, text=WORDS * 40 + f"{CANARY}-text. ", config=MIRRORED)
+            write_tiny(checkout, text=WORDS * 40 + f"{CANARY}-text. ", config=WITH_WANDB)
             for command in ("init -q", f"remote add origin https://u:{CANARY}-git@example.org/{CANARY}-remote"):
                 subprocess.run(["git", *command.split()], check=True, cwd=checkout)
             (checkout / ".env").write_text(f"KEY={CANARY}-dotenv")
@@ -59,7 +59,7 @@ class WholeRun:
         return checkout
 
     def start(self) -> None:
-        """Begin, and gather its lines with the seconds since then."""
+        """Start the process, and gather its lines with the seconds since then."""
         checkout, home = self.prepare(), self.root / "home"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         environment |= {"HOME": str(home), "TMPDIR": str(self.root / "tmp"), "PYTHONPATH": str(ROOT)}
@@ -85,18 +85,18 @@ class WholeRun:
         return self
 
     def when(self, begins: str) -> float:
-        """Seconds until the first line that begins so."""
+        """Return the seconds until the first line with this start."""
         return next(when for when, line in self.lines if line.startswith(begins))
 
-    def said(self) -> list[str]:
-        """The lines about W&B, that on the size of the upload apart."""
+    def reported(self) -> list[str]:
+        """Return the lines about W&B, except that on the size of the upload."""
         return [line for _, line in self.lines if line.startswith("W&B") and "will be uploaded" not in line]
 
     def output(self) -> str:
         return "\n".join(line for _, line in self.lines)
 
-    def left(self) -> dict[Path, bytes]:
-        """All that it left in the run folder, the home folder and the folder of temporary files."""
+    def files(self) -> dict[Path, bytes]:
+        """Return every file in the run folder, the home folder and the folder of temporary files."""
         roots = (self.folder, self.root / "home", self.root / "tmp")
         found = [path for root in roots for path in root.rglob("*") if path.is_file() and path.name != ".netrc"]
         return {path: path.read_bytes() for path in found}
@@ -110,7 +110,7 @@ def run_whole(root: Path, host: str = "", *flags: str) -> WholeRun:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
-    """An offline run with every mirror on."""
+    """An offline run with every tracker on."""
     done = run_whole(tmp_path_factory.mktemp("whole"), "", "--training.tensorboard", "true")
     assert done.code == 0, done.output()
     return done
@@ -118,9 +118,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
 
 def test_nothing_planted_is_in_what_an_offline_run_leaves(whole: WholeRun) -> None:
     """E6, G5: environment, netrc, .env, text, git and argv."""
-    left = whole.left()
-    assert any(path.suffix == ".wandb" for path in left) and any("tfevents" in path.name for path in left)
-    assert [path for path, content in left.items() if CANARY.encode() in content or CANARY in path.name] == []
+    files = whole.files()
+    assert any(path.suffix == ".wandb" for path in files) and any("tfevents" in path.name for path in files)
+    assert [path for path, content in files.items() if CANARY.encode() in content or CANARY in path.name] == []
     assert CANARY not in whole.output()
 
 
@@ -139,15 +139,15 @@ def test_trackers_leave_the_run_bit_identical(whole: WholeRun, tmp_path: Path) -
 
 
 def test_the_tracking_overhead_is_printed(whole: WholeRun) -> None:
-    assert re.search(r"^  watching +\d+\.\d s of \d+ s \(\d+\.\d%\)$", whole.output(), re.MULTILINE)
+    assert re.search(r"^  logging overhead +\d+\.\d s of \d+ s \(\d+\.\d%\)$", whole.output(), re.MULTILINE)
 
 
-# Slow: whole runs against a host on loopback, and with a mirror that breaks under them
+# Slow: whole runs against a host on loopback, and with a service or a disk that fails
 
 
 @pytest.mark.slow
 def test_nothing_planted_is_in_what_an_online_host_receives(tmp_path: Path) -> None:
-    """E6, G5: nor the key, but where the host asks for it. wandb's manifests of artifacts name the run folder; no other does."""
+    """E6, G5: nor the key, except if the host asks for it. Only wandb's manifests of artifacts name the run folder."""
     with wandb_server() as server:
         done = run_whole(tmp_path, server.url)
         assert done.code == 0, done.output()
@@ -158,13 +158,13 @@ def test_nothing_planted_is_in_what_an_online_host_receives(tmp_path: Path) -> N
     assert KEY.encode() not in received and base64.b64encode(f"api:{KEY}".encode()) not in bodies
     naming = [r.path for r in server.requests if str(tmp_path).encode() in r.body]
     assert [path for path in naming if not path.startswith("/upload/manifest")] == []
-    left = done.left()
-    assert [path for path, content in left.items() if CANARY.encode() in content or KEY.encode() in content] == []
+    files = done.files()
+    assert [path for path, content in files.items() if CANARY.encode() in content or KEY.encode() in content] == []
     assert CANARY not in done.output() and KEY not in done.output()
 
 
 def after_the_start(status: int) -> Answer:
-    """All is well until the first rows come."""
+    """Answer 200 until the first rows arrive, then `status`."""
     has_begun = threading.Event()
 
     def answer(request: Request) -> int:
@@ -208,14 +208,14 @@ def test_a_failing_host_does_not_stop_the_run(tmp_path: Path) -> None:
         assert metrics(done.folder) == metrics(plain.folder), name
         assert done.when("step 1/") - first < 15, name
         assert done.seconds - done.when("Done") - end < 30, name
-        said = done.said()
-        assert said and all("Traceback" not in line for _, line in done.lines), name
+        lines = done.reported()
+        assert lines and all("Traceback" not in line for _, line in done.lines), name
         if "after" not in name and name != "is slow":
-            assert len(said) == 2 and "offline" in said[0] and "wandb sync" in said[1], name
+            assert len(lines) == 2 and "offline" in lines[0] and "wandb sync" in lines[1], name
 
 
 def await_service(whole: WholeRun) -> psutil.Process:
-    """wandb-core of a run, once it has begun its file."""
+    """Return the wandb-core process of a run, once it has created its file."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert whole.process is not None
@@ -238,7 +238,7 @@ def test_a_killed_service_and_a_full_disk_cost_no_row(tmp_path: Path) -> None:
     await_service(whole).kill()
     whole.finish()
     assert whole.code == 0 and whole.when("W&B: turned off") < whole.when("Done")
-    assert len(whole.said()) == 2 and whole.said()[1].endswith(" The run folder is complete.")
+    assert len(whole.reported()) == 2 and whole.reported()[1].endswith(" The run folder is complete.")
     assert [row["step"] for row in metrics(whole.folder) if "loss" in row] == list(range(1, 601))
 
     full = WholeRun(tmp_path / "full", "", LONG)

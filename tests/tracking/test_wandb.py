@@ -22,7 +22,7 @@ from wandb_server import WandbServer, wandb_server
 from smollm2.config.schema import Config, WandbConfig
 from smollm2.tracking import wandb as tracker_module
 from smollm2.tracking.base import Diagnosis, Fanout, Histogram, Landscape, Sample
-from smollm2.tracking.wandb import CheckpointLinks, describe_upload, list_code, start_wandb
+from smollm2.tracking.wandb import describe_upload, list_code, start_wandb
 from smollm2.tracking.wandb_environment import (
     DEFAULT_HOST,
     WandbEnvironment,
@@ -30,6 +30,7 @@ from smollm2.tracking.wandb_environment import (
     make_run_id,
     prepare_environment,
 )
+from smollm2.tracking.wandb_links import CheckpointLinks
 
 KEY = "a" * 40
 SMALL = {
@@ -268,6 +269,11 @@ def test_config_name_and_tags_are_those_of_the_run(offline: Record) -> None:
     config = run["config"]["update"]
     assert config["training"]["learning_rate"] == 1e-4 and config["wandb"]["project"] == "proj"
     assert (run["project"], run["display_name"], run["tags"], run["run_id"]) == ("proj", "first", ["a", "b"], "run1")
+
+
+def test_the_name_of_the_run_is_that_of_its_folder_by_default(other: Record) -> None:
+    (run,) = select(other.found, "run")
+    assert run["display_name"] == "a run"
 
 
 def test_metrics_are_in_groups_against_our_own_step(offline: Record) -> None:

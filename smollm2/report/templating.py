@@ -1,0 +1,56 @@
+"""The Jinja2 environment of the report. Every value passes `display` and is then escaped: no text of a run is markup.
+
+Python returns data, the templates hold the HTML. Text is clipped, and its control characters are shown as escapes.
+"""
+
+import datetime
+from collections.abc import Mapping
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from smollm2.tracking.base import escape_controls
+
+SHOWN_TEXT = 4000
+
+
+@cache
+def environment() -> Environment:
+    """Return the environment; its compiled templates are kept, since a run writes many pages."""
+    made = Environment(
+        loader=PackageLoader("smollm2.report"),
+        autoescape=True,
+        finalize=display,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # `tojson` spells out <, >, & and ': neither </script> nor <!-- can end the data.
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    made.filters |= {"clip": clip, "moment": moment}
+    return made
+
+
+def render(template: str, values: Mapping[str, object]) -> str:
+    """Return the page of a template."""
+    return environment().get_template(template).render(values)
+
+
+def display(value: object) -> object:
+    """Return the value as a template shows it; text that is not markup is clipped."""
+    return clip(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def clip(text: str, limit: int = SHOWN_TEXT) -> str:
+    """Return the start of a text with its control characters as escapes; the number of omitted characters follows."""
+    return escape_controls(text if len(text) <= limit else f"{text[:limit]} [{len(text) - limit:,} more characters]")
+
+
+def moment(seconds: float) -> Markup:
+    """Return a time in UTC as an HTML element."""
+    try:
+        time = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        return Markup("–")
+    return Markup(f'<time datetime="{time.isoformat(timespec="seconds")}">{time:%Y-%m-%d %H:%M:%S}</time>')
