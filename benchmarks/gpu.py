@@ -88,7 +88,7 @@ def measure(shape: Shape, setting: Setting, steps: int, *, tokens_per_step: int)
     from smollm2.runtime.device import start_runtime
     from smollm2.training.optim import build_optimizers
     from smollm2.training.setup import build_model
-    from smollm2.training.step import update
+    from smollm2.training.step import train_step
 
     accumulation = max(1, tokens_per_step // (setting.micro_batch * shape.length))
     training = {
@@ -112,7 +112,7 @@ def measure(shape: Shape, setting: Setting, steps: int, *, tokens_per_step: int)
     seconds = []
     for _ in range(steps + 2):
         started = time.perf_counter()
-        update(model, optimizers, batch, runtime, learning_rate=1e-4, max_grad_norm=1.0)
+        train_step(model, optimizers, batch, runtime, learning_rate=1e-4, max_grad_norm=1.0)
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

@@ -33,7 +33,7 @@ def compare(preset: str, layers: int | None, rounds: int, peer_rounds: int) -> d
     from smollm2.runtime.device import start_runtime
     from smollm2.training.optim import build_optimizers
     from smollm2.training.setup import build_model
-    from smollm2.training.step import update
+    from smollm2.training.step import train_step
 
     model_options = {"num_hidden_layers": layers} if layers else {}
     config = load_config(preset=preset, model=model_options, training={"optimizer": "muon"})
@@ -57,7 +57,7 @@ def compare(preset: str, layers: int | None, rounds: int, peer_rounds: int) -> d
 
         return run
 
-    whole = synchronized(lambda: update(model, optimizers, batch, runtime, learning_rate=1e-3, max_grad_norm=1.0))
+    whole = synchronized(lambda: train_step(model, optimizers, batch, runtime, learning_rate=1e-3, max_grad_norm=1.0))
     times: dict[str, list[float]] = {"ours": [], "theirs": [], "whole": []}
     for number in range(rounds + 1):
         times["whole"].append(measure_seconds(whole))

@@ -69,7 +69,7 @@ def build_ours(task: Task) -> Callable[[], float]:
     from smollm2.model.transformer import Block, SmolLM2
     from smollm2.runtime.device import compile_blocks, start_runtime
     from smollm2.training.optim import build_optimizers
-    from smollm2.training.step import update
+    from smollm2.training.step import train_step as update
 
     config = TrainingConfig.model_validate({"precision": task.precision, "learning_rate": LEARNING_RATE})
     runtime = start_runtime(config)

@@ -57,7 +57,7 @@ SABOTAGES = [
         "checkpoint/saving.py",
         "state = state if waits else take_snapshot(state, self.buffers)",
         "pass",
-        "checkpoint/test_saving.py::test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit",
+        "checkpoint/test_saving.py::test_training_continues_bit_identically_while_a_checkpoint_is_written",
     ),
     Sabotage(
         "the loss is divided by the number of micro-batches",
@@ -69,8 +69,8 @@ SABOTAGES = [
     Sabotage(
         "the schedule begins anew at a resume",
         "training/loop.py",
-        "learning_rate=learning_rate_at(step, t)",
-        "learning_rate=learning_rate_at(step - run.resumed_step, t)",
+        "learning_rate=learning_rate_at(step - 1, t)",
+        "learning_rate=learning_rate_at(step - 1 - run.resumed_step, t)",
         "training/test_resume.py::test_a_resumed_run_ends_with_the_same_bits",
     ),
     Sabotage(

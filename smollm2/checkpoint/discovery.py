@@ -5,45 +5,44 @@ from pathlib import Path
 
 from smollm2.checkpoint.format import State
 from smollm2.checkpoint.validation import detach_from_disk, read_checked, read_own_step
-from smollm2.errors import CheckpointError, ResourceError
+from smollm2.errors import CheckpointError, ResourceError, lay_out
 from smollm2.storage.atomic import IO_OPS, IoOps
 from smollm2.storage.run_folder import CHECKPOINT, step_of
 
 
 def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
-    """The files of a folder that have a checkpoint's name, oldest step first. Links are not followed."""
+    """Return the files of a folder that are named like a checkpoint, oldest step first. Links are not followed."""
     try:
         paths = [folder / name for name in io_ops.listdir(folder) if CHECKPOINT.fullmatch(name)]
         files = [path for path in paths if path.is_file() and not path.is_symlink()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise ResourceError(f"{folder} - it cannot be read: {error.strerror} - make it readable") from error
+        raise ResourceError(folder, f"cannot be read ({error.strerror})", "make it readable") from error
     # By the number: as text, step_10000 comes before step_9500. Never by the clock, which jumps.
     return sorted(files, key=lambda path: (step_of(path), path.name))
 
 
 def load_checkpoint(path: Path) -> State:
-    """The state in a file of any name, on the CPU. Runs no code from it. Raises CheckpointError naming what is wrong."""
+    """Return the state in a file of any name, on the CPU. Runs no code from it. Raise CheckpointError naming the problem."""
     try:
         absent = path.is_dir() or not path.exists()
     except OSError:
-        absent = False  # it cannot be looked at, and reading it says why
+        absent = False  # reading it reports why
     if absent:
         raise CheckpointError(describe_missing(path))
     try:
         return detach_from_disk(read_checked(path))
     except CheckpointError as error:
         raise CheckpointError(
-            f"{path} - {error} - name another checkpoint, or take the newest valid one by --resume auto"
+            path, str(error), "name another checkpoint, or take the newest valid one with --resume auto"
         ) from None
 
 
 def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, State] | None:
-    """The newest valid checkpoint of a folder and its state; each newer one that is refused is reported.
+    """Return the newest valid checkpoint of a folder and its state, or None if there are no checkpoints.
 
-    None where there are none. Raises CheckpointError where there are some and none is valid: a run must not begin anew
-    over them.
+    Each newer one that is refused is reported. Raise CheckpointError if none is valid: a run must not start over them.
     """
     refused = []
     for path in reversed(list_checkpoints(folder)):
@@ -51,24 +50,25 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, S
             return path, detach_from_disk(read_own_step(path))
         except CheckpointError as error:
             refused.append(f"{path.name}: {error}")
-            report(f"{path} - refused: {error} - the next older one is tried")
+            report(lay_out(path, f"skipped: {error}", "trying the next older checkpoint"))
     if not refused:
         return None
     more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
     raise CheckpointError(
-        f"{folder} - none of its {len(refused)} checkpoints can be used: {'; '.join(refused[:3])}{more} - put back a copy "
-        "of one, or start afresh with another --save_dir"
+        folder,
+        f"none of its {len(refused)} checkpoints can be used: {'; '.join(refused[:3])}{more}",
+        "restore a copy of one, or start a new run with another --save_dir",
     )
 
 
 def describe_missing(path: Path) -> str:
-    """A sentence for a checkpoint that does not exist, which lists those that do."""
+    """Return the message for a checkpoint that does not exist; it lists those that do."""
     folder = path if path.is_dir() else path.parent
     names = [found.name for found in list_checkpoints(folder)]
-    what = "it is a folder" if path.is_dir() else "there is no such file"
+    what = "is a folder" if path.is_dir() else "does not exist"
     if "XXXX" in path.name:
         what += "; XXXX stands for the number of a step"
     if not names:
-        return f"{path} - {what}, and {folder} holds no checkpoint - train first, or name another file"
+        return lay_out(path, f"{what}, and {folder} holds no checkpoint", "train first, or name another file")
     more = f", and {len(names) - 20} older ones" if len(names) > 20 else ""
-    return f"{path} - {what} - {folder} holds {', '.join(names[-20:])}{more}"
+    return f"{path}: {what}. {folder} holds {', '.join(names[-20:])}{more}."

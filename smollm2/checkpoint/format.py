@@ -1,4 +1,4 @@
-"""`step_XXXX.pt`: what is in it. A state is a dictionary of plain values and tensors; ENTRIES says what it must hold."""
+"""What is in a `step_XXXX.pt`: a dictionary of plain values and tensors, with the entries of ENTRIES."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +42,7 @@ ENTRIES: dict[str, tuple[type, ...]] = {
     "stability.losses": (list,),
     "stability.spikes": (list,),
     "stability.pending": (list,),
+    "stability.best_validation_loss": (float,),
     "best": (dict,),
     "config": (str,),
     "tokenizer": (dict,),
@@ -53,21 +54,21 @@ ENTRIES: dict[str, tuple[type, ...]] = {
     "wandb_run_id": (str,),
     "created_unix": (int, float),
 }
-"""What every checkpoint holds, by dotted name, and as what. `tied` is written and taken out again here: pairs of names
-in `model` that are one tensor, which is stored once, under the second name."""
+"""The entries of every checkpoint by dotted name, and their types. `tied` is added at a save and removed at a load: pairs
+of names in `model` for one tensor, which is stored once, under the second name."""
 
 LATER_ENTRIES: dict[str, tuple[type, ...]] = {"stability.clipped": (list,), "optimizer.muon.arithmetic": (int,)}
-"""What older checkpoints of this format lack, and no weight depends on: of this type where it is there."""
+"""Entries that older checkpoints of this format do not have and no weight depends on; if present, of this type."""
 
 SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype)
 MAX_DEPTH = 16
 
 
 def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
-    """A copy in the host's memory that training no longer touches, for `save_checkpoint` to write while it goes on.
+    """Return a copy in host memory, for `save_checkpoint` to write while training continues.
 
-    `buffers` keeps the tensors of the copy for the next one: memory that is new costs the system ten times the copying.
-    Raises TypeError for a state that is not made of plain values, which is a bug of the caller.
+    `buffers` keeps the tensors of the copy for the next one: new memory costs ten times as much as the copying. Raise
+    TypeError, for a bug of the caller, if the state is not made of plain values.
     """
 
     def copy_to_host(tensor: Tensor, name: str) -> Tensor:
@@ -79,12 +80,12 @@ def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
     model, tied = separate_ties(state["model"])
     content: State = to_plain({**state, "model": model, "tied": tied}, "state", copy_to_host)
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # the copies from the device were only begun
+        torch.cuda.synchronize()  # the copies from the device are asynchronous
     return content
 
 
 def content_hash(state: Mapping[str, Any]) -> str:
-    """One number for all values and tensors of a state, whatever the order of its entries: equal means bitwise equal."""
+    """Return a hash of all values and tensors of a state, in any order: equal means bit-identical."""
     digest = hashlib.sha256()
     for name, value in sorted(walk(to_plain(state, "state")), key=lambda leaf: leaf[0]):
         if isinstance(value, Tensor):
@@ -96,9 +97,9 @@ def content_hash(state: Mapping[str, Any]) -> str:
 
 
 def walk(state: object) -> Iterator[tuple[str, object]]:
-    """Every value that is no container, by its dotted name; a file may nest 100,000 deep, so nothing recurses.
+    """Yield every value that is not a container with its dotted name. Not recursive: a file may nest 100,000 deep.
 
-    Raises CheckpointError for a container that is too deep, or stands in two places: in itself, it would have no end.
+    Raise CheckpointError for a container that is nested too deep or is in two places: inside itself it would have no end.
     """
     waiting: list[tuple[str, object, int]] = [("", state, 0)]
     seen: set[int] = set()
@@ -108,7 +109,7 @@ def walk(state: object) -> Iterator[tuple[str, object]]:
             yield name, value
             continue
         if depth > MAX_DEPTH or (value and id(value) in seen):
-            raise CheckpointError(f"{name[:80]!r} is nested in a way that no checkpoint is")
+            raise CheckpointError(f"{name[:80]!r} is nested too deep, or inside itself")
         seen.add(id(value))
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
             if type(key) not in (str, int):
@@ -117,9 +118,9 @@ def walk(state: object) -> Iterator[tuple[str, object]]:
 
 
 def to_plain(value: Any, name: str, to_host: Callable[[Tensor, str], Tensor] = lambda tensor, _: tensor.cpu()) -> Any:
-    """A copy of plain containers and values, tensors on the CPU. Raises TypeError naming what a checkpoint cannot hold."""
+    """Return a copy with plain containers and CPU tensors. Raise TypeError naming a value that a checkpoint cannot hold."""
     if isinstance(value, Tensor):
-        return _stand_alone(to_host(value.detach(), name), name)
+        return _own_storage(to_host(value.detach(), name), name)
     if isinstance(value, Mapping):
         wrong = next((key for key in value if type(key) not in (str, int)), None)
         if wrong is not None:
@@ -128,13 +129,13 @@ def to_plain(value: Any, name: str, to_host: Callable[[Tensor, str], Tensor] = l
     if type(value) in (list, tuple):
         return type(value)(to_plain(child, f"{name}.{number}", to_host) for number, child in enumerate(value))
     if type(value) not in SCALARS:
-        # A numpy number looks like one of Python's until weights_only refuses the file that holds it.
+        # weights_only would refuse a file with a numpy number, which otherwise behaves like a Python number.
         raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold; convert it first")
     return value
 
 
-def _stand_alone(host: Tensor, name: str) -> Tensor:
-    """The tensor alone in its storage: a view would write all that it is a view of."""
+def _own_storage(host: Tensor, name: str) -> Tensor:
+    """Return the tensor in a storage of its own: a view would save the whole storage."""
     host = host.contiguous()
     if type(host) is not Tensor:
         raise TypeError(f"{name} is a {type(host).__name__}, which a checkpoint cannot hold; gather it first")
@@ -142,7 +143,7 @@ def _stand_alone(host: Tensor, name: str) -> Tensor:
 
 
 def separate_ties(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """Each tensor once, and pairs (another name, the name it is kept under). On the device: copies share nothing."""
+    """Return each tensor once, and pairs (other name, kept name). Call it before the tensors are copied."""
     kept: dict[str, Tensor] = {}
     tied: list[list[str]] = []
     names: dict[tuple[object, ...], str] = {}
@@ -157,7 +158,7 @@ def separate_ties(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
 
 
 def estimate_size(content: State) -> int:
-    """Bytes of the file, a little too many: tensors with their records, texts, and 2 % more."""
+    """Return an upper estimate of the file size in bytes: tensors with their records, texts, and 2 % more."""
     total = 1 << 16
     for name, value in walk(content):
         total += len(name) + 64

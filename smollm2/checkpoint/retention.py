@@ -1,5 +1,6 @@
-"""Which checkpoints of a run stay, which is the best, and which a rollback moves out of the way."""
+"""Which checkpoints of a run are kept, which is the best, and which a rollback moves away."""
 
+import itertools
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -10,7 +11,7 @@ from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.checkpoint.validation import is_valid
 from smollm2.errors import ResourceError
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
-from smollm2.storage.run_folder import BEST, CHECKPOINT, step_of
+from smollm2.storage.run_folder import BEST, CHECKPOINT, METRICS, SUPERSEDED, step_of
 
 
 def prune_checkpoints(
@@ -21,24 +22,25 @@ def prune_checkpoints(
     protected: Collection[int] = (),
     io_ops: IoOps = IO_OPS,
 ) -> list[Path]:
-    """Remove what is older than the newest `keep_last` valid checkpoints; returns what went.
+    """Remove the checkpoints that are older than the newest `keep_last` valid ones, and return them.
 
-    Stays: the best, the steps in `protected` (the one resumed from), multiples of `keep_every`. A damaged file counts
-    for nothing: it neither takes the place of a valid one nor goes before it is that old. Call it after a save, under
-    the folder's lock. Raises ResourceError where a file cannot be removed.
+    Kept are also the best, the steps in `protected` (the one resumed from) and multiples of `keep_every`. A damaged file
+    does not count as one of the newest, and is removed only when it is older than those. Call this after a save, under the
+    folder's lock. Raise ResourceError if a file cannot be removed.
     """
     if keep_last < 2:
-        raise ValueError(f"keep_last is {keep_last}; below 2 one damaged file is the end of a run")
+        raise ValueError(f"keep_last is {keep_last}; below 2 one damaged file would end a run")
     newest_first = list_checkpoints(folder, io_ops)[::-1]
     valid, older = 0, []
     for position, path in enumerate(newest_first):
-        valid += is_valid(path)
+        if is_valid(path):
+            valid += 1
         if valid == keep_last:
             older = newest_first[position + 1 :]
             break
     best = _read_best(folder)
     if not older or (best is None and (folder / BEST).exists()):
-        return []  # without knowing which one is the best, none may go
+        return []  # the best is unknown: none may be removed
     removed = []
     for path in reversed(older):
         step = step_of(path)
@@ -47,43 +49,109 @@ def prune_checkpoints(
         try:
             io_ops.unlink(path)
         except OSError as error:
-            raise ResourceError(f"{path} - it cannot be removed: {error.strerror} - remove it by hand") from error
+            raise ResourceError(path, f"cannot be removed ({error.strerror})", "remove it by hand") from error
         removed.append(path)
     return removed
 
 
-def note_best(folder: Path, path: Path, step: int, validation_loss: float, io_ops: IoOps = IO_OPS) -> bool:
-    """Write `best.json` where this checkpoint has a lower validation loss than the one that it names; whether it has."""
+def record_best(folder: Path, path: Path, validation_loss: float, *, windows: int = 0, io_ops: IoOps = IO_OPS) -> bool:
+    """Write `best.json` if this checkpoint has a lower validation loss than the one that it names; return whether it has.
+
+    `windows` is on how many windows the loss was measured: losses over other windows are not compared, and the newer one
+    starts the comparison again.
+    """
     best = _read_best(folder)
-    if best and (folder / best["file"]).is_file() and validation_loss >= best["validation_loss"]:
+    is_comparable = best is not None and best.get("windows", windows) == windows
+    if best and is_comparable and (folder / best["file"]).is_file() and validation_loss >= best["validation_loss"]:
         return False
     if not math.isfinite(validation_loss):
         return False
-    found: dict[str, str | int | float] = {"file": path.name, "step": step, "validation_loss": float(validation_loss)}
-    write_atomically(folder / BEST, to_json(found), io_ops=io_ops)
+    _write_best(folder, path, validation_loss, windows, io_ops)
     return True
 
 
-def set_aside_later(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Path]:
-    """Rename the checkpoints after `step` to `step_XXXX.pt.superseded`; returns the new names.
+def recompute_best(folder: Path, windows: int, io_ops: IoOps = IO_OPS) -> None:
+    """Let `best.json` name the best of the checkpoints that are left, if the one that it names is gone.
 
-    A run that goes on from an older checkpoint takes another course: after a kill, `--resume auto` must not find the
-    newer files of the course that was left.
+    The losses are those in metrics.jsonl over `windows` windows. Without any, `best.json` is removed.
+    """
+    best = _read_best(folder)
+    if best is None or (folder / best["file"]).is_file():
+        return
+    losses = _read_validation_losses(folder, windows)
+    left = [path for path in list_checkpoints(folder, io_ops) if step_of(path) in losses]
+    if left:
+        lowest = min(left, key=lambda path: losses[step_of(path)])
+        _write_best(folder, lowest, losses[step_of(lowest)], windows, io_ops)
+    else:
+        io_ops.unlink(folder / BEST)
+
+
+def move_superseded(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Path]:
+    """Move the checkpoints after `step` to `superseded/`, each under a name that is free; return the new paths.
+
+    A run that resumes from an older checkpoint takes another course. After a kill, `--resume auto` must not find the newer
+    checkpoints of the old course.
     """
     later = [path for path in list_checkpoints(folder, io_ops) if step_of(path) > step]
-    for path in later:
-        io_ops.replace(path, path.with_name(f"{path.name}.superseded"))
-    return [path.with_name(f"{path.name}.superseded") for path in later]
+    if not later:
+        return []
+    target = folder / SUPERSEDED
+    if target.is_symlink():
+        raise ResourceError(target, "is a symbolic link", "remove it, or choose another --save_dir")
+    try:
+        target.mkdir(exist_ok=True)
+        moved = [_free_name(target, path) for path in later]
+        for path, new_path in zip(later, moved, strict=True):
+            io_ops.replace(path, new_path)
+        io_ops.fsync_dir(target)
+        io_ops.fsync_dir(folder)
+    except OSError as error:
+        raise ResourceError(target, f"cannot be written ({error.strerror})", "make it writable") from error
+    return moved
+
+
+def _free_name(folder: Path, path: Path) -> Path:
+    names = itertools.chain([path.name], (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _read_validation_losses(folder: Path, windows: int) -> dict[int, float]:
+    """Return the validation loss by step, of the metrics rows whose loss was measured on `windows` windows."""
+    losses: dict[int, float] = {}
+    try:
+        lines = (folder / METRICS).read_bytes().splitlines()
+    except OSError:
+        return losses
+    for line in lines:
+        try:
+            row = json.loads(line)
+            # Rows of older versions do not say how many windows they read.
+            if row.get("validation_windows", windows) == windows and math.isfinite(row["validation_loss"]):
+                losses[int(row["step"])] = float(row["validation_loss"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return losses
+
+
+def _write_best(folder: Path, path: Path, validation_loss: float, windows: int, io_ops: IoOps) -> None:
+    found: dict[str, str | int | float] = {
+        "file": path.name,
+        "step": step_of(path),
+        "validation_loss": float(validation_loss),
+        "windows": windows,
+    }
+    write_atomically(folder / BEST, to_json(found), io_ops=io_ops)
 
 
 def _read_best(folder: Path) -> dict[str, Any] | None:
-    """What best.json says; None where it is absent or damaged."""
+    """Return the content of best.json, or None if it is missing or damaged."""
     try:
         best = json.loads((folder / BEST).read_bytes())
     except (OSError, ValueError):
         return None
-    sound = isinstance(best, dict) and isinstance(best.get("file"), str) and CHECKPOINT.fullmatch(best["file"])
-    return best if sound and type(best.get("validation_loss")) is float else None
+    is_sound = isinstance(best, dict) and isinstance(best.get("file"), str) and CHECKPOINT.fullmatch(best["file"])
+    return best if is_sound and type(best.get("validation_loss")) is float else None
 
 
 def to_json(value: Mapping[str, str | int | float]) -> bytes:

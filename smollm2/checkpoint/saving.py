@@ -1,9 +1,7 @@
-"""Checkpoints off the hot path: the state is copied, and written, read back and checked while training goes on.
+"""Write checkpoints while training continues: the state is copied, then written, read back and checked in a thread.
 
-One save at a time, each on a thread of its own that ends with it: where one that has computed with torch stays, OpenMP
-counts its workers too, lets all of them sleep between two operations, and every small one after it takes 28 us for 8
-(measured 2026-11). What became of a save is told by the thread of the run: at the next step, or at the latest at the next
-save. Where memory for a second state is scarce, and for a save that must succeed, the run waits.
+The run's own thread reports how a save ended: at the next step, or at the latest at the next save. If memory for a second
+copy of the state is scarce, or the save must succeed, the run waits for it.
 """
 
 import hashlib
@@ -11,14 +9,13 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.checkpoint.format import State, estimate_size, separate_ties, take_snapshot, to_plain
-from smollm2.checkpoint.retention import note_best, prune_checkpoints, to_json
+from smollm2.checkpoint.retention import prune_checkpoints, record_best, to_json
 from smollm2.checkpoint.validation import find_wrong_entry, find_wrong_weight, read_checked
 from smollm2.config.schema import Config
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
@@ -34,14 +31,14 @@ THREAD_NAME = "checkpoint"
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save left: its file, and whether its validation loss is the lowest."""
+    """The result of a save: its file, and whether its validation loss is the lowest."""
 
     path: Path
     is_best: bool
 
 
 class Saver:
-    """Writes the checkpoints of one run; rank 0 has it. `seconds` is the longest that one took."""
+    """Writes the checkpoints of one run, on rank 0. `seconds` is the time of the longest save."""
 
     def __init__(self, config: Config, rows: JsonlTracker, tracker: Fanout) -> None:
         self.config, self.folder, self.rows, self.tracker = config, Path(config.training.save_dir), rows, tracker
@@ -51,37 +48,41 @@ class Saver:
 
     def save(
         self,
-        state: dict[str, Any],
+        state: State,
         validation_loss: float | None,
+        *,
+        windows: int,
         spikes: tuple[int, ...],
         resumed_step: int,
-        *,
         must_succeed: bool,
     ) -> None:
-        """Begin to write step_XXXX.pt, then thin out the older ones as keep_last and keep_every say.
+        """Start to write step_XXXX.pt; afterwards remove older ones as keep_last and keep_every say.
 
-        A disk that is full is said, and the run goes on to its next save. Raises ResourceError where this one must
-        succeed, and where it is the third in a row that does not.
+        The checkpoint before each of `spikes` and that of `resumed_step` are kept. `validation_loss` was measured on
+        `windows` windows. A full disk is reported, and the run continues to its next save. Raise ResourceError if this
+        save must succeed and fails, or if it is the third in a row that fails.
         """
         self.finish()
         must_succeed = must_succeed or self.failures + 1 == MAX_FAILED_SAVES
         self.rows.sync()
-        waits = must_succeed or not (self.buffers or is_room_for_copy(state))
+        waits = must_succeed or not (self.buffers or has_room_for_copy(state))
         state = state if waits else take_snapshot(state, self.buffers)
         self.step = state["step"]
+        # A new thread for each save. OpenMP would count one that stays among its workers, let all of them sleep between
+        # two operations, and make every small operation take 28 us instead of 8 (measured 2026-11).
         thread = ThreadPoolExecutor(1, THREAD_NAME)
-        self.pending = thread.submit(self._write, state, validation_loss, spikes, resumed_step)
+        self.pending = thread.submit(self._write, state, validation_loss, windows, {resumed_step}, spikes)
         thread.shutdown(wait=False)
         if waits:
             self.finish(must_succeed=must_succeed)
 
-    def note_finished(self) -> None:
-        """Tell of a save that has ended since; never waits."""
+    def report_finished(self) -> None:
+        """Report the pending save if it has ended; never waits."""
         if self.pending and self.pending.done():
             self.finish()
 
     def finish(self, *, must_succeed: bool = False) -> None:
-        """Wait for the save that is under way, and tell of it."""
+        """Wait for the pending save, and report it."""
         if self.pending is None:
             return
         work, self.pending = self.pending, None
@@ -98,25 +99,23 @@ class Saver:
         self.tracker.save_file(saved.path, self.step, is_best=saved.is_best)
 
     def _write(
-        self, state: dict[str, Any], validation_loss: float | None, spikes: tuple[int, ...], resumed_step: int
+        self, state: State, validation_loss: float | None, windows: int, protected: set[int], spikes: tuple[int, ...]
     ) -> Saved:
         began, step, t = time.monotonic(), state["step"], self.config.training
         path = save_checkpoint(self.folder, state, step=step)
-        is_best = validation_loss is not None and note_best(self.folder, path, step, validation_loss)
+        is_best = validation_loss is not None and record_best(self.folder, path, validation_loss, windows=windows)
         if t.keep_last is not None:
             before_spikes = {step_of(path) for s in spikes for path in list_before(self.folder, s)[-1:]}
-            protected = {resumed_step, *before_spikes}
-            prune_checkpoints(self.folder, t.keep_last, t.keep_every, protected=protected)
+            prune_checkpoints(self.folder, t.keep_last, t.keep_every, protected=protected | before_spikes)
         self.seconds = max(self.seconds, time.monotonic() - began)
         return Saved(path, is_best)
 
 
 def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO_OPS) -> Path:
-    """Write `step_XXXX.pt`, then `latest.json`, each whole or not at all; what was written is read back before it counts.
+    """Write `step_XXXX.pt`, then `latest.json`, each whole or not at all, and read the file back before it gets its name.
 
-    `state` may be a snapshot. Raises ResourceError where the disk refuses, and then every older file is intact; TypeError
-    for a state that is not made of plain values, which is a bug of the caller; TrainingError for weights that are not
-    finite.
+    `state` may be a snapshot. Raise ResourceError if the disk refuses (every older file is intact), TrainingError if a
+    weight is not finite, and TypeError, for a bug of the caller, if the state is not made of plain values.
     """
     content = state
     if "tied" not in state:
@@ -128,7 +127,7 @@ def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO
     path = checkpoint_path(folder, step)
     if problem := find_wrong_weight(content["model"]):
         raise TrainingError(
-            f"{path} - it was not saved: {problem} - lower training.learning_rate and go on from the checkpoint before"
+            path, f"was not saved: {problem}", "lower training.learning_rate and resume from the checkpoint before"
         )
     hint: dict[str, str | int] = {"file": path.name, "step": step}
 
@@ -137,14 +136,15 @@ def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO
             read_checked(temporary)
         except CheckpointError as error:
             raise ResourceError(
-                f"{path} - it was not saved, because it does not read back as written: {error} - check the disk; the "
-                "checkpoints before it are intact"
+                path,
+                f"was not saved, because it does not read back as written: {error}",
+                "check the disk; the checkpoints before it are intact",
             ) from error
         with temporary.open("rb") as file:
             hint["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         hint["size"] = temporary.stat().st_size
 
-    # torch asks of a file only that it can write and flush.
+    # torch needs only `write` and `flush` of a file.
     write_atomically(
         path,
         lambda file: torch.save(content, file),  # type: ignore[arg-type]
@@ -157,17 +157,17 @@ def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO
 
 
 def list_before(folder: Path, step: int) -> list[Path]:
-    """The checkpoints of less than `step` updates."""
+    """Return the checkpoints before step `step`, oldest first."""
     return [path for path in list_checkpoints(folder) if step_of(path) < step]
 
 
-def is_room_for_copy(state: dict[str, Any]) -> bool:
+def has_room_for_copy(state: State) -> bool:
     """Return whether this machine has memory for two copies of the state."""
     return 2 * count_bytes(state) <= available_memory()
 
 
 def count_bytes(value: object) -> int:
-    """Bytes of all tensors in nested containers."""
+    """Return the bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Read a checkpoint as if a stranger had made it.
+"""Read a checkpoint as a file that a stranger may have made.
 
-torch.load notices no flipped bit (588 of 600 loaded with wrong numbers), but the archive holds checksums: they are
-compared at each save and each load.
+torch.load does not notice a flipped bit (588 of 600 loaded with wrong numbers), but the archive has checksums: they are
+verified at each save and each load.
 """
 
 import copy
@@ -25,7 +25,7 @@ TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
 
 
 def read_checked(path: Path) -> State:
-    """The checked state in a file, its tensors still on the disk. Raises CheckpointError with the reason alone."""
+    """Return the checked state in a file, its tensors memory-mapped. Raise CheckpointError with the reason alone."""
     try:
         tensor_bytes = _check_archive(path)
         with _no_added_globals():
@@ -39,10 +39,10 @@ def read_checked(path: Path) -> State:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"it cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # over bytes that anyone may have written, the parsers raise nearly everything
-        # Their words are not passed on: torch advises to load with weights_only=False, which runs the file's code.
-        raise CheckpointError(f"it is damaged, or no checkpoint of this program ({type(error).__name__})") from None
+        raise CheckpointError(f"cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # for arbitrary bytes the parsers raise nearly everything
+        # torch's message is not passed on: it advises weights_only=False, which runs the file's code.
+        raise CheckpointError(f"is damaged, or not a checkpoint of this program ({type(error).__name__})") from None
     if problem:
         raise CheckpointError(problem)
     checked: State = state
@@ -50,10 +50,10 @@ def read_checked(path: Path) -> State:
 
 
 def read_own_step(path: Path) -> State:
-    """`read_checked`, for a file that is found by its name: the step inside must be that of the name."""
+    """Return `read_checked` of a file whose name must give the step inside."""
     state = read_checked(path)
     if state["step"] != step_of(path):
-        raise CheckpointError(f"its own step is {state['step']}, which is not that of its name")
+        raise CheckpointError(f"holds step {state['step']}, which is not the step of its name")
     return state
 
 
@@ -67,7 +67,7 @@ def is_valid(path: Path) -> bool:
 
 
 def detach_from_disk(state: State) -> State:
-    """The state in memory of its own, with tied tensors under each of their names."""
+    """Return the state in its own memory, with tied tensors under each of their names."""
     state = copy.deepcopy(state)
     for alias, name in state.pop("tied"):
         state["model"][alias] = state["model"][name]
@@ -75,27 +75,27 @@ def detach_from_disk(state: State) -> State:
 
 
 def _check_archive(path: Path) -> int:
-    """Bytes of tensors in such a zip as torch writes. Raises CheckpointError where it is another, or a checksum fails.
+    """Return the bytes of the tensors in a zip as torch writes it. Raise CheckpointError if it is not, or is damaged.
 
-    All of it before anything in the file is interpreted.
+    Nothing in the file is interpreted before this.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError("it is not a regular file")
+        raise CheckpointError("is not a regular file")
     if status.st_size == 0:
-        raise CheckpointError("it is empty")
+        raise CheckpointError("is empty")
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         names = {record.filename for record in records}
         if len(names) < len(records) or len(records) > MAX_RECORDS:
-            raise CheckpointError("its archive has a name twice, or too many")
+            raise CheckpointError("has an archive with a repeated name, or too many names")
         if any(name.endswith("constants.pkl") for name in names):
-            raise CheckpointError("it is a TorchScript program, not a checkpoint")
+            raise CheckpointError("is a TorchScript program, not a checkpoint")
         if not all(map(_is_plain_record, records)) or sum(r.file_size for r in records) > status.st_size:
-            raise CheckpointError("its archive is packed, or has paths that leave it")
+            raise CheckpointError("has an archive that is compressed, or has paths that leave it")
         damaged = archive.testzip()
     if damaged:
-        raise CheckpointError(f"it is damaged: {damaged!r} does not match its checksum")
+        raise CheckpointError(f"is damaged: {damaged!r} does not match its checksum")
     return sum(record.file_size for record in records if TENSOR_RECORD.fullmatch(record.filename))
 
 
@@ -108,7 +108,7 @@ def _is_plain_record(record: zipfile.ZipInfo) -> bool:
 
 @contextmanager
 def _no_added_globals() -> Iterator[None]:
-    """Without the classes that other packages of this process declared harmless to torch.load."""
+    """Load without the classes that other packages of this process have allowed for torch.load."""
     added = get_safe_globals()
     clear_safe_globals()
     try:
@@ -120,32 +120,32 @@ def _no_added_globals() -> Iterator[None]:
 def _find_wrong_format(state: object) -> str | None:
     found = state.get("format") if type(state) is dict else None
     if type(found) is not str or not found.startswith("smollm2-train/"):
-        return "it is no checkpoint of this program"
+        return "is not a checkpoint of this program"
     if found != FORMAT:
         return (
-            f"it is of format {found[:40]!r} and this version reads {FORMAT!r}; a newer version of the program reads it"
+            f"has the format {found[:40]!r}, and this version reads {FORMAT!r}; a newer version of the program reads it"
         )
     return None
 
 
 def _find_wrong_value(state: State, tensor_bytes: int) -> str | None:
-    """A value of a kind that no checkpoint has, or tensors of another size than the file's; None where there is none."""
+    """Return what is wrong if a value has a type that no checkpoint has, or the tensors do not have the file's size."""
     storages: dict[int, int] = {}
     for name, value in walk(state):
         if type(value) is Tensor and value.layout is torch.strided and value.device.type == "cpu":
             # A file of 1.5 kB can hold a tensor of 10^12 entries that are all the same byte.
             storages[value.data_ptr()] = value.nbytes
             if value.untyped_storage().nbytes() != value.nbytes:
-                return f"{name[:80]!r} is a tensor that is not as large as it says"
+                return f"{name[:80]!r} is a tensor whose storage does not have its size"
         elif type(value) not in SCALARS:
-            return f"{name[:80]!r} is a {type(value).__name__}, which no checkpoint holds"
+            return f"{name[:80]!r} is a {type(value).__name__}, which is not allowed in a checkpoint"
     if sum(storages.values()) != tensor_bytes:
-        return f"its tensors should take {tensor_bytes:,} bytes and take {sum(storages.values()):,}"
+        return f"has tensors of {sum(storages.values()):,} bytes instead of {tensor_bytes:,}"
     return None
 
 
 def find_wrong_entry(state: State) -> str | None:
-    """The first entry that is absent, or is not what it must be; None where there is none."""
+    """Return what is wrong with the first entry that is missing or has the wrong type, or None."""
     for name, kinds in {**ENTRIES, **LATER_ENTRIES}.items():
         value: object = state
         for part in name.split("."):
@@ -159,11 +159,11 @@ def find_wrong_entry(state: State) -> str | None:
             return f"optimizer.{str(name)[:80]!r} is a {type(optimizer).__name__} and must be a dict"
         for part, kind in (("parameters", list), ("state", dict)):
             if type(optimizer.get(part)) is not kind:
-                return f"optimizer.{str(name)[:80]!r}: {part} is missing or no {kind.__name__}"
+                return f"optimizer.{str(name)[:80]!r}: {part} is missing or not a {kind.__name__}"
     model = state["model"]
     for name, weight in model.items():
         if type(name) is not str or type(weight) is not Tensor:
-            return f"{str(name)[:80]!r} in model is no tensor"
+            return f"{str(name)[:80]!r} in model is not a tensor"
     for pair in state["tied"]:
         if not (type(pair) is list and len(pair) == 2 and all(type(name) is str for name in pair) and pair[1] in model):
             return "tied does not name tensors of the model"
@@ -171,7 +171,7 @@ def find_wrong_entry(state: State) -> str | None:
 
 
 def find_wrong_weight(model: Mapping[str, Tensor]) -> str | None:
-    """A weight that is NaN or infinite; None where there is none. Its extremes say so without a copy of its size."""
+    """Return what is wrong if a weight is NaN or infinite, or None. Its extremes show that without a copy of it."""
     for name, weight in model.items():
         if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
             return f"{name[:80]!r} in model holds values that are not finite"

@@ -214,6 +214,7 @@ class SmolLM2(nn.Module):
         document_ids: Tensor | None = None,
         *,
         z_loss: float = 0.0,
+        gradient_scale: Tensor | None = None,
     ) -> Any:
         """Logits (B, T, V) for input_ids (B, T); with labels (B, T), where labels[t] is the token after input_ids[t]
         and -100 no target: (sum of the loss over the targets, float32; their number). With document_ids (B, T), which
@@ -221,4 +222,4 @@ class SmolLM2(nn.Module):
         hidden = self.model(input_ids, document_ids)
         if labels is None:
             return self.lm_head(hidden)
-        return next_token_loss(hidden, self.lm_head.weight, labels, z_loss=z_loss)
+        return next_token_loss(hidden, self.lm_head.weight, labels, z_loss=z_loss, gradient_scale=gradient_scale)

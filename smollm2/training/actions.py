@@ -1,128 +1,149 @@
-"""What happens between two steps: evaluation, samples, diagnostics, the loss landscape, saves."""
+"""What happens between two steps: validation, samples, the loss landscape, diagnostics, saves.
+
+Samples, landscape and diagnostics are extras: whatever goes wrong with them is reported, and the run continues.
+"""
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from smollm2.analysis.diagnostics import Look, measure_activations
 from smollm2.analysis.landscape import choose_side, choose_windows, list_points, measure_landscape
-from smollm2.data.windows import Batch
-from smollm2.errors import (
-    Interrupted,
-    TrainingError,
-)
-from smollm2.inference.evaluation import evaluate_on_ranks, spread
+from smollm2.errors import Interrupted, TrainingError
+from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks, spread
 from smollm2.inference.generation import generate
-from smollm2.runtime.device import Runtime
 from smollm2.runtime.ranks import find_odd_replica, weight_sums
-from smollm2.tracking.base import Sample
+from smollm2.tracking.base import Sample, describe
 from smollm2.training.progress import Progress
-from smollm2.training.resume import state_of
+from smollm2.training.resume import count_compared_windows, state_of
 from smollm2.training.setup import Run
-from smollm2.training.step import (
-    MicroBatch,
-)
+from smollm2.training.step import MicroBatch
+
+LANDSCAPE_LATER = "`smollm2 landscape` measures one from a checkpoint"
 
 
-def duties_of(run: Run, step: int) -> tuple[str, ...]:
-    """What follows the update `step`, besides its report and its save."""
-    t, last = run.config.training, step == run.config.training.train_steps
-    validation = run.validation is not None and due(step, t.eval_interval, last)
-    samples = t.sample_tokens > 0 and due(step, t.sample_interval, last)
-    landscape = t.diagnostics_interval > 0 and due(step, run.config.wandb.landscape_interval, last)
-    return ("validation",) * validation + ("samples",) * samples + ("landscape",) * landscape
+def is_due(step: int, interval: int, *, is_last: bool) -> bool:
+    """Return whether an action of this interval (0: never) is due at this step; every action is due at the last."""
+    return is_last or (interval > 0 and step % interval == 0)
 
 
-def do_duties(run: Run, progress: Progress, size: int) -> tuple[Progress, float | None]:
-    """What is pending, in order; what a signal cuts short stays so and is done again. And the validation loss."""
-    step, best, validation_loss = progress.step, progress.best_validation_loss, None
+def scheduled_actions(run: Run, step: int) -> tuple[str, ...]:
+    """Return the actions that follow this step besides its report and its save, in order."""
+    t, is_last = run.config.training, step == run.config.training.train_steps
+    scheduled = {
+        "validation": run.validation is not None and is_due(step, t.eval_interval, is_last=is_last),
+        "samples": t.sample_tokens > 0 and is_due(step, t.sample_interval, is_last=is_last),
+        "landscape": t.diagnostics_interval > 0 and is_due(step, run.config.wandb.landscape_interval, is_last=is_last),
+    }
+    return tuple(name for name, is_scheduled in scheduled.items() if is_scheduled)
+
+
+def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, float | None]:
+    """Run the pending actions in order, and return the validation loss if there is one.
+
+    What a signal interrupts stays pending; the resumed run does it again.
+    """
+    step, validation_loss = progress.step, None
     with contextlib.suppress(Interrupted):
         while progress.pending:
-            if progress.pending[0] == "validation":
-                validation_loss = validate(run, step, size, whole=step == run.config.training.train_steps)
-                best = min(best, validation_loss)
-            elif progress.pending[0] == "samples":
-                run.tracker.log_text(draw_samples(run, step), step)
-            else:
-                log_landscape(run, step, size)
-            progress = dataclasses.replace(progress, best_validation_loss=best, pending=progress.pending[1:])
+            match progress.pending[0]:
+                case "validation":
+                    validation_loss = validate(run, step, size)
+                    best = min(progress.best_validation_loss, validation_loss)
+                    progress = dataclasses.replace(progress, best_validation_loss=best)
+                case "samples":
+                    if samples := draw_samples(run, step):
+                        run.tracker.log_text(samples, step)
+                case "landscape":
+                    log_landscape(run, step, size)
+            progress = dataclasses.replace(progress, pending=progress.pending[1:])
     return progress, validation_loss
 
 
-def due(step: int, interval: int, last: bool) -> bool:
-    """Whether a duty of this interval (0: never) falls on this step; every duty falls on the last."""
-    return last or (interval > 0 and step % interval == 0)
+def validate(run: Run, step: int, size: int) -> float:
+    """Log validation loss and bits per byte; return the loss over the windows on which all checkpoints are compared.
 
-
-def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
-    """This rank's batch as micro-batches of `size` sequences, on the device."""
-    parts = (torch.split(runtime.to_device(array), size) for array in batch if array is not None)
-    return list(zip(*parts, strict=True))
-
-
-def begin_look(run: Run, step: int) -> Look | None:
-    """A look inside the model at update `step`, where one is due; rank 0's."""
-    t = run.config.training
-    is_due = t.diagnostics_interval > 0 and due(step, t.diagnostics_interval, step == t.train_steps)
-    if not is_due or run.runtime.rank:
-        return None
-    drawn = (run.config.wandb.enabled and run.config.wandb.log_gradients) or t.tensorboard
-    return Look(run.model, run.tracker.counted, histograms=drawn)
-
-
-def end_look(run: Run, progress: Progress, look: Look | None, batch: Batch, size: int) -> Progress:
-    """Tell what the look saw, with the activations of rank 0's first micro-batch; the clipped updates count anew."""
-    if look is None:
-        return progress
-    with run.tracker.counted(), run.runtime.autocast():
-        input_ids, _, *documents = split(batch, size, run.runtime)[0]
-        activations = measure_activations(run.model, input_ids, *documents)
-    clipped, updates = progress.clipped
-    diagnosis = dataclasses.replace(look.diagnosis, activations=activations, clipped=clipped / updates)
-    run.tracker.log_diagnosis(diagnosis, progress.step)
-    return dataclasses.replace(progress, clipped=(0, 0))
-
-
-def validate(run: Run, step: int, size: int, *, whole: bool) -> float:
-    """Log validation loss and bits per byte over a fixed spread of windows, at the end over all of them."""
+    Those are a fixed list, spread over the split. The last validation reads the whole split, and logs that number.
+    """
     assert run.validation is not None
     count = len(run.validation)
-    indices = spread(count, count if whole else run.config.training.eval_windows)
-    bytes_per_token = run.tokenizer.bytes_per_token
-    found = evaluate_on_ranks(run.model, run.validation, indices, bytes_per_token, batch_size=size, runtime=run.runtime)
-    # Tokens without bytes, such as the end of text alone, have no bits per byte.
-    bits = {"validation_bpb": found.bits_per_byte} if found.text_bytes else {}
-    run.tracker.log({"validation_loss": found.loss, **bits}, step)
-    return found.loss
+    compared = spread(count, count_compared_windows(run))
+    found, windows = evaluate(run, compared, size), len(compared)
+    loss = found.loss
+    if step == run.config.training.train_steps and windows < count:
+        rest = evaluate(run, np.setdiff1d(np.arange(count), compared).tolist(), size)
+        found, windows = add(found, rest), count
+    numbers: dict[str, float | int] = {"validation_windows": windows}
+    if found.tokens:
+        numbers["validation_loss"] = found.loss
+    if found.text_bytes:  # tokens without bytes, such as the end of text alone, have no bits per byte
+        numbers["validation_bpb"] = found.bits_per_byte
+    run.tracker.log(numbers, step)
+    return loss
+
+
+def evaluate(run: Run, windows: Sequence[int], size: int) -> Evaluation:
+    """Return the totals of these windows of the validation split, computed by all ranks."""
+    assert run.validation is not None
+    return evaluate_on_ranks(
+        run.model, run.validation, windows, run.tokenizer.bytes_per_token, batch_size=size, runtime=run.runtime
+    )
+
+
+def add(first: Evaluation, second: Evaluation) -> Evaluation:
+    """Return the totals of both."""
+    return Evaluation(
+        first.loss_sum + second.loss_sum, first.tokens + second.tokens, first.text_bytes + second.text_bytes
+    )
 
 
 def draw_samples(run: Run, step: int) -> list[Sample]:
-    """What the model writes after each prompt, and after none; drawn from the seed and the step alone.
+    """Return what the model writes after each prompt, and after none.
 
-    Raises Interrupted between two prompts.
+    Each text depends only on the seed, the step and the prompt's place in the list. Raise Interrupted between two prompts.
     """
-    t, samples, seed = run.config.training, [], (run.config.training.seed + step) % 2**63
-    for prompt in (*t.sample_prompts, ""):
+    t, samples = run.config.training, []
+    for index, prompt in enumerate((*t.sample_prompts, "")):
         run.runtime.raise_if_stopped()
-        with run.runtime.autocast():
-            text = generate(run.model, run.tokenizer, [prompt], max_new_tokens=t.sample_tokens, seed=seed)[0]
-        samples.append(Sample(prompt, text))
+        try:
+            with run.runtime.autocast():
+                text = generate(
+                    run.model,
+                    run.tokenizer,
+                    [prompt],
+                    max_new_tokens=t.sample_tokens,
+                    seed=sample_seed(t.seed, step, index),
+                )[0]
+            samples.append(Sample(prompt, text))
+        except Interrupted:
+            raise
+        except Exception as error:
+            report_skipped(run, "samples", f"the sample after {prompt!r}", describe(error), step)
     return samples
 
 
+def sample_seed(seed: int, step: int, index: int) -> int:
+    """Return the seed of one sample, so that no two prompts of a round are drawn with the same random numbers."""
+    return (seed + step + 1_000_003 * index) % 2**63
+
+
+def report_skipped(run: Run, kind: str, what: str, problem: str, step: int) -> None:
+    """Report that an extra failed. The run continues."""
+    run.tracker.log_event(kind, f"step {step}: skipped {what} ({problem})", step)
+
+
 def log_landscape(run: Run, step: int, size: int) -> None:
-    """Measure the loss around the weights, on all ranks, and tell it. Raises Interrupted, the weights as they were."""
+    """Measure the loss around the weights on all ranks, and log it. Raise Interrupted with the weights put back."""
     side, seed = choose_side(run.config, run.runtime.planned_device, size), run.config.training.seed
-    advice = "smollm2 landscape draws one from the checkpoint"
     if not side:
-        run.tracker.log_event("landscape", f"no loss landscape: the run is short, or its memory full; {advice}", step)
+        run.tracker.log_event("landscape", f"skipped the loss landscape: the run is too short; {LANDSCAPE_LATER}", step)
         return
     windows = run.validation or run.batches.windows
     indices, targets = choose_windows(windows)
-    run.tracker.log_event(
-        "landscape", f"the loss around the weights: {len(list_points(side))} points on {targets:,} tokens each", step
-    )
+    points = f"{len(list_points(side))} points on {targets:,} tokens each"
+    run.tracker.log_event("landscape", f"measuring the loss landscape: {points}", step)
 
     def measure_loss() -> float:
         bytes_per_token = run.tokenizer.bytes_per_token
@@ -132,31 +153,96 @@ def log_landscape(run: Run, step: int, size: int) -> None:
 
     try:
         landscape = measure_landscape(run.model, measure_loss, side=side, seed=seed, targets=targets)
-    except torch.OutOfMemoryError:
-        if run.runtime.world_size > 1:  # the others wait for its share
+    except Interrupted:
+        raise
+    except Exception as error:
+        if run.runtime.world_size > 1:  # the other ranks wait for this one's share of the sum
             raise
-        run.tracker.log_event("landscape", f"no loss landscape: out of memory; {advice}", step)
+        report_skipped(run, "landscape", "the loss landscape", describe(error), step)
         return
     run.tracker.log_landscape(landscape, step)
 
 
+class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
+    """The diagnostics of one step, on rank 0. Entered before the update and left after it.
+
+    An error in them is kept as text until they are logged: as an exception it would keep the activations in memory.
+    """
+
+    def __init__(self, run: Run) -> None:
+        t, wandb = run.config.training, run.config.wandb
+        needs_histograms = (wandb.enabled and wandb.log_gradients) or t.tensorboard
+        self.run, self.problem = run, ""
+        self.look = Look(run.model, run.tracker.counted, histograms=needs_histograms)
+
+    def __enter__(self) -> "Diagnostics":
+        try:
+            self.look.__enter__()
+        except Exception as error:
+            self.problem = describe(error)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.problem or error[0]:
+            return
+        try:
+            self.look.__exit__(*error)
+        except Exception as failure:
+            self.problem = describe(failure)
+
+    def log(self, progress: Progress, micro_batch: MicroBatch) -> None:
+        """Log them for a step that is done, with the activations of one micro-batch."""
+        activations = self._measure_activations(micro_batch)
+        if self.problem:
+            report_skipped(self.run, "diagnostics", "the diagnostics", self.problem, progress.step)
+            return
+        clipped, steps = progress.clipped
+        found = dataclasses.replace(self.look.diagnosis, activations=activations, clipped=clipped / steps)
+        self.run.tracker.log_diagnosis(found, progress.step)
+
+    def _measure_activations(self, micro_batch: MicroBatch) -> dict[str, dict[str, float]]:
+        input_ids, _, *documents = micro_batch
+        try:
+            with self.run.tracker.counted(), self.run.runtime.autocast():
+                return measure_activations(self.run.model, input_ids, *documents)
+        except Exception as error:
+            self.problem = self.problem or describe(error)
+            return {}
+
+
+def scheduled_diagnostics(run: Run, step: int) -> Diagnostics | None:
+    """Return the diagnostics of this step, if they are due on this rank."""
+    t = run.config.training
+    if run.runtime.rank or t.diagnostics_interval == 0:
+        return None
+    return Diagnostics(run) if is_due(step, t.diagnostics_interval, is_last=step == t.train_steps) else None
+
+
 def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool) -> None:
-    """Rank 0 writes the checkpoint; it fails on every rank alike. Raises ResourceError where it must succeed and cannot."""
+    """Write the checkpoint on rank 0. Raise ResourceError on every rank if it must succeed and cannot."""
+    check_replicas(run, progress.step)
     run.runtime.pulse.mark("a save")
     with run.runtime.together():
         if run.saver:
-            spikes, resumed = progress.spikes, run.resumed_step
-            run.saver.save(state_of(run, progress), validation_loss, spikes, resumed, must_succeed=must_succeed)
+            run.saver.save(
+                state_of(run, progress),
+                validation_loss,
+                windows=count_compared_windows(run),
+                spikes=progress.spikes,
+                resumed_step=run.resumed_step,
+                must_succeed=must_succeed,
+            )
 
 
 def check_replicas(run: Run, step: int) -> None:
-    """Raises TrainingError, naming the rank and a parameter, where the ranks' weights are no longer the same bits."""
+    """Raise TrainingError, naming the rank and a parameter, if the ranks' weights are not bit-identical."""
     if run.runtime.world_size == 1:
         return
     odd = find_odd_replica(run.runtime.gather(weight_sums(run.model).tolist()))
     if odd:
         name = list(dict(run.model.named_parameters()))[odd[1]]
         raise TrainingError(
-            f"step {step}: the weights of rank {odd[0]} are no longer those of the others, first in {name}; nothing was saved. "
-            "Its memory or its device computes wrongly: take that machine out, and go on with --resume auto"
+            f"step {step}",
+            f"the weights of rank {odd[0]} differ from those of the others, first in {name}; nothing was saved",
+            "Its memory or its device computes wrongly: remove that machine, and resume with --resume auto",
         )

@@ -1,4 +1,4 @@
-"""Several ranks, one run: they agree before it starts, and end together."""
+"""Several ranks, one run: they agree before it starts, and they end together."""
 
 import contextlib
 import hashlib
@@ -8,53 +8,48 @@ from pathlib import Path
 
 import torch
 
-from smollm2.config.schema import Config, TrainingConfig
+from smollm2.config.schema import Config
 from smollm2.data.store import TokenStore
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.errors import (
-    Interrupted,
-    Smollm2Error,
-    TrainingError,
-)
+from smollm2.errors import Interrupted, Smollm2Error, TrainingError
 from smollm2.inference.evaluation import spread
 from smollm2.runtime.device import Runtime
 from smollm2.runtime.ranks import Watch, find_disagreement, is_lost_rank
 from smollm2.tracking.console import ConsoleTracker, RunLog
-from smollm2.training.setup import State
+from smollm2.training.setup import Setup
 
 
 def refuse_disagreement(runtime: Runtime, facts: Mapping[str, object]) -> None:
-    """Raises TrainingError, naming the rank and what differs, where the ranks are not about to do the same run."""
+    """Raise TrainingError, naming the rank and what differs, if the ranks are not about to do the same run."""
     found = find_disagreement(runtime.gather(dict(facts)))
     if found:
         rank, differing = found
         raise TrainingError(
-            f"rank {rank} is not in the same run as rank 0: {', '.join(differing)} - start every rank with the same code, "
-            "flags and files"
+            f"rank {rank}",
+            f"is not in the same run as rank 0: {', '.join(differing)}",
+            "start every rank with the same code, flags and files",
         )
 
 
 def config_facts(config: Config) -> dict[str, object]:
-    """The values of a config by dotted key."""
+    """Return the values of a config by dotted key."""
     sections = config.model_dump(mode="json")
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
-def start_facts(
-    runtime: Runtime, start: tuple[Path, State] | None, tokenizer: Tokenizer, store: TokenStore
-) -> dict[str, object]:
-    """What the ranks have found, each for itself, and must have found alike."""
+def start_facts(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> dict[str, object]:
+    """Return what each rank has found for itself and all must have found alike."""
     return {
-        "the checkpoint": f"step {start[1]['step']}" if start else "none",
+        "the checkpoint": f"step {setup.start.step}" if setup.start else "none",
         "the tokenizer": tokenizer.fingerprint[:12],
         "the tokens": f"{store.fingerprint[:12]} {fingerprint_tokens(store)[:12]}",
-        "precision": runtime.precision.name,
+        "precision": setup.runtime.precision.name,
         "torch": str(torch.__version__),
     }
 
 
 def fingerprint_code() -> str:
-    """A short hash of this package's files."""
+    """Return a short hash of this package's files."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -62,7 +57,7 @@ def fingerprint_code() -> str:
 
 
 def fingerprint_tokens(store: TokenStore) -> str:
-    """A hash of the number of tokens and of 64 pieces of them: a copy that another machine keeps may have gone bad."""
+    """Return a hash of the number of tokens and of 64 excerpts: another machine's copy of the file may be damaged."""
     digest = hashlib.sha256()
     for tokens in (store.train, store.validation):
         digest.update(f"{len(tokens)}|".encode())
@@ -72,23 +67,26 @@ def fingerprint_tokens(store: TokenStore) -> str:
 
 
 @contextlib.contextmanager
-def watched(t: TrainingConfig, runtime: Runtime, log: RunLog) -> Iterator[Watch]:
-    """A watch over the ranks, to be started once the run folder is there. Where a rank is lost in the block its name is
-    found. A run that came to its end, or was asked to, ends on all ranks together: a launcher kills the others when
-    the first has gone."""
+def watch_ranks(config: Config, runtime: Runtime, log: RunLog) -> Iterator[Watch]:
+    """Watch over the ranks during the block; the caller starts the watch once the run folder exists.
 
-    def say(message: str) -> None:
+    If a rank is lost in the block, the error names it. A run that finished, or was asked to stop, ends on all ranks
+    together: a launcher kills the others when the first one has gone.
+    """
+
+    def report(message: str) -> None:
         log.write(message)
-        ConsoleTracker(0, 0, sys.stderr).say(message)
+        ConsoleTracker(0, 0, sys.stderr).report(message)
 
     def end(error: Smollm2Error) -> None:
         if runtime.rank == error.rank:
-            say(f"error: {error}")
+            report(f"error: {error}")
         else:
             log.write(str(error))
         runtime.leave(error.exit_code)
 
-    watch = Watch(Path(t.save_dir), runtime.rank, runtime.pulse.read, t.rank_timeout, end, say)
+    folder, timeout = Path(config.training.save_dir), config.training.rank_timeout
+    watch = Watch(folder, runtime.rank, runtime.pulse.read, timeout, end, report)
     code = 1
     try:
         try:
@@ -99,7 +97,7 @@ def watched(t: TrainingConfig, runtime: Runtime, log: RunLog) -> Iterator[Watch]
             log.write_error(error)
             raise watch.explain_loss() from None
         except Interrupted:
-            with contextlib.suppress(RuntimeError):  # another ended otherwise
+            with contextlib.suppress(RuntimeError):  # another rank ended in another way
                 runtime.gather("leaving")
             raise
         runtime.gather("leaving")

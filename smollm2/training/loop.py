@@ -1,7 +1,8 @@
-"""A run, from the first line to the last: open what it needs, make the updates, leave a model behind.
+"""A run, from the first line to the last: open what it needs, make the steps, leave a model behind.
 
-What the loop remembers between two updates is `Progress`, saved whole; the rate is a function of the step, a batch of
-the seed and its number, a sample of the seed and the step. So a run that was killed and resumed goes on bit for bit.
+What the loop remembers between two steps is `Progress`, saved whole; the learning rate is a function of the step, a batch
+of the seed and its number, a sample of the seed and the step. So a run that was killed and resumed is bit-identical to
+one that was not.
 """
 
 import contextlib
@@ -9,57 +10,70 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from smollm2.analysis.diagnostics import Look
-from smollm2.checkpoint.retention import set_aside_later
+from smollm2.checkpoint.retention import move_superseded, recompute_best
 from smollm2.config.schema import Config
 from smollm2.data.batches import prefetched
 from smollm2.data.windows import Batch
-from smollm2.errors import (
-    DataError,
-    Interrupted,
-    ResourceError,
-    Smollm2Error,
-    TrainingError,
-)
+from smollm2.errors import DataError, Interrupted, ResourceError, Smollm2Error, TrainingError
 from smollm2.plan.throughput import Duration
-from smollm2.runtime.device import (
-    environment,
-    start_runtime,
-)
+from smollm2.runtime.device import Runtime, environment, start_runtime
+from smollm2.runtime.random_state import restore_random_state
 from smollm2.storage.locks import HeldFolder, lock_folder
+from smollm2.storage.run_folder import REPORT
+from smollm2.storage.run_folder import checkpoint_path as checkpoint_file
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
-from smollm2.training.actions import begin_look, check_replicas, do_duties, due, duties_of, end_look, save, split
-from smollm2.training.agreement import config_facts, fingerprint_code, refuse_disagreement, start_facts, watched
-from smollm2.training.anomalies import note_out_of_memory, note_trouble
+from smollm2.training.actions import check_replicas, is_due, run_actions, save, scheduled_actions, scheduled_diagnostics
+from smollm2.training.agreement import config_facts, fingerprint_code, refuse_disagreement, start_facts, watch_ranks
+from smollm2.training.anomalies import report_anomaly, report_out_of_memory
 from smollm2.training.corpus import share_corpus
-from smollm2.training.memory import choose_micro_batch, describe_out_of_memory
-from smollm2.training.optim import learning_rate_at
-from smollm2.training.pages import end_page, note_start, note_stop, plan_run, start_page
-from smollm2.training.progress import Progress
-from smollm2.training.resume import find_start, restore
-from smollm2.training.setup import Run, open_run
-from smollm2.training.step import (
-    MicroBatchTooLarge,
-    StepResult,
+from smollm2.training.memory import (
+    MicroBatchChoice,
+    choose_micro_batch,
+    is_out_of_memory,
     micro_batch_size,
-    rehearse,
+    no_room_for_one_sequence,
     smaller_micro_batch,
-    update,
 )
-from smollm2.training.timing import Clock, Meter, correct_time, save_throughput
+from smollm2.training.optim import learning_rate_at
+from smollm2.training.pages import end_page, plan_run, report_end, report_start, start_page
+from smollm2.training.progress import Progress
+from smollm2.training.resume import check_changes, count_compared_windows, find_start, restore
+from smollm2.training.setup import Run, Setup, build_run, check_disk, fit_vocabulary, open_trackers
+from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, rehearse, train_step
+from smollm2.training.timing import TIME_UP, Meter, TimeLimit, correct_time, save_throughput
 
 REPLICA_INTERVAL = 1000
-"""Updates between two comparisons of the ranks' weights; each save compares them as well."""
+"""Steps between two comparisons of the ranks' weights; each save compares them as well."""
+
+OnStep = Callable[[int, StepResult], object]
+"""Called after each step with its number and its result."""
 
 
-TIME_UP = 1000
-"""Stands among the numbers of signals for the end of the run's own time."""
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a run ended. `checkpoint_path` is the last step's checkpoint, `best_validation_loss` infinite without one."""
+
+    step: int
+    tokens: int
+    loss: float
+    best_validation_loss: float
+    checkpoint_path: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check. Its run folder is as it was before."""
+
+    setup: Setup
+    run: Run
+    progress: Progress
+    micro_batch: MicroBatchChoice
 
 
 def train(
@@ -68,161 +82,239 @@ def train(
     resume: str = "",
     checkpoint_path: str | Path | None = None,
     origins: Mapping[str, str] | None = None,
-) -> Progress:
+    quiet: bool = False,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
     """Train as `config` says, and return where the run ended.
 
-    `resume="auto"` goes on from the newest valid checkpoint in save_dir, if there is one; `checkpoint_path` from that
-    one. `origins` says where each value came from, for the run folder's config.yaml. Raises a Smollm2Error for what a
-    user can mend, among them Interrupted after a signal or at the time limit, when the run is saved.
+    `resume="auto"` resumes from the newest valid checkpoint in save_dir, if there is one; `checkpoint_path` from that
+    one. `origins` names the origin of each value, for the run folder's config.yaml. With `quiet` nothing is printed.
+    Raise a Smollm2Error for what a user can mend, among them Interrupted after a signal or at the time limit, when the
+    run is saved.
     """
-    clock = Clock(config.training.time_limit)
+    limit = TimeLimit(config.training.time_limit)
     runtime = start_runtime(config.training)
     folder = Path(config.training.save_dir)
-    held: HeldFolder | None = None
     log = RunLog(folder, runtime.rank, find_secrets(environment()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.stop.listening())
-        watch = stack.enter_context(watched(config.training, runtime, log))
-        quiet = None if runtime.rank == 0 else stack.enter_context(Path(os.devnull).open("w"))
-        console = ConsoleTracker(config.training.train_steps, 0, quiet, log)
+        watch = stack.enter_context(watch_ranks(config, runtime, log))
+        is_silent = quiet or runtime.rank > 0
+        stream = stack.enter_context(Path(os.devnull).open("w")) if is_silent else None
+        setup = Setup(config, origins or {}, runtime, ConsoleTracker(config.training.train_steps, 0, stream, log))
+        held = claim_folder(setup, stack)
         try:
-            with runtime.together():
-                micro_batch_size(config.global_batch_size, runtime.world_size, config.training.batch_size)
-                if runtime.rank == 0:
-                    held = stack.enter_context(lock_folder(folder))
-                    if not held.is_exclusive:
-                        console.say(f"{folder}: this file system has no locks; take care that no other run writes here")
             if runtime.world_size > 1:
                 watch.start()
-            refuse_disagreement(runtime, {"the code": fingerprint_code(), **config_facts(config)})
-            with runtime.together():
-                start = find_start(folder, resume, checkpoint_path, console)
-            tokenizer, store = share_corpus(config, runtime, start, origins or {}, console)
-            refuse_disagreement(runtime, start_facts(runtime, start, tokenizer, store))
-            with runtime.together():
-                run = open_run(config, runtime, start, tokenizer, store, origins or {}, console, stack)
-                progress = restore(run, *start) if start else Progress()
-            run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
-            size = choose_micro_batch(run)
-            if number := runtime.stop_requested():
-                raise Interrupted(f"stopped by {signal.Signals(number).name} before a step; nothing was lost", number)
+            prepared = prepare(setup, resume, checkpoint_path)
         except Smollm2Error:
-            if held:  # nothing was trained: leave nothing behind
+            if held:  # nothing was trained: remove the folder if this process made it
                 held.discard()
-            stack.close()
             raise
+        progress = prepared.progress
+        path = checkpoint_file(folder, config.training.train_steps)
         if progress.step == config.training.train_steps and not progress.pending:
-            more = f"--resume auto --train_steps {2 * progress.step}"
-            console.say(f"{folder}: all {progress.step} updates are done; for more: {more}")
-            return progress
-        if runtime.rank == 0 and (aside := set_aside_later(folder, progress.step)):
-            console.say(f"set aside, since the run goes on from before them: {', '.join(path.name for path in aside)}")
-        started = time.perf_counter()
-        plan = plan_run(run)
-        console.show_page("SmolLM2 Training", start_page(run, progress, plan))
-        note_start(run, progress)
-        try:
-            progress = run_steps(run, progress, size, clock, plan.duration)
-        except Exception as error:
-            log.write_error(error)
-            note_stop(run, error)
-            if isinstance(error, DataError):  # each rank reads windows of its own
-                error.rank = runtime.rank
-            if isinstance(error, TrainingError):
-                raise TrainingError(f"{error} ({log.path})") from None
-            if isinstance(error, torch.OutOfMemoryError):
-                short = ResourceError(
-                    f"training.batch_size: {config.training.batch_size} - out of memory - lower it, and raise "
-                    "training.gradient_accumulation_steps by as much; the checkpoints are intact"
+            setup.report(
+                f"{folder}: all {progress.step} steps are done. To train more: --resume auto --train_steps "
+                f"{2 * progress.step}"
+            )
+            path = prepared.setup.start.path if prepared.setup.start else path
+        else:
+            progress = run_prepared(prepared, limit, log, on_step)
+    if runtime.stop.number:  # it came during the last save, or while the trackers closed
+        raise stopped(runtime.stop.number, progress.step)
+    return TrainingResult(progress.step, progress.tokens, progress.loss, progress.best_validation_loss, path)
+
+
+def claim_folder(setup: Setup, stack: contextlib.ExitStack) -> HeldFolder | None:
+    """Make and lock the run folder on rank 0. Raise ResourceError on every rank if it cannot be written or is in use."""
+    config, runtime, held = setup.config, setup.runtime, None
+    with runtime.together():
+        micro_batch_size(config.global_batch_size, runtime.world_size, config.training.batch_size)
+        if runtime.rank == 0:
+            held = stack.enter_context(lock_folder(setup.folder))
+            if not held.is_exclusive:
+                setup.report(
+                    f"{setup.folder}: this file system has no locks. Make sure that no other run writes there."
                 )
-                short.rank = runtime.rank
-                raise short from None
-            raise
-        seconds = time.perf_counter() - started
-        console.show_page("Done", end_page(run, progress, seconds))
-        run.tracker.log_event("done", "", progress.step, seconds=round(seconds, 3))
-        stack.close()
-        if runtime.stop.number:  # it came during the last save, or while the trackers closed
-            raise_stopped(runtime.stop.number, progress.step)
-    return progress
+    return held
 
 
-def raise_stopped(number: int, step: int) -> NoReturn:
-    """Raises Interrupted, by a signal or by TIME_UP, with the step that is saved."""
-    if number == TIME_UP:
-        raise Interrupted(f"training.time_limit is reached after step {step}, which is saved", 0)
-    raise Interrupted(f"stopped by {signal.Signals(number).name} after step {step}, which is saved", number)
+def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Prepared:
+    """Open and check everything that the run needs. Nothing in the run folder changes here."""
+    runtime = setup.runtime
+    refuse_disagreement(runtime, {"the code": fingerprint_code(), **config_facts(setup.config)})
+    with runtime.together():
+        setup = dataclasses.replace(setup, start=find_start(setup, resume, checkpoint_path))
+    tokenizer, store = share_corpus(setup)
+    refuse_disagreement(runtime, start_facts(setup, tokenizer, store))
+    with runtime.together():
+        setup = fit_vocabulary(setup, tokenizer)
+        if setup.start:
+            check_changes(setup, setup.start, store)
+        if runtime.rank == 0:
+            check_disk(setup.config, setup.folder)
+        run = build_run(setup, tokenizer, store)
+        progress = restore(run, setup.start) if setup.start else Progress()
+        micro_batch = choose_micro_batch(setup.config, runtime)
+    run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
+    if number := runtime.stop_requested():
+        raise Interrupted(f"stopped by {signal_name(number)} before a step; nothing was lost", number)
+    return Prepared(setup, run, progress, micro_batch)
 
 
-def run_steps(run: Run, progress: Progress, size: int, clock: Clock, announced: Duration) -> Progress:
-    """From `progress` to the last step, in micro-batches of `size`. Raises Interrupted after a signal or at the time
-    limit, TrainingError where the numbers fail."""
-    t, runtime, tracker = run.config.training, run.runtime, run.tracker
-    meter, share = Meter(), run.config.global_batch_size // runtime.world_size
+def run_prepared(prepared: Prepared, limit: TimeLimit, log: RunLog, on_step: OnStep | None) -> Progress:
+    """Run the steps that are left and return where they ended. Raise the reason if they end early."""
+    setup, run = prepared.setup, prepared.run
+    try:
+        with contextlib.ExitStack() as trackers:
+            run, announced = begin(prepared, trackers)
+            started = time.perf_counter()
+            try:
+                progress = run_steps(run, prepared.progress, prepared.micro_batch.size, limit, announced, on_step)
+            except Exception as error:
+                report_end(run, error)
+                raise
+            seconds = time.perf_counter() - started
+            setup.console.show_page("Done", end_page(run, progress, seconds))
+            run.tracker.log_event("done", "", progress.step, seconds=round(seconds, 3))
+        return progress
+    except Interrupted as error:
+        log.write(str(error))
+        if (run.folder / REPORT).exists():
+            setup.report(f"report: {run.folder / REPORT}")
+        raise
+    except Exception as error:
+        log.write_error(error)
+        raise explain_failure(error, setup, log) from error
+
+
+def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duration]:
+    """Change the run folder for the first time, now that the next step is about to run, and show the start page.
+
+    Return the run with its trackers, and the announced time.
+    """
+    setup, run, progress = prepared.setup, prepared.run, prepared.progress
+    # Before the rows are cut: a kill in between must not leave a newer checkpoint without its rows.
+    moved = move_superseded(run.folder, progress.step) if run.runtime.rank == 0 else []
+    if run.runtime.rank == 0:
+        recompute_best(run.folder, count_compared_windows(run))
+    run = open_trackers(run, setup, stack)
+    if moved:
+        setup.report(
+            f"moved to {moved[0].parent}, because the run resumes before them: {', '.join(p.name for p in moved)}"
+        )
+    report_start(run, progress, setup.start)
+    if prepared.micro_batch.reason:
+        run.tracker.log_event("micro_batch", prepared.micro_batch.reason, progress.step)
+    plan = plan_run(run)
+    setup.console.show_page("SmolLM2 Training", start_page(run, progress, plan))
+    if setup.start:  # last: nothing may draw a random number between this and the first step
+        restore_random_state(setup.start.state["rng"])
+    return run, plan.duration
+
+
+def explain_failure(error: Exception, setup: Setup, log: RunLog) -> Exception:
+    """Return the error that the user sees: with the log's path, the rank that it is about, and what to set."""
+    if isinstance(error, TrainingError):
+        return TrainingError(f"{error} The details are in {log.path}.")
+    if is_out_of_memory(error):
+        error = ResourceError(
+            "training.batch_size",
+            f"{setup.config.training.batch_size}: out of memory",
+            "lower it, and raise training.gradient_accumulation_steps by as much; the checkpoints are intact",
+        )
+        error.rank = setup.runtime.rank
+    if isinstance(error, DataError):  # each rank reads its own windows
+        error.rank = setup.runtime.rank
+    return error
+
+
+def run_steps(
+    run: Run, progress: Progress, size: int, limit: TimeLimit, announced: Duration, on_step: OnStep | None
+) -> Progress:
+    """Run from `progress` to the last step, in micro-batches of up to `size` sequences.
+
+    Raise Interrupted after a signal or at the time limit, TrainingError if the numbers fail.
+    """
+    t, runtime = run.config.training, run.runtime
+    share = run.config.global_batch_size // runtime.world_size
     first_row = runtime.rank * share
+    meter = Meter()
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
-            clock.begin_step()
-            if not progress.pending:  # else a signal cut this step's duties short, and they come first
-                batch, look = next(batches), begin_look(run, progress.step + 1)
-                result, size = update_or_shrink(run, progress.step, batch, size, look)
-                progress = end_look(run, progress.after(result), look, batch, size)
-                progress = dataclasses.replace(progress, pending=duties_of(run, progress.step))
+            limit.begin_step()
+            if not progress.pending:  # else a signal interrupted this step's actions, and they come first
+                result, progress, size = make_step(run, progress, next(batches), size)
                 meter.add(result)
-                correct_time(run, progress, meter, announced)
-                note_trouble(run, progress, result)
-                if progress.step == 1 or due(progress.step, t.log_interval, progress.step == t.train_steps):
-                    tracker.log(report(run, progress, result, meter), progress.step)
-            step, last = progress.step, progress.step == t.train_steps
+                correct_time(run, progress.step, meter, announced)
+                report_anomaly(run, progress, result)
+                if progress.step == 1 or is_due(progress.step, t.log_interval, is_last=progress.step == t.train_steps):
+                    run.tracker.log(describe_step(run, progress, result, meter), progress.step)
+                if on_step:
+                    on_step(progress.step, result)
             if run.saver:
-                run.saver.note_finished()
-            progress, validation_loss = do_duties(run, progress, size)
-            save_seconds = run.saver.seconds if run.saver else 0.0
-            time_up = clock.is_up(2 * save_seconds) and not last
-            stop = runtime.stop_requested(TIME_UP if time_up else 0)
-            if stop or due(step, t.save_interval, last):
-                check_replicas(run, step)
-                save(run, progress, validation_loss, must_succeed=last or bool(stop))
-            elif due(step, REPLICA_INTERVAL, last):
-                check_replicas(run, step)
-            if stop or last:
-                save_throughput(run, meter)
-            if stop and (progress.pending or not last):
-                raise_stopped(stop, step)
+                run.saver.report_finished()
+            progress, validation_loss = run_actions(run, progress, size)
+            end_step(run, progress, validation_loss, limit, meter)
     return progress
 
 
-def update_or_shrink(run: Run, step: int, batch: Batch, size: int, look: Look | None) -> tuple[StepResult, int]:
-    """Update `step` + 1 in micro-batches of `size`, or from its beginning in smaller ones where memory runs out; and of
-    how many. Raises ResourceError where one sequence at once is too much."""
+def make_step(run: Run, progress: Progress, batch: Batch, size: int) -> tuple[StepResult, Progress, int]:
+    """Make one step, with its diagnostics if they are due. Return its result, and with how many sequences at once."""
+    step = progress.step + 1
+    diagnostics = scheduled_diagnostics(run, step)
+    result, size = step_within_memory(run, step, batch, size, diagnostics)
+    progress = progress.after(result)
+    if diagnostics:
+        diagnostics.log(progress, split(batch, size, run.runtime)[0])
+        progress = dataclasses.replace(progress, clipped=(0, 0))
+    return result, dataclasses.replace(progress, pending=scheduled_actions(run, step)), size
+
+
+def step_within_memory(
+    run: Run, step: int, batch: Batch, size: int, diagnostics: contextlib.AbstractContextManager[object] | None
+) -> tuple[StepResult, int]:
+    """Make step `step` in micro-batches of up to `size`, or in smaller ones if memory runs out; return which.
+
+    Raise ResourceError if one sequence at once is too much.
+    """
     t, runtime = run.config.training, run.runtime
     while True:
+        micro_batches = split(batch, size, runtime)
         with contextlib.suppress(MicroBatchTooLarge):
-            if step == run.resumed_step and runtime.world_size > 1 and runtime.device.type == "cuda":
-                rehearse(run.prepared, split(batch, size, runtime)[0], runtime)
-            result = update(
+            if step == run.resumed_step + 1 and runtime.world_size > 1 and runtime.device.type == "cuda":
+                rehearse(run.prepared, micro_batches[0], runtime)
+            result = train_step(
                 run.prepared,
                 run.optimizers,
-                split(batch, size, runtime),
+                micro_batches,
                 runtime,
-                learning_rate=learning_rate_at(step, t),
+                learning_rate=learning_rate_at(step - 1, t),
                 max_grad_norm=t.max_grad_norm,
                 z_loss=t.z_loss,
-                look=look,
+                diagnostics=diagnostics,
             )
             return result, size
         smaller = smaller_micro_batch(len(batch.input_ids), size)
         if smaller is None:
-            raise ResourceError(describe_out_of_memory(run.config, 1))
-        note_out_of_memory(run, step + 1, size, smaller)
+            raise no_room_for_one_sequence(run.config)
+        report_out_of_memory(run, step, size, smaller)
         size = smaller
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
-    """The row of one update; everything but tokens_per_second is the same whenever and wherever it is computed again."""
+def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
+    """Return this rank's batch on the device, as few nearly equal micro-batches of up to `size` sequences."""
+    count = -(-len(batch.input_ids) // size)
+    parts = (torch.tensor_split(runtime.to_device(array), count) for array in batch if array is not None)
+    return list(zip(*parts, strict=True))
+
+
+def describe_step(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
+    """Return the metrics row of a step; all but tokens_per_second is a function of the config and the step."""
     return {
         "tokens": progress.tokens,
         "epoch": run.batches.epoch_of(progress.step),
@@ -230,5 +322,34 @@ def report(run: Run, progress: Progress, result: StepResult, meter: Meter) -> di
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "skipped": len(progress.skipped),
-        "tokens_per_second": meter.take(),
+        "tokens_per_second": meter.take_tokens_per_second(),
     }
+
+
+def end_step(run: Run, progress: Progress, validation_loss: float | None, limit: TimeLimit, meter: Meter) -> None:
+    """Save if it is due. Raise Interrupted, with a checkpoint, after a signal or at the time limit."""
+    t, runtime, step = run.config.training, run.runtime, progress.step
+    is_last = step == t.train_steps
+    save_seconds = run.saver.seconds if run.saver else 0.0
+    time_is_up = limit.is_up(2 * save_seconds) and not is_last
+    stop = runtime.stop_requested(TIME_UP if time_is_up else 0)
+    if stop or is_due(step, t.save_interval, is_last=is_last):
+        save(run, progress, validation_loss, must_succeed=is_last or stop > 0)
+    elif is_due(step, REPLICA_INTERVAL, is_last=is_last):
+        check_replicas(run, step)
+    if stop or is_last:
+        save_throughput(run, meter)
+    if stop and (progress.pending or not is_last):
+        raise stopped(stop, step)
+
+
+def stopped(number: int, step: int) -> Interrupted:
+    """Return the error of a run that a signal or TIME_UP ended after a step that is saved."""
+    if number == TIME_UP:
+        return Interrupted(f"training.time_limit is reached; step {step} is saved", 0)
+    return Interrupted(f"stopped by {signal_name(number)}; step {step} is saved", number)
+
+
+def signal_name(number: int) -> str:
+    """Return what a user knows the signal as."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -1,64 +1,107 @@
-"""How many sequences a rank processes at once."""
+"""How many sequences a rank processes in one forward pass, and what happens if memory runs out."""
 
-from typing import cast
+import math
+from dataclasses import dataclass
+
+import torch
 
 from smollm2.config.schema import Config
-from smollm2.errors import (
-    ResourceError,
-)
+from smollm2.errors import ConfigError, ResourceError
 from smollm2.formatting import format_bytes
-from smollm2.plan import arithmetic as plan
+from smollm2.plan.arithmetic import estimate_memory
 from smollm2.plan.machine import memory_limit
-from smollm2.runtime.device import (
-    environment,
-)
-from smollm2.training.setup import Run
-from smollm2.training.step import (
-    micro_batch_size,
-    smaller_micro_batch,
-)
+from smollm2.runtime.device import Runtime, environment
+
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+"""How CUDA, cuBLAS, cuDNN and torch's CPU allocator describe a failed allocation."""
 
 
-def choose_micro_batch(run: Run) -> int:
-    """Sequences in one forward pass. On a CPU, which Linux relieves by killing, `plan`'s memory decides beforehand.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed: cuBLAS and the CPU allocator raise plain RuntimeErrors."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
-    Raises ResourceError where not even one sequence fits.
+
+def micro_batch_size(global_batch: int, world_size: int, batch_size: int) -> int:
+    """Return the most sequences in one forward pass of a rank: its share in as few nearly equal parts as `batch_size` allows.
+
+    Raise ConfigError, naming the nearest batch that divides, if the ranks cannot share the global batch equally.
     """
-    config, runtime = run.config, run.runtime
+    if global_batch % world_size:
+        lower = global_batch // world_size * world_size
+        nearest = " or ".join(str(size) for size in (lower, lower + world_size) if size)
+        raise ConfigError(
+            "training.batch_size",
+            f"x training.gradient_accumulation_steps is {global_batch} sequences, which {world_size} devices cannot share "
+            "equally",
+            f"the nearest that they can: {nearest}",
+        )
+    share = global_batch // world_size
+    return largest_part(share, batch_size)
+
+
+def smaller_micro_batch(share: int, size: int) -> int | None:
+    """Return the next smaller micro-batch after running out of memory, at most half of `size`; None below one sequence."""
+    return largest_part(share, size // 2) if size > 1 else None
+
+
+def largest_part(share: int, limit: int) -> int:
+    """Return the largest of the parts if `share` sequences are cut into as few nearly equal parts of up to `limit`."""
+    return math.ceil(share / math.ceil(share / limit))
+
+
+@dataclass(frozen=True)
+class MicroBatchChoice:
+    """Sequences in one forward pass, and why they are fewer than training.batch_size allows, if they are."""
+
+    size: int
+    reason: str = ""
+
+
+def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
+    """Return how many sequences are processed at once. On a CPU, where Linux kills, `plan`'s memory decides beforehand.
+
+    Raise ResourceError if not even one sequence fits.
+    """
     t, share = config.training, config.global_batch_size // runtime.world_size
-    size: int | None = micro_batch_size(config.global_batch_size, runtime.world_size, t.batch_size)
+    allowed = micro_batch_size(config.global_batch_size, runtime.world_size, t.batch_size)
     limit = memory_limit()
     if runtime.device.type != "cpu":
-        return cast(int, size)
+        return MicroBatchChoice(allowed)
     processes = int(environment().get("LOCAL_WORLD_SIZE", "1"))
 
     def needed(size: int) -> int:
         smaller = config.model_copy(update={"training": t.model_copy(update={"batch_size": size})})
-        return processes * plan.estimate_memory(smaller, runtime.planned_device).total
+        return processes * estimate_memory(smaller, runtime.planned_device).total
 
-    asked = cast(int, size)
+    size: int | None = allowed
     while size and needed(size) > limit:
         size = smaller_micro_batch(share, size)
     if not size:
-        raise ResourceError(
-            f"{describe_out_of_memory(config, 1)}: {format_bytes(needed(1))} are needed, and this machine has "
-            f"{format_bytes(limit)}"
+        raise no_room_for_one_sequence(
+            config, f" ({format_bytes(needed(1))} are needed, this machine has {format_bytes(limit)})"
         )
-    if size < asked:
-        run.tracker.log_event(
-            "micro_batch",
-            f"training.batch_size: {asked} sequences at once need about {format_bytes(needed(asked))} and this machine has "
-            f"{format_bytes(limit)}; {size} at once, as many an update",
-            run.resumed_step,
-        )
-    return size
-
-
-def describe_out_of_memory(config: Config, size: int) -> str:
-    """What to set where the memory does not suffice for micro-batches of `size`."""
-    if size > 1:
-        return f"set training.batch_size {size} and training.gradient_accumulation_steps {config.global_batch_size // size}"
-    return (
-        f"training.batch_size: {config.training.batch_size} - out of memory even with one sequence at once - set "
-        "training.gradient_checkpointing true, a shorter training.sequence_length or a smaller model"
+    if size == allowed:
+        return MicroBatchChoice(size)
+    return MicroBatchChoice(
+        size,
+        f"training.batch_size: {allowed} sequences at once need about {format_bytes(needed(allowed))} and this machine has "
+        f"{format_bytes(limit)}. Processing {size} at once; the step keeps its {config.global_batch_size} sequences.",
     )
+
+
+def no_room_for_one_sequence(config: Config, numbers: str = "") -> ResourceError:
+    """Return the error of a run in which one sequence at once is too much."""
+    return ResourceError(
+        "training.batch_size",
+        f"{config.training.batch_size}: out of memory even with one sequence at once{numbers}",
+        "set training.gradient_checkpointing true, a shorter training.sequence_length or a smaller model",
+    )
+
+
+def describe_smaller_batch(config: Config, size: int) -> str:
+    """Return the settings with which a run starts with micro-batches of at most `size` and the same global batch."""
+    total = config.global_batch_size
+    divisor = max(n for n in range(1, size + 1) if total % n == 0)
+    return f"set training.batch_size {divisor} and training.gradient_accumulation_steps {total // divisor}"

@@ -1,31 +1,29 @@
-"""The pages at the start and the end of a run, and the same facts as events."""
+"""The pages at the start and the end of a run, and the same facts as events for the report."""
 
 import contextlib
 import dataclasses
 import datetime
 import platform
-from pathlib import Path
 from typing import cast
 
 import torch
 
 from smollm2.checkpoint.discovery import list_checkpoints
-from smollm2.errors import (
-    Interrupted,
-    ResourceError,
-    Smollm2Error,
-)
+from smollm2.config.schema import TrainingConfig
+from smollm2.errors import Interrupted, ResourceError, Smollm2Error
 from smollm2.formatting import format_bytes, format_estimate
 from smollm2.model.transformer import Block
 from smollm2.plan.describe import Plan, describe_origin, make_plan
 from smollm2.runtime.commands import shown_path, smollm2_command
-from smollm2.runtime.device import (
-    machine_facts,
-)
+from smollm2.runtime.device import machine_facts
 from smollm2.runtime.throughput import machine_of, measure_if_long
-from smollm2.storage.run_folder import step_of
+from smollm2.storage.run_folder import METRICS, REPORT, SAMPLES, checkpoint_path, step_of
+from smollm2.training.optim import learning_rate_at
 from smollm2.training.progress import Progress
-from smollm2.training.setup import Run
+from smollm2.training.resume import describe_resume
+from smollm2.training.setup import Run, Start
+
+Rows = list[tuple[str, str]]
 
 
 def plan_run(run: Run) -> Plan:
@@ -37,50 +35,69 @@ def plan_run(run: Run) -> Plan:
     return make_plan(run.config, machine, measure_if_long(run.runtime, machine, plan.duration.total))
 
 
-def start_page(run: Run, progress: Progress, plan: Plan) -> list[tuple[str, str]]:
-    """What is trained, on what, with which data, and what it will take."""
+def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
+    """Return what is trained, with which data, and what it will take."""
     t, m, runtime = run.config.training, run.config.model, run.runtime
-    block = cast(Block, run.model.model.layers[0])
+    seconds = plan.duration.of(t.train_steps - progress.step)
     heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
-    epochs = run.batches.epoch_of(t.train_steps)
+    isolated = ", documents isolated" if run.config.data.document_mask else ""
     batch, length = run.config.global_batch_size, t.sequence_length
+    epochs = run.batches.epoch_of(t.train_steps)
     return [
         (
             "model",
             f"{plan.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}",
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
-        (
-            "precision",
-            f"{runtime.precision.name}: {runtime.precision.reason}; attention: {block.self_attn.backend}; "
-            f"compile: {'each block, at the first update' if t.compile else 'off'}",
-        ),
-        (
-            "text",
-            f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens"
-            f"{', documents isolated' * run.config.data.document_mask}",
-        ),
-        ("batch", f"{batch} sequences = {batch * length:,} tokens an update"),
-        ("updates", f"{progress.step:,} of {t.train_steps:,} done; {epochs:.1f} epochs in all"),
+        ("precision", describe_numerics(run)),
+        ("text", f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens{isolated}"),
+        ("validation", describe_validation(run)),
+        ("batch", f"{batch} sequences = {batch * length:,} tokens per step"),
+        ("steps", f"{progress.step:,} of {t.train_steps:,} done; {epochs:.1f} epochs in all"),
         (
             "optimizer",
-            f"{t.optimizer}, rate {t.learning_rate:g}, {t.warmup_steps} updates of warmup, then {t.schedule}",
+            f"{t.optimizer}, learning rate {t.learning_rate:g}, {t.warmup_steps} steps of warmup, then {t.schedule}",
         ),
-        (
-            "memory",
-            f"about {format_bytes(plan.memory.total)}; checkpoints {format_bytes(plan.disk.total)}",
-        ),
-        (
-            "time",
-            f"about {format_estimate(plan.duration.of(t.train_steps - progress.step))}, {describe_origin(plan.throughput)}",
-        ),
+        ("memory", f"about {format_bytes(plan.memory.total)}; checkpoints {format_bytes(plan.disk.total)}"),
+        ("time", f"about {format_estimate(seconds)}, {describe_origin(plan.throughput)}"),
         ("run folder", t.save_dir),
     ]
 
 
-def note_start(run: Run, progress: Progress) -> None:
-    """Leave in events.jsonl what the report says of data and machine; the console's start page has said it."""
+def describe_numerics(run: Run) -> str:
+    """Return the precision, the attention backend and the compilation of the run."""
+    precision, block = run.runtime.precision, cast(Block, run.model.model.layers[0])
+    compiled = "each block, at the first step" if run.config.training.compile else "off"
+    return f"{precision.name}: {precision.reason}; attention: {block.self_attn.backend}; compile: {compiled}"
+
+
+def describe_validation(run: Run) -> str:
+    """Return what the validation split holds, or why there is none."""
+    if run.validation:
+        return f"{len(run.store.validation):,} tokens in {len(run.validation):,} windows"
+    if run.config.data.validation_fraction == 0:
+        return "none, because data.validation_fraction is 0"
+    return "none, because the text is too short to hold a part of it back"
+
+
+def describe_warmup(t: TrainingConfig) -> str:
+    """Return what is wrong with a warmup that takes the whole run; empty if it leaves steps to train."""
+    if t.warmup_steps < t.train_steps:
+        return ""
+    reached = learning_rate_at(t.train_steps - 1, t)
+    return (
+        f"training.warmup_steps: {t.warmup_steps} is the whole run of {t.train_steps} steps: the learning rate reaches "
+        f"{reached:.3g} of {t.learning_rate:g} at its end and never decays. Set it to {t.train_steps // 10} or less."
+    )
+
+
+def report_start(run: Run, progress: Progress, start: Start | None) -> None:
+    """Show how the run starts, and record for the report what its data and its machine are."""
+    if start:
+        run.tracker.log_event("resume", describe_resume(run, start), progress.step)
+    if warning := describe_warmup(run.config.training):
+        run.tracker.log_event("warning", warning, progress.step)
     windows, config = run.batches.windows, run.config
     run.tracker.log_event(
         "data",
@@ -99,29 +116,32 @@ def note_start(run: Run, progress: Progress) -> None:
     run.tracker.log_event("start", "", progress.step, **facts)
 
 
-def note_stop(run: Run, error: Exception) -> None:
-    """Leave in events.jsonl why the run ends early, at the step from which it can go on; the command says it."""
-    saved: list[Path] = []
-    with contextlib.suppress(ResourceError):  # what ends the run is said, not what follows from it
-        saved = list_checkpoints(Path(run.config.training.save_dir))
+def report_end(run: Run, error: Exception) -> None:
+    """Record why the run ends early, at the step of its last checkpoint; the command shows the reason."""
+    last_step = 0
+    with contextlib.suppress(ResourceError):  # the error that ended the run matters, not one that follows from it
+        last_step = max(map(step_of, list_checkpoints(run.folder)), default=0)
     kind = "stopped" if isinstance(error, Interrupted) else "failed"
     reason = str(error) if isinstance(error, Smollm2Error) else type(error).__name__
-    run.tracker.log_event(kind, "", step_of(saved[-1]) if saved else 0, reason=reason)
+    run.tracker.log_event(kind, "", last_step, reason=reason)
 
 
-def end_page(run: Run, progress: Progress, seconds: float) -> list[tuple[str, str]]:
-    """What the run left behind."""
-    folder = Path(run.config.training.save_dir)
+def end_page(run: Run, progress: Progress, seconds: float) -> Rows:
+    """Return what the run has reached and what it left behind."""
+    overhead = f"{run.tracker.seconds:.1f} s of {seconds:.0f} s ({run.tracker.seconds / seconds:.1%})"
     rows = [
         ("time", str(datetime.timedelta(seconds=round(seconds)))),
-        ("logging overhead", f"{run.tracker.seconds:.1f} s of {seconds:.0f} s ({run.tracker.seconds / seconds:.1%})"),
+        ("logging overhead", overhead),
         ("loss", f"{progress.loss:.4f}"),
-        ("model", str(folder / f"step_{progress.step:04d}.pt")),
-        ("samples", str(folder / "samples.jsonl")),
-        ("metrics", str(folder / "metrics.jsonl")),
-        ("report", str(folder / "report.html")),
-        ("generate text", f'{smollm2_command()} generate {shown_path(folder)} --prompt "Once upon a time"'),
     ]
-    if run.validation:
-        rows.insert(3, ("best validation loss", f"{progress.best_validation_loss:.4f}"))
-    return rows
+    if progress.best_validation_loss < float("inf"):
+        rows.append(("best validation loss", f"{progress.best_validation_loss:.4f}"))
+    files = {"model": checkpoint_path(run.folder, progress.step)}
+    files |= {
+        name: run.folder / file for name, file in (("samples", SAMPLES), ("metrics", METRICS), ("report", REPORT))
+    }
+    rows += [(name, str(path)) for name, path in files.items()]
+    return [
+        *rows,
+        ("generate text", f'{smollm2_command()} generate {shown_path(run.folder)} --prompt "Once upon a time"'),
+    ]

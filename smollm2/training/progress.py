@@ -1,22 +1,31 @@
-"""What the loop remembers between two steps."""
+"""What the loop remembers between two steps: `Progress`, saved whole in each checkpoint."""
 
+import dataclasses
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from smollm2.training.step import (
-    SPIKE_WINDOW,
-    StepResult,
-    is_spike,
-)
+from smollm2.training.step import StepResult
+
+MAX_SKIPS_IN_A_ROW = 10
+MAX_SKIPS_IN_1000 = 10
+MAX_OVERFLOWS_IN_A_ROW = 20
+SPIKE_WINDOW = 128
+SPIKE_SIGMAS = 6
+
+TOP_LEVEL = ("step", "tokens", "loss")
+"""The fields that a checkpoint holds at its top level; the others are under `stability`."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All that the loop remembers.
+    """All that the loop remembers. A new field needs a default: older checkpoints do not have it.
 
-    `loss` is that of the last update, `losses` the last 128 that were finite; `skipped` are the updates that were not,
-    `spikes` those whose loss stood out, `pending` the duties of this step that are not done: validation, samples.
-    `clipped` counts the updates since the last look inside the model whose gradient was clipped, and all of them.
+    `loss` is that of the last step, `losses` the last 128 finite ones. `skipped` are the steps whose loss or gradient was
+    not finite, `spikes` the steps whose loss stood out, `pending` the actions of this step that are not done yet.
+    `clipped` counts the steps since the last diagnostics whose gradient was clipped, and all of them.
     """
 
     step: int = 0
@@ -30,13 +39,59 @@ class Progress:
     clipped: tuple[int, int] = (0, 0)
 
     def after(self, result: StepResult) -> "Progress":
-        """One update further; a skipped one counts."""
+        """Return the progress after one more step; a skipped one counts."""
         step = self.step + 1
         skipped, losses, spikes = self.skipped, self.losses, self.spikes
         if result.skipped:
             skipped = (*skipped, step)
-        else:  # what is not finite stays out of the statistics, which it would spoil for 128 steps
+        else:  # one NaN would spoil the statistics for 128 steps
             spikes = (*spikes, step) if is_spike(losses, result.loss) else spikes
             losses = (*losses, result.loss)[-SPIKE_WINDOW:]
-        tokens, clipped = self.tokens + result.tokens, (self.clipped[0] + result.clipped, self.clipped[1] + 1)
-        return Progress(step, tokens, result.loss, self.best_validation_loss, skipped, losses, spikes, (), clipped)
+        return dataclasses.replace(
+            self,
+            step=step,
+            tokens=self.tokens + result.tokens,
+            loss=result.loss,
+            skipped=skipped,
+            losses=losses,
+            spikes=spikes,
+            pending=(),
+            clipped=(self.clipped[0] + int(result.clipped), self.clipped[1] + 1),
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the checkpoint entries that `from_state` reads: plain values, tuples as lists."""
+        kept = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {**{name: kept.pop(name) for name in TOP_LEVEL}, "stability": kept}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Progress":
+        """Return the progress that a checkpoint holds; a field that came later than the checkpoint has its default."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        found = {name: v for name, v in state["stability"].items() if name in names}
+        found |= {name: state[name] for name in TOP_LEVEL}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+        return cls(**values)
+
+
+def is_spike(losses: Sequence[float], loss: float) -> bool:
+    """Return whether `loss` exceeds the mean of the last 128 finite losses by more than 6 standard deviations."""
+    if len(losses) < SPIKE_WINDOW:
+        return False
+    return loss > statistics.fmean(losses) + SPIKE_SIGMAS * statistics.pstdev(losses)
+
+
+def too_many_skips(skipped: Sequence[int], step: int, *, fp16: bool) -> str | None:
+    """Return why a run that skipped these steps must stop after `step`, or None.
+
+    The limit is ten in a row or 1 % of the last 1,000; with fp16, which finds its loss scale by overflows, 20 in a row.
+    """
+    in_a_row = 0
+    while in_a_row < len(skipped) and skipped[-1 - in_a_row] == step - in_a_row:
+        in_a_row += 1
+    if in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if fp16 else MAX_SKIPS_IN_A_ROW):
+        return f"{in_a_row} steps in a row had a loss or gradient that is not finite"
+    recent = sum(s > step - 1000 for s in skipped)
+    if not fp16 and recent > MAX_SKIPS_IN_1000:
+        return f"{recent} of the last 1000 steps had a loss or gradient that is not finite"
+    return None

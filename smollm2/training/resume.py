@@ -1,18 +1,23 @@
-"""Where a run starts: at step 0, or after a checkpoint, which is put back whole."""
+"""Where a run starts: at step 0, or after a checkpoint, which is put back as a whole or not at all."""
 
+import dataclasses
+import itertools
+import math
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from smollm2.checkpoint.discovery import find_resumable, list_checkpoints, load_checkpoint
-from smollm2.checkpoint.format import FORMAT
+from smollm2.checkpoint.format import FORMAT, State
+from smollm2.config.reading import changed_on_resume
+from smollm2.config.schema import Config
 from smollm2.data.batches import ORDER_VERSION
-from smollm2.errors import (
-    CheckpointError,
-)
+from smollm2.data.store import TokenStore
+from smollm2.errors import CheckpointError, ConfigError
 from smollm2.inference.weights import check_shapes
 from smollm2.runtime.device import machine_facts
-from smollm2.runtime.random_state import random_state, restore_random_state
-from smollm2.tracking.console import ConsoleTracker
+from smollm2.runtime.random_state import random_state
 from smollm2.training.optim import (
     describe_arithmetic_changes,
     learning_rate_at,
@@ -21,66 +26,131 @@ from smollm2.training.optim import (
     set_learning_rate,
 )
 from smollm2.training.progress import Progress
-from smollm2.training.setup import Run, State, free_folder
+from smollm2.training.setup import Run, Setup, Start
+
+NOT_BIT_EXACT = "from here on the run is not bit-identical to an uninterrupted one"
 
 
-def find_start(
-    folder: Path, resume: str, checkpoint_path: str | Path | None, console: ConsoleTracker
-) -> tuple[Path, State] | None:
-    """The checkpoint to go on from. Raises CheckpointError where it is absent, or where a run would bury another."""
-    if checkpoint_path is not None:
-        return Path(checkpoint_path), load_checkpoint(Path(checkpoint_path))
-    if resume == "auto":
-        return find_resumable(folder, console.say)
+def find_start(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Start | None:
+    """Return the checkpoint to resume from, if any.
+
+    Raise CheckpointError if it is missing or damaged, or if the run would overwrite another run's folder.
+    """
+    folder = setup.folder
     existing = list_checkpoints(folder)
+    if checkpoint_path is not None:
+        path = Path(checkpoint_path)
+        start = Start(path, load_checkpoint(path))
+        if existing and path.resolve().parent != folder.resolve():
+            raise CheckpointError(
+                path,
+                f"is a checkpoint of another run than the {len(existing)} in {folder}",
+                f"continue it in its own folder with --save_dir {path.parent}, or in an empty one with --save_dir "
+                f"{free_folder(folder)}",
+            )
+        return start
+    if resume == "auto":
+        found = find_resumable(folder, setup.report)
+        return Start(*found) if found else None
     if existing:
         raise CheckpointError(
-            f"{folder} - it holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name} - go on with it by "
-            f"--resume auto, or start afresh in another folder by --save_dir {free_folder(folder)}"
+            folder,
+            f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}",
+            f"resume it with --resume auto, or start a new run with --save_dir {free_folder(folder)}",
         )
     return None
 
 
-def restore(run: Run, path: Path, state: State) -> Progress:
-    """Put a checkpoint back, everything or nothing, the random state last."""
-    check_shapes(run.model.state_dict(), state["model"], path)
+def free_folder(folder: Path) -> Path:
+    """Return a name beside `folder` that does not exist."""
+    if folder.name in ("", ".."):  # as of `.`, which has no name of its own
+        folder = folder.resolve()
+    numbered = (folder.with_name(f"{folder.name or 'checkpoints'}-{number}") for number in itertools.count(2))
+    return next(path for path in numbered if not os.path.lexists(path))
+
+
+def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
+    """Report what changes on this resume. Raise CheckpointError if it is another run, ConfigError if it has no step left."""
+    config, state, t = setup.config, start.state, setup.config.training
+    if start.step > t.train_steps:
+        raise ConfigError(
+            "training.train_steps", f"{t.train_steps} is less than the {start.step} steps of {start.path}", "raise it"
+        )
+    changes = changed_on_resume(Config.model_validate_json(state["config"]), config)
+    refused = [f"{c.key} {c.old} -> {c.new}" for c in changes if c.rule == "refused"]
+    if state["data"]["tokens_fingerprint"] != store.fingerprint and not refused:
+        refused = ["data.input holds another text"]
+    if refused:
+        raise CheckpointError(
+            start.path,
+            f"belongs to another run ({', '.join(refused)})",
+            f"undo that change, or start a new run with --save_dir {free_folder(setup.folder)}",
+        )
+    noted = [f"{c.key}: {c.old} -> {c.new}" for c in changes if c.rule == "noted"]
+    if (order := state["data"]["order_version"]) != ORDER_VERSION:
+        noted.append(f"order of the batches: version {order} -> {ORDER_VERSION}")
+    for change in noted:
+        setup.report(f"{change}; {NOT_BIT_EXACT}")
+    old, new = state["scheduler"]["learning_rate"], learning_rate_at(max(0, start.step - 1), t)
+    if not math.isclose(old, new):
+        setup.report(f"learning rate at step {start.step}: {old:.3e} -> {new:.3e}")
+
+
+def restore(run: Run, start: Start) -> Progress:
+    """Put the checkpoint's weights, moments and loss scale back, and return its progress."""
+    state = start.state
+    check_shapes(run.model.state_dict(), state["model"], start.path)
     try:
         load_optimizer_states(run.optimizers, state["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} - its optimizer state does not fit: {error} - start afresh with another --save_dir"
+            start.path,
+            f"its optimizer state does not fit: {error}",
+            f"start a new run with --save_dir {free_folder(run.folder)}",
         ) from None
     run.model.load_state_dict(state["model"])
-    set_learning_rate(run.optimizers, learning_rate_at(max(0, state["step"] - 1), run.config.training))
+    set_learning_rate(run.optimizers, learning_rate_at(max(0, start.step - 1), run.config.training))
     if state["scaler"]:
         run.runtime.scaler.load_state_dict(state["scaler"])
+    progress = Progress.from_state(state)
+    if count_compared_windows(run, Config.model_validate_json(state["config"])) != count_compared_windows(run):
+        progress = dataclasses.replace(progress, best_validation_loss=math.inf)
+    return progress
+
+
+def count_compared_windows(run: Run, config: Config | None = None) -> int:
+    """Return on how many windows of the validation split checkpoints are compared."""
+    return min((config or run.config).training.eval_windows, len(run.validation or ()))
+
+
+def describe_resume(run: Run, start: Start) -> str:
+    """Return from where the run resumes, and whether it ends with the bits of an uninterrupted run."""
     facts = machine_facts(run.runtime)
-    moved = [f"{name} {old} -> {facts.get(name)}" for name, old in state["env"].items() if facts.get(name) != old]
-    moved += describe_arithmetic_changes(run.optimizers, state["optimizer"])
-    exact = f"not bit-exact, because of {', '.join(moved)}" if moved else "bit-exact"
-    run.tracker.log_event("resume", f"resuming from {path} after step {state['step']}: {exact}", state["step"])
-    restore_random_state(state["rng"])
-    return Progress(
-        step=state["step"],
-        tokens=state["tokens"],
-        loss=state["loss"],
-        best_validation_loss=state["stability"]["best_validation_loss"],
-        skipped=tuple(state["stability"]["skipped"]),
-        losses=tuple(state["stability"]["losses"]),
-        spikes=tuple(state["stability"]["spikes"]),
-        pending=tuple(state["stability"]["pending"]),
-        clipped=tuple(state["stability"].get("clipped", (0, 0))),
+    changed = [
+        f"{name} {old} -> {facts.get(name)}" for name, old in start.state["env"].items() if facts.get(name) != old
+    ]
+    changed += describe_arithmetic_changes(run.optimizers, start.state["optimizer"])
+    exactness = describe_exactness(changed, run.runtime.device.type, deterministic=run.config.training.deterministic)
+    return f"resuming from {start.path} after step {start.step}: {exactness}"
+
+
+def describe_exactness(changed: Sequence[str], device_type: str, *, deterministic: bool) -> str:
+    """Return whether a resumed run is bit-exact, given what changed. On a GPU that takes deterministic kernels."""
+    if changed:
+        return f"not bit-exact, because of {', '.join(changed)}"
+    if device_type == "cpu" or deterministic:
+        return "bit-exact"
+    return (
+        "equal up to rounding, because some GPU kernels add in a varying order (training.deterministic true: bit-exact)"
     )
 
 
 def state_of(run: Run, progress: Progress) -> State:
-    """All that a run needs to go on, and the tokenizer, so that a checkpoint is complete alone; plain types only."""
+    """Return all that a resume needs, and the tokenizer, so that a checkpoint is complete alone; plain types only."""
     t, batches = run.config.training, run.batches
     return {
+        **progress.to_state(),
         "format": FORMAT,
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "loss": progress.loss,
         "model": run.model.state_dict(),
         "optimizer": optimizer_states(run.optimizers),
         "scheduler": {
@@ -102,14 +172,6 @@ def state_of(run: Run, progress: Progress) -> State:
             "windows": len(batches.windows),
         },
         "rng": random_state(),
-        "stability": {
-            "skipped": list(progress.skipped),
-            "losses": list(progress.losses),
-            "spikes": list(progress.spikes),
-            "pending": list(progress.pending),
-            "clipped": list(progress.clipped),
-            "best_validation_loss": progress.best_validation_loss,
-        },
         "best": {},
         "config": run.config.model_dump_json(),
         "tokenizer": {

@@ -1,35 +1,27 @@
-"""The live objects of a run: what they are, how they are opened, and how a checkpoint puts them back.
-
-Before anything slow starts, the ranks agree on code, config, text and checkpoint; what a resume changes is said or refused;
-the disk is compared with the checkpoints of the whole run.
-"""
+"""What a run is made of: its settings, its live objects, and its trackers."""
 
 import contextlib
-import math
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from smollm2.checkpoint.discovery import list_checkpoints
+from smollm2.checkpoint.format import State
 from smollm2.checkpoint.saving import Saver
-from smollm2.config.reading import changed_on_resume, effective_config_yaml
-from smollm2.config.schema import Config
+from smollm2.config.reading import effective_config_yaml
+from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.data.batches import Batches
 from smollm2.data.store import TokenStore
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import Windows
-from smollm2.errors import (
-    CheckpointError,
-    ConfigError,
-    ResourceError,
-    TrainingError,
-)
+from smollm2.errors import ResourceError, TrainingError
 from smollm2.formatting import format_bytes
 from smollm2.model.attention import check_backend, choose_backend
 from smollm2.model.transformer import Block, SmolLM2
@@ -37,20 +29,48 @@ from smollm2.plan.arithmetic import estimate_disk
 from smollm2.report.tracker import ReportTracker
 from smollm2.runtime.device import Runtime, compile_blocks, environment
 from smollm2.storage.atomic import write_atomically
-from smollm2.storage.run_folder import METRICS
-from smollm2.tracking.base import Fanout, Fence
+from smollm2.storage.run_folder import CONFIG, METRICS, REPORT, TOKENIZER
+from smollm2.tracking.base import Fanout, Fence, Tracker
 from smollm2.tracking.console import ConsoleTracker
 from smollm2.tracking.jsonl import JsonlTracker, read_values
 from smollm2.tracking.tensorboard import start_tensorboard
 from smollm2.tracking.wandb import start_wandb
 from smollm2.tracking.wandb_environment import make_run_id, prepare_environment
-from smollm2.training.optim import (
-    build_optimizers,
-    learning_rate_at,
-)
+from smollm2.training.optim import build_optimizers
 
-State = dict[str, Any]
-"""A checkpoint's content, as checkpoint.py describes it."""
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint from which a run resumes."""
+
+    path: Path
+    state: State
+
+    @property
+    def step(self) -> int:
+        """The number of steps that it has done."""
+        step: int = self.state["step"]
+        return step
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is started with. `origins` names the origin of each config value, for the run folder's config.yaml."""
+
+    config: Config
+    origins: Mapping[str, str]
+    runtime: Runtime
+    console: ConsoleTracker
+    start: Start | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.training.save_dir)
+
+    def report(self, message: str) -> None:
+        """Show a message to the user."""
+        self.console.report(message)
 
 
 @dataclass(frozen=True)
@@ -67,132 +87,65 @@ class Run:
     prepared: nn.Module  # the model as it is called in training: itself, or wrapped for several ranks
     optimizers: Mapping[str, Optimizer]
     tracker: Fanout
-    saver: Saver | None  # rank 0's
+    saver: Saver | None  # rank 0's, from the first step on
     wandb_run_id: str
     resumed_step: int
 
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.training.save_dir)
 
-def free_folder(folder: Path) -> Path:
-    """A name beside `folder` that nothing has."""
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10**6))
-    return next(path for path in numbered if not path.exists())
+
+def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
+    """Return the setup with the tokenizer's vocabulary size."""
+    wanted, found = setup.config.model.vocab_size, tokenizer.vocab_size
+    if wanted == found:
+        return setup
+    setup.report(f"model.vocab_size: {wanted:,} -> {found:,}, the tokenizer's")
+    origins = {**setup.origins, "model.vocab_size": "the tokenizer"}
+    return dataclasses.replace(setup, config=setup.config.with_vocab_size(found), origins=origins)
 
 
-def open_run(
-    config: Config,
-    runtime: Runtime,
-    start: tuple[Path, State] | None,
-    tokenizer: Tokenizer,
-    store: TokenStore,
-    origins: Mapping[str, str],
-    console: ConsoleTracker,
-    stack: contextlib.ExitStack,
-) -> Run:
-    """Windows, model, optimizers and trackers. Raises the error of whatever cannot be had."""
-    t, folder = config.training, Path(config.training.save_dir)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        console.say(f"model.vocab_size: {config.model.vocab_size:,} -> {tokenizer.vocab_size:,}, the tokenizer's")
-        config = config.with_vocab_size(tokenizer.vocab_size)
-        origins = {**origins, "model.vocab_size": "the tokenizer"}
-    if start:
-        check_changes(config, start, store, console)
-    if runtime.rank == 0:
-        check_disk(config, folder)
+def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
+    """Return windows, model and optimizers, with the console as the only tracker. Writes nothing."""
+    config, runtime, start = setup.config, setup.runtime, setup.start
+    t = config.training
     end_of_text = tokenizer.end_of_text if config.data.document_mask else None
     windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size, end_of_text)
-    validation = None
-    if len(store.validation) > 1:
-        length = t.sequence_length
-        validation = Windows(store.validation, length, length, tokenizer.vocab_size, end_of_text)
-    console.say(store.statistics.describe(windows))
+    setup.report(store.statistics.describe(windows))
     model = build_model(config, runtime)
-    trackers: list[Any] = [console]
-    rows = None
-    if runtime.rank == 0:
-        rows = JsonlTracker(folder, start[1]["step"] if start else 0, console.say)
-        console.restore_smoothing(read_values(folder / METRICS, "loss"))
-        trackers.append(rows)
-        write_atomically(folder / "config.yaml", effective_config_yaml(config, dict(origins)).encode())
-        tokenizer.save(folder / "tokenizer")
-    run_id = start[1]["wandb_run_id"] if start else ""
-    if runtime.rank == 0 and config.wandb.enabled:
-        run_id = run_id or make_run_id()
-        found = prepare_environment(environment(), folder)
-        wandb = start_wandb(config, folder, run_id, found, console.say, start[1]["step"] if start else 0)
-        trackers += [wandb] if wandb else []
-    if runtime.rank == 0 and t.tensorboard:
-        tensorboard = start_tensorboard(folder, start[1]["step"] if start else 0, console.say)
-        trackers += [tensorboard] if tensorboard else []
-    if runtime.rank == 0:
-        trackers.append(Fence("report.html", lambda: ReportTracker(folder), console.say))
-    tracker = Fanout(trackers)
-    stack.callback(tracker.close)
-    saver = None
-    if rows:
-        saver = Saver(config, rows, tracker)
-        stack.callback(saver.finish)
     return Run(
         config=config,
         runtime=runtime,
         tokenizer=tokenizer,
         store=store,
         batches=Batches(windows, t.seed, config.global_batch_size),
-        validation=validation,
+        validation=open_validation(config, tokenizer, store),
         model=model,
         prepared=model,
         optimizers=build_optimizers(model, t),
-        tracker=tracker,
-        saver=saver,
-        wandb_run_id=run_id,
-        resumed_step=start[1]["step"] if start else 0,
+        tracker=Fanout([setup.console]),
+        saver=None,
+        wandb_run_id=start.state["wandb_run_id"] if start else "",
+        resumed_step=start.step if start else 0,
     )
 
 
-def check_disk(config: Config, folder: Path) -> None:
-    """Raises ResourceError where the checkpoints of the whole run will not fit, with the keep_last that does."""
-    disk = estimate_disk(config)
-    held = sum(path.stat().st_size for path in list_checkpoints(folder))
-    free = shutil.disk_usage(folder).free
-    if disk.total <= free + held:
-        return
-    fits = int((free + held) / disk.checkpoint_bytes) - 1  # one more lies there while the new one is checked
-    advice = f"set training.keep_last: {fits - 1}" if fits > 2 else "free some space"
-    raise ResourceError(
-        f"{folder} - the run's {disk.checkpoints} checkpoints need {format_bytes(disk.total)} and "
-        f"{format_bytes(free)} are free - {advice}, or save less often, or choose another --save_dir"
-    )
-
-
-def check_changes(config: Config, start: tuple[Path, State], store: TokenStore, console: ConsoleTracker) -> None:
-    """Say what a resume changes. Raises CheckpointError for what makes it another run, ConfigError for a run that is
-    shorter than what was done."""
-    path, state = start
-    t = config.training
-    if state["step"] > t.train_steps:
-        raise ConfigError(
-            f"training.train_steps: {t.train_steps} is less than the {state['step']} that {path} has done; raise it"
-        )
-    changes = changed_on_resume(Config.model_validate_json(state["config"]), config)
-    refused = [f"{c.key} {c.old} -> {c.new}" for c in changes if c.rule == "refused"]
-    if state["data"]["tokens_fingerprint"] != store.fingerprint and not refused:
-        refused = ["the text behind data.input is another one"]
-    if refused:
-        raise CheckpointError(
-            f"{path} - it belongs to another run: {', '.join(refused)} - undo that, or start afresh with "
-            f"--save_dir {free_folder(Path(t.save_dir))}"
-        )
-    for change in changes:
-        if change.rule == "noted":
-            console.say(
-                f"{change.key}: {change.old} -> {change.new}; from here the run is not bit-exact with the uninterrupted one"
-            )
-    old, new = state["scheduler"]["learning_rate"], learning_rate_at(max(0, state["step"] - 1), t)
-    if not math.isclose(old, new):
-        console.say(f"learning rate at step {state['step']}: {old:.3e} -> {new:.3e}")
+def open_validation(config: Config, tokenizer: Tokenizer, store: TokenStore) -> Windows | None:
+    """Return the windows of the validation split, or None if no target of them stands for any text."""
+    if len(store.validation) < 2:
+        return None
+    length = config.training.sequence_length
+    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
+    windows = Windows(store.validation, length, length, tokenizer.vocab_size, end_of_text)
+    labels = (windows.read(index)[1] for index in range(len(windows)))
+    has_text = any(tokenizer.bytes_per_token[row[row != IGNORE_INDEX]].any() for row in labels)
+    return windows if has_text else None
 
 
 def build_model(config: Config, runtime: Runtime) -> SmolLM2:
-    """The model on its device, at the weights of the seed, with attention, checkpointing and compilation as asked."""
+    """Return the model on its device, with the weights of the seed and attention, checkpointing and compilation applied."""
     t, m = config.training, config.model
     torch.manual_seed(t.seed)
     model = SmolLM2(m).to(runtime.device)
@@ -201,10 +154,60 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
     backend = choose_backend(t.attention, runtime.device.type, dtype, isolates=isolates)
     problem = check_backend(backend, runtime.device, dtype, heads, isolates=isolates)
     if problem:
-        raise TrainingError(f"{problem}; use training.attention: {'eager' if backend == 'sdpa' else 'sdpa'}")
+        raise TrainingError(
+            "training.attention", problem, f"use training.attention: {'eager' if backend == 'sdpa' else 'sdpa'}"
+        )
     for block in model.model.layers:
         cast(Block, block).self_attn.backend = backend
     model.model.checkpointing = t.gradient_checkpointing
     if t.compile:
         compile_blocks(model.model.layers)
     return model
+
+
+def check_disk(config: Config, folder: Path) -> None:
+    """Raise ResourceError, naming the keep_last that fits, if the disk has no room for the checkpoints of the whole run."""
+    disk = estimate_disk(config)
+    held = sum(path.stat().st_size for path in list_checkpoints(folder))
+    free = shutil.disk_usage(folder).free
+    if disk.total <= free + held:
+        return
+    fits = int((free + held) / disk.checkpoint_bytes) - 1  # the new one is written before an old one is removed
+    advice = f"set training.keep_last: {fits - 1}" if fits > 2 else "free some space"
+    raise ResourceError(
+        folder,
+        f"the run's {disk.checkpoints} checkpoints need {format_bytes(disk.total)} and {format_bytes(free)} are free",
+        f"{advice}, save less often, or choose another --save_dir",
+    )
+
+
+def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
+    """Return the run with all its trackers and its saver, and write the run folder's config.yaml and tokenizer.
+
+    This cuts the rows after the resumed step: nothing that could still refuse the run may follow.
+    """
+    if run.runtime.rank:
+        return run
+    config, folder, step = setup.config, setup.folder, run.resumed_step
+    # A run that resumes into another folder begins its own rows there.
+    is_own = setup.start is not None and setup.start.path.resolve().parent == folder.resolve()
+    rows = JsonlTracker(folder, step if is_own else 0, setup.report)
+    setup.console.restore_smoothing(read_values(folder / METRICS, "loss"))
+    write_atomically(folder / CONFIG, effective_config_yaml(config, dict(setup.origins)).encode())
+    run.tokenizer.save(folder / TOKENIZER)
+    trackers: list[Tracker] = [setup.console, rows]
+    run_id = run.wandb_run_id
+    if config.wandb.enabled:
+        run_id = run_id or make_run_id()
+        found = prepare_environment(environment(), folder)
+        wandb = start_wandb(config, folder, run_id, found, setup.report, step)
+        trackers += [wandb] if wandb else []
+    if config.training.tensorboard:
+        tensorboard = start_tensorboard(folder, step, setup.report)
+        trackers += [tensorboard] if tensorboard else []
+    trackers.append(Fence(REPORT, lambda: ReportTracker(folder), setup.report))
+    tracker = Fanout(trackers)
+    stack.callback(tracker.close)
+    saver = Saver(config, rows, tracker)
+    stack.callback(saver.finish)
+    return dataclasses.replace(run, tracker=tracker, saver=saver, wandb_run_id=run_id)

@@ -26,7 +26,7 @@ from smollm2.runtime.device import Runtime, start_runtime
 from smollm2.tracking.base import Fanout
 from smollm2.training.loop import train
 from smollm2.training.optim import build_optimizers
-from smollm2.training.step import StepResult, accumulate_gradients, update
+from smollm2.training.step import StepResult, accumulate_gradients, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +44,9 @@ def micro_batches() -> list[tuple[Tensor, Tensor]]:
 def update_under_a_look(runtime: Runtime, model: SmolLM2, *, histograms: bool = False) -> tuple[Look, StepResult]:
     optimizers = build_optimizers(model, TrainingConfig(optimizer="muon"))
     look = Look(model, contextlib.nullcontext, histograms=histograms)
-    result = update(model, optimizers, micro_batches(), runtime, learning_rate=0.01, max_grad_norm=0.1, look=look)
+    result = train_step(
+        model, optimizers, micro_batches(), runtime, learning_rate=0.01, max_grad_norm=0.1, diagnostics=look
+    )
     return look, result
 
 

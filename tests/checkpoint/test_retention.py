@@ -13,7 +13,7 @@ from io_faults import raising_at
 from states import never, save_steps, small_state
 
 from smollm2.checkpoint.discovery import find_resumable, list_checkpoints
-from smollm2.checkpoint.retention import note_best, prune_checkpoints
+from smollm2.checkpoint.retention import prune_checkpoints, record_best
 from smollm2.checkpoint.saving import save_checkpoint
 from smollm2.errors import ResourceError
 
@@ -70,7 +70,7 @@ def test_with_a_damaged_best_json_nothing_is_removed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2, 3)
-    with pytest.raises(ResourceError, match=r"step_0001\.pt - it cannot be removed: Input/output error"):
+    with pytest.raises(ResourceError, match=r"step_0001\.pt: cannot be removed \(Input/output error\)"):
         prune_checkpoints(tmp_path, 2, io_ops=raising_at(1, OSError(5, "Input/output error")))
 
 
@@ -85,19 +85,19 @@ def test_a_checkpoint_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
 )
 def test_the_best_is_the_first_of_the_lowest_validation_loss(tmp_path: Path, losses: list[float], best: int) -> None:
     for step, loss in enumerate(losses, start=1):
-        note_best(tmp_path, save_steps(tmp_path, step)[0], step, loss)
+        record_best(tmp_path, save_steps(tmp_path, step)[0], loss, windows=8)
     found = json.loads((tmp_path / "best.json").read_bytes())
-    assert found == {"file": f"step_{best:04d}.pt", "step": best, "validation_loss": losses[best - 1]}
+    assert found == {"file": f"step_{best:04d}.pt", "step": best, "validation_loss": losses[best - 1], "windows": 8}
 
 
 def test_a_best_that_is_gone_or_damaged_gives_way(tmp_path: Path) -> None:
     first, second = save_steps(tmp_path, 1, 2)
-    note_best(tmp_path, first, 1, 1.0)
+    record_best(tmp_path, first, 1.0)
     first.unlink()
-    note_best(tmp_path, second, 2, 9.0)
+    record_best(tmp_path, second, 9.0)
     assert json.loads((tmp_path / "best.json").read_bytes())["step"] == 2
     (tmp_path / "best.json").write_text('{"file": "../x"}')
-    note_best(tmp_path, second, 2, 9.0)
+    record_best(tmp_path, second, 9.0)
     assert json.loads((tmp_path / "best.json").read_bytes())["step"] == 2
 
 
@@ -133,7 +133,7 @@ class Retention(RuleBasedStateMachine):
         self.path(self.step).write_bytes(self.prepared[self.step])
         self.valid.add(self.step)
         if loss is not None:
-            note_best(self.folder, self.path(self.step), self.step, loss)
+            record_best(self.folder, self.path(self.step), loss)
             if self.best not in self.valid | self.damaged or loss < self.losses[self.best]:  # type: ignore[index]
                 self.best = self.step
                 self.losses[self.step] = loss

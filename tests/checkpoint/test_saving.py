@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written while training continues, and what a disk may do to a save."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from states import never, save_steps, small_state
 from smollm2.checkpoint import saving
 from smollm2.checkpoint.discovery import find_resumable, list_checkpoints, load_checkpoint
 from smollm2.checkpoint.format import content_hash, take_snapshot
-from smollm2.checkpoint.retention import note_best, prune_checkpoints
+from smollm2.checkpoint.retention import prune_checkpoints, record_best
 from smollm2.checkpoint.saving import save_checkpoint
 from smollm2.errors import ResourceError
 from smollm2.storage.atomic import IO_OPS, IoOps
@@ -36,7 +36,7 @@ def test_latest_names_the_newest_save_with_its_size_and_sum(tmp_path: Path) -> N
 def save_third(folder: Path, io_ops: IoOps) -> None:
     """One whole save into a folder with steps 1 and 2: checkpoint, latest, best, and step 1 goes."""
     path = save_checkpoint(folder, small_state(3), step=3, io_ops=io_ops)
-    note_best(folder, path, 3, 1.0, io_ops)
+    record_best(folder, path, 1.0, io_ops=io_ops)
     prune_checkpoints(folder, keep_last=2, io_ops=io_ops)
 
 
@@ -149,7 +149,7 @@ def test_a_disk_that_gives_back_other_bytes_does_not_get_to_name_the_file(tmp_pa
             super().fsync(file)
             os.pwrite(file.fileno(), b"\xff" * 64, file.tell() // 2)
 
-    with pytest.raises(ResourceError, match="does not read back as written: it is damaged"):
+    with pytest.raises(ResourceError, match="does not read back as written: is damaged"):
         save_checkpoint(tmp_path, small_state(), step=1, io_ops=Liar())
     assert list(tmp_path.iterdir()) == []
 
@@ -158,16 +158,16 @@ def test_the_production_disk_is_not_watched() -> None:
     assert type(IO_OPS) is IoOps
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
+def test_training_continues_bit_identically_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The save of step 4 waits for the update 6, which in a run that waited for its saves would never come."""
+    """The save of step 4 waits for step 6, which never comes in a run that waits for its saves."""
     write_tiny(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(saving, "available_memory", lambda: 1000)  # the run to compare with waits for its saves
         train(tiny_config(tmp_path, "whole"))
     came, updates = threading.Event(), 0
-    original, update = saving.save_checkpoint, loop.update
+    original, train_step = saving.save_checkpoint, loop.train_step
 
     def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
         assert step > 4 or came.wait(60)
@@ -178,10 +178,10 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_loses_no_bit(
         updates += 1
         if updates == 6:
             came.set()
-        return update(*arguments, **named)  # type: ignore[arg-type]
+        return train_step(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(saving, "save_checkpoint", save)
-    monkeypatch.setattr(loop, "update", count)
+    monkeypatch.setattr(loop, "train_step", count)
     train(tiny_config(tmp_path))
     for step in (4, 8, 12):
         assert outcome(tmp_path / "checkpoints", step)[0] == outcome(tmp_path / "whole", step)[0], (
@@ -199,14 +199,14 @@ def test_no_thread_of_a_save_outlives_it(tmp_path: Path, monkeypatch: pytest.Mon
         writers.append(threading.current_thread())
         return original(*arguments, **named)  # type: ignore[arg-type]
 
-    def finish_and_look(saver: saving.Saver, **named: bool) -> None:
+    def finish_and_check(saver: saving.Saver, **named: bool) -> None:
         finish(saver, **named)
         for writer in writers:
             writer.join(5)
         assert not any(writer.is_alive() for writer in writers)
 
     monkeypatch.setattr(saving, "save_checkpoint", save)
-    monkeypatch.setattr(saving.Saver, "finish", finish_and_look)
+    monkeypatch.setattr(saving.Saver, "finish", finish_and_check)
     train(tiny_config(tmp_path))
     assert len(writers) == 3
 

@@ -9,7 +9,7 @@ from gpu_runs import has_feature, loss_and_gradient, make_batch, make_config, st
 from smollm2.runtime.device import choose_precision, device_features
 from smollm2.training.optim import build_optimizers
 from smollm2.training.setup import build_model
-from smollm2.training.step import update
+from smollm2.training.step import train_step
 
 GRADIENT_ERROR = {"tf32": 5e-3, "bf16": 5e-2, "fp16": 1e-2}
 """Largest norm of the difference to the float32 gradient, as a share of that gradient's norm."""
@@ -43,7 +43,9 @@ def test_a_run_in_each_format_with_each_optimizer_learns(device: torch.device, p
     model, batch = build_model(config, runtime), make_batch(device)
     optimizers = build_optimizers(model, config.training)
     steps = 30 if device.type == "cuda" else 8  # 16 bits are emulated in a rehearsal
-    results = [update(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0) for _ in range(steps)]
+    results = [
+        train_step(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0) for _ in range(steps)
+    ]
     losses = [result.loss for result in results if not result.skipped]
     assert len(losses) > steps / 2, "fp16 skips the first steps, until its scale fits"
     assert losses[-1] < 0.9 * losses[0]
@@ -59,10 +61,10 @@ def test_an_overflow_in_fp16_moves_no_weight_and_halves_the_scale(device: torch.
     state = scaler.state_dict()
     scaler.load_state_dict({**state, "scale": 2.0**40})
     before = [p.detach().clone() for p in model.parameters()]
-    result = update(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0)
+    result = train_step(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0)
     assert result.skipped and not math.isfinite(result.grad_norm)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert scaler.get_scale() == 2.0**39
     scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0})
-    assert not update(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0).skipped
+    assert not train_step(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0).skipped
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -16,7 +16,7 @@ from smollm2.model.transformer import SmolLM2
 from smollm2.training.loop import train
 from smollm2.training.optim import build_optimizers, optimizer_states
 from smollm2.training.setup import build_model
-from smollm2.training.step import update
+from smollm2.training.step import train_step
 
 DETERMINISTIC: dict[str, Any] = (
     {"training__deterministic": True} if "deterministic" in TrainingConfig.model_fields else {}
@@ -67,7 +67,7 @@ def test_a_snapshot_keeps_the_state_of_its_step_while_training_continues(device:
     optimizers = build_optimizers(model, config.training)
 
     def step() -> None:
-        update(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0)
+        train_step(model, optimizers, [batch], runtime, learning_rate=1e-2, max_grad_norm=1.0)
 
     step()
     state = {"model": model.state_dict(), "optimizer": optimizer_states(optimizers)}

@@ -321,7 +321,7 @@ def test_into_a_pipe_generated_text_goes_as_it_is(
 
 
 MISTAKES = {
-    "no model": (["absent.pt"], 4, "absent.pt - there is no such file"),
+    "no model": (["absent.pt"], 4, "absent.pt: does not exist"),
     "a folder without a model": (["."], 4, "holds no checkpoint"),
     "no best": ([".", "--best"], 4, "best.json - there is no such file"),
     "a cold temperature": (["x.pt", "--temperature", "-1"], 2, "temperature - -1.0 will not do"),

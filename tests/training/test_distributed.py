@@ -128,7 +128,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_that_th
         training_with("--training.batch_size", "3", "--training.gradient_accumulation_steps", "1"), tmp_path
     )
     assert [rank.code for rank in ended] == [2, 2]
-    assert said_once(ended, "which 2 devices cannot share equally; nearest that they can: 2 or 4")
+    assert said_once(ended, "which 2 devices cannot share equally. The nearest that they can: 2 or 4")
 
 
 def said_once(ended: list[Ended], sentence: str) -> bool:
@@ -252,9 +252,9 @@ def test_a_last_save_that_fails_on_rank_0_ends_all_with_its_code(tmp_path: Path)
 
 def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], work: Work) -> Work:
     """`work`, with something done on rank 1 before an update."""
-    whole, done = loop.update, []
+    whole, done = loop.train_step, []
 
-    def update(model: torch.nn.Module, *arguments: object, **named: object) -> object:
+    def step_or_act(model: torch.nn.Module, *arguments: object, **named: object) -> object:
         done.append(model)
         if len(done) == step:
             act(model)
@@ -262,7 +262,7 @@ def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], w
 
     def acting(rank: int) -> int:
         if rank == 1:
-            loop.update = update  # type: ignore[assignment]
+            loop.train_step = step_or_act  # type: ignore[assignment]
         return work(rank)
 
     return acting
@@ -294,7 +294,7 @@ def test_weights_that_differ_by_one_bit_stop_the_run_before_they_are_saved(tmp_p
     write_tiny(tmp_path)
     ended = run_ranks(on_rank_1_before_step(6, flip_a_bit, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [5, 5]
-    assert said_once(ended, "step 8: the weights of rank 1 are no longer those of the others")
+    assert said_once(ended, "step 8: the weights of rank 1 differ from those of the others")
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
@@ -323,7 +323,7 @@ def test_out_of_memory_on_one_rank_makes_the_micro_batch_of_all_smaller_bit_for_
     )
     ended = run_ranks(cramped, tmp_path)
     assert [rank.code for rank in ended] == [0, 0], ended
-    assert f"step 1: out of memory with {size} sequences at once; from here on {size // 2} at once" in ended[0].out
+    assert f"step 1: out of memory with {size} sequences at once. Continuing with {size // 2} at once" in ended[0].out
     assert [rank.code for rank in run_ranks(training_with("--save_dir", "small", *in_parts_of(1)), tmp_path)] == [0, 0]
     assert outcome(tmp_path / "cramped", 12) == outcome(tmp_path / "small", 12)
 
@@ -342,7 +342,7 @@ def test_out_of_memory_where_the_ranks_meet_ends_all_with_one_sentence_of_that_r
     write_tiny(tmp_path)
     ended = run_ranks(on_rank_1_before_step(6, have_no_room_for_gradients, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [6, 6], ended
-    assert "error: rank 1: training.batch_size: 4 - out of memory - lower it" in ended[1].err
+    assert "error: rank 1: training.batch_size: 4: out of memory. Lower it" in ended[1].err
     assert "rank 1 ended with exit code 6 and says why" in ended[0].err
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
@@ -421,8 +421,8 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(receivers: list[int], t
         os.kill(ranks.pids[rank], signal.SIGTERM)
     ended = ranks.wait()
     assert [rank.code for rank in ended] == [143, 143]
-    assert said_once(ended, "stopped by SIGTERM after step")
-    step = int(re.search(r"after step (\d+)", ended[0].err)[1])  # type: ignore[index]
+    assert said_once(ended, "stopped by SIGTERM; step ")
+    step = int(re.search(r"step (\d+) is saved", ended[0].err)[1])  # type: ignore[index]
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == f"step_{step:04d}.pt"
     assert "torchrun --nproc_per_node 2" in ended[0].err
     assert not (tmp_path / "checkpoints" / ".ranks").exists()

@@ -24,8 +24,8 @@ from smollm2.plan import arithmetic as plan
 from smollm2.runtime.device import Runtime
 from smollm2.training import actions, memory, progress, resume, setup, step, timing
 from smollm2.training.loop import train
-from smollm2.training.progress import Progress
-from smollm2.training.step import SPIKE_WINDOW, is_spike, smaller_micro_batch
+from smollm2.training.memory import smaller_micro_batch
+from smollm2.training.progress import SPIKE_WINDOW, Progress, is_spike
 
 
 def trials(what: str, folder: Path, *flags: str) -> list[dict[str, object]]:
@@ -42,9 +42,7 @@ def trials(what: str, folder: Path, *flags: str) -> list[dict[str, object]]:
 def check_stop(trial: dict[str, object]) -> None:
     assert trial["code"] == 128 + int(str(trial["signal"])), trial
     if trial["signals"] == 1:
-        assert "stopped by SIG" in str(trial["said"]) and "Go on with: smollm2 train --resume auto" in str(
-            trial["said"]
-        )
+        assert "stopped by " in str(trial["said"]) and "smollm2 train --resume auto" in str(trial["said"])
     assert trial["same"], trial
 
 
@@ -76,7 +74,7 @@ def test_a_signal_within_an_evaluation_ends_it_and_the_resume_does_it_again(
 ) -> None:
     """A7."""
     check_stop(two_trials[0])
-    assert "after step 5" in str(two_trials[0]["said"])
+    assert "step 5 is saved" in str(two_trials[0]["said"])
 
 
 def test_a_second_signal_within_a_save_ends_at_once_and_the_checkpoint_before_is_whole(
@@ -93,17 +91,17 @@ def test_a_run_ends_by_itself_in_time_for_its_own_save(tmp_path: Path, capsys: p
     short = [*flags, str(tmp_path / "short"), "--training.save_interval", "0"]
     assert main([*short, "--training.time_limit", "0.01"]) == 0
     said = capsys.readouterr().err
-    assert said.startswith("training.time_limit is reached after step 1, which is saved. Go on with: ")
+    assert said.startswith("training.time_limit is reached; step 1 is saved. ")
     assert main([*short, "--resume", "auto"]) == 0
     assert main([*flags, str(tmp_path / "whole")]) == 0
     assert outcome(tmp_path / "short", 12) == outcome(tmp_path / "whole", 12)
 
 
 def test_the_time_limit_leaves_room_for_another_step_and_a_save() -> None:
-    clock = timing.Clock(10.0, started=timing.time.monotonic() - 7, longest=2.0)
-    clock.begin_step()
-    assert not clock.is_up(0.5)
-    assert clock.is_up(1.5)
+    limit = timing.TimeLimit(10.0, started=timing.time.monotonic() - 7, longest_step=2.0)
+    limit.begin_step()
+    assert not limit.is_up(0.5)
+    assert limit.is_up(1.5)
 
 
 class Cramped(nn.Module):
@@ -137,7 +135,7 @@ def test_out_of_memory_begins_the_step_anew_in_smaller_parts_with_the_bits_of_a_
     cramp(monkeypatch, 2, after)
     train(tiny_config(tmp_path, "cramped", training__train_steps=6))
     said = capsys.readouterr().out
-    assert "out of memory with 4 sequences at once; from here on 2 at once, as many an update" in said
+    assert "out of memory with 4 sequences at once. Continuing with 2 at once" in said
     assert "set training.batch_size 2 and training.gradient_accumulation_steps 4" in said
     monkeypatch.undo()
     parts = {"training__batch_size": 2, "training__gradient_accumulation_steps": 4}
@@ -153,18 +151,20 @@ def test_no_room_for_one_sequence_is_one_sentence_and_exit_code_6(
 ) -> None:
     write_tiny(tmp_path)
     cramp(monkeypatch, 0)
-    with pytest.raises(ResourceError, match=r"batch_size: 4 - out of memory even with one sequence .* shorter"):
+    with pytest.raises(ResourceError, match=r"batch_size: 4: out of memory even with one sequence .* shorter"):
         train(tiny_config(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("share", "size", "smaller"), [(8, 4, 2), (30, 10, 5), (7, 7, 1), (12, 12, 6), (9, 9, 3), (4, 1, None)]
+    ("share", "size", "smaller"), [(8, 4, 2), (30, 10, 5), (7, 7, 3), (12, 12, 6), (9, 9, 3), (4, 1, None)]
 )
-def test_the_ladder_takes_the_largest_divisor_up_to_half(share: int, size: int, smaller: int | None) -> None:
+def test_the_next_micro_batch_after_running_out_of_memory_is_at_most_half(
+    share: int, size: int, smaller: int | None
+) -> None:
     assert smaller_micro_batch(share, size) == smaller
 
 
-@pytest.mark.parametrize(("room", "said"), [(4, None), (3, "; 2 at once, as many an update")])
+@pytest.mark.parametrize(("room", "said"), [(4, None), (3, "Processing 2 at once")])
 def test_on_a_cpu_the_planned_memory_decides_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, said: str | None
 ) -> None:
@@ -182,7 +182,7 @@ def test_a_cpu_without_room_for_one_sequence_is_refused_before_the_run(
 ) -> None:
     write_tiny(tmp_path)
     monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"one sequence.* are needed, and this machine has 1 kB"):
+    with pytest.raises(ResourceError, match=r"one sequence.* are needed, this machine has 1 kB"):
         train(tiny_config(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
 
@@ -207,7 +207,7 @@ def test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last(
     assert left == ["step_0004.pt", "step_0010.pt", "step_0012.pt"]
     events = [json.loads(line) for line in (tmp_path / "checkpoints" / "events.jsonl").read_text().splitlines()]
     (spike,) = [event for event in events if event["kind"] == "spike"]
-    assert spike["step"] == 6 and "step_0004.pt is from before and stays" in spike["message"]
+    assert spike["step"] == 6 and "step_0004.pt is kept" in spike["message"]
 
 
 def test_what_is_not_finite_stays_out_of_the_window() -> None:
@@ -268,7 +268,7 @@ def test_a_full_disk_is_said_training_goes_on_and_the_end_is_exit_code_6(
 
     def full(folder: Path, state: dict[str, object], *, step: int) -> Path:
         if step > 4:
-            raise ResourceError(f"{folder / 'step.pt'} - it was not saved: No space left on device")
+            raise ResourceError(f"{folder / 'step.pt'} : was not saved: No space left on device")
         return original(folder, state, step=step)
 
     monkeypatch.setattr(saving, "save_checkpoint", full)
@@ -343,14 +343,14 @@ from pathlib import Path
 from runs import tiny_config
 from smollm2.training import loop
 torch.set_num_threads(1)
-sizes, calls, original = [], 0, loop.update
+sizes, calls, original = [], 0, loop.train_step
 def watched(*arguments, **named):
     global calls
     calls += 1
     if calls in (200, 2000):
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     return original(*arguments, **named)
-loop.update = watched
+loop.train_step = watched
 flags = dict(training__train_steps=2000, training__eval_interval=50, training__sample_interval=100)
 loop.train(tiny_config(Path({str(tmp_path)!r}), **flags))
 Path({str(tmp_path / "sizes")!r}).write_text(json.dumps(sizes))
@@ -374,6 +374,6 @@ def test_a_stop_is_heard_between_prompts(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return original(model, tokenizer, asked, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(actions, "generate", listening)
-    with pytest.raises(Interrupted, match="after step 6"):
+    with pytest.raises(Interrupted, match="step 6 is saved"):
         train(tiny_config(tmp_path))
     assert prompts == ["a"]

@@ -73,14 +73,14 @@ def test_an_explicit_checkpoint_into_another_folder_begins_its_rows_after_its_st
     assert outcome(tmp_path / "other", 12) == (expected_hash, [row for row in rows if row["step"] > 7])
 
 
-def test_newer_checkpoints_of_the_course_that_is_left_are_set_aside(uninterrupted: Path, tmp_path: Path) -> None:
+def test_checkpoints_after_the_resumed_step_are_moved_to_superseded(uninterrupted: Path, tmp_path: Path) -> None:
     """Else `--resume auto` would find them after a kill."""
     shutil.copytree(uninterrupted, tmp_path / "run")
     run = tmp_path / "run" / "checkpoints"
     changed = tiny_config(tmp_path / "run", training__learning_rate=1e-3, training__save_interval=0)
     train(changed, checkpoint_path=run / "step_0007.pt")
     assert [path.name for path in sorted(run.glob("step_*.pt"))][-2:] == ["step_0007.pt", "step_0012.pt"]
-    assert (run / "step_0008.pt.superseded").exists()
+    assert (run / "superseded" / "step_0008.pt").exists()
 
 
 def test_a_finished_run_has_nothing_to_do(uninterrupted: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_another_run_is_refused_with_what_differs(
 def test_another_text_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / "input.txt").write_text(WORDS * 41)
-    with pytest.raises(CheckpointError, match=r"the text behind data\.input is another one"):
+    with pytest.raises(CheckpointError, match=r"data\.input holds another text"):
         train(tiny_config(tmp_path / "run"), resume="auto")
 
 

@@ -12,8 +12,10 @@ from smollm2.config.schema import TrainingConfig
 from smollm2.errors import ConfigError, TrainingError
 from smollm2.model.transformer import SmolLM2
 from smollm2.runtime.device import Runtime, start_runtime
+from smollm2.training.memory import micro_batch_size
 from smollm2.training.optim import build_optimizers
-from smollm2.training.step import accumulate_gradients, adjust_scale, micro_batch_size, too_many_skips, update
+from smollm2.training.progress import too_many_skips
+from smollm2.training.step import accumulate_gradients, adjust_loss_scale, train_step
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def run_update(
     runtime: Runtime, model: SmolLM2, micro_batches: Sequence[tuple[Tensor, Tensor]], max_grad_norm: float = 1.0
 ) -> tuple[object, dict[str, object]]:
     optimizers = build_optimizers(model, TrainingConfig(learning_rate=0.1))
-    result = update(model, optimizers, micro_batches, runtime, learning_rate=0.1, max_grad_norm=max_grad_norm)
+    result = train_step(model, optimizers, micro_batches, runtime, learning_rate=0.1, max_grad_norm=max_grad_norm)
     return result, optimizers
 
 
@@ -96,7 +98,7 @@ def test_clipping_scales_to_the_limit_and_never_up(runtime: Runtime, limit: floa
     optimizers["adamw"].register_step_pre_hook(
         lambda *_: seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
     )
-    result = update(model, optimizers, split(16), runtime, learning_rate=0.1, max_grad_norm=limit)
+    result = train_step(model, optimizers, split(16), runtime, learning_rate=0.1, max_grad_norm=limit)
     assert seen[0].item() == pytest.approx(norm or result.grad_norm, rel=1e-4)
 
 
@@ -107,13 +109,13 @@ def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(
 ) -> None:
     model = small_model()
     optimizers = build_optimizers(model, TrainingConfig(optimizer="muon"))
-    update(model, optimizers, split(8), runtime, learning_rate=0.1, max_grad_norm=1.0)
+    train_step(model, optimizers, split(8), runtime, learning_rate=0.1, max_grad_norm=1.0)
     before = [x.clone() for x in everything(model, optimizers)]
     if place == "loss":
         model.register_forward_hook(lambda module, args, out: (out[0] * value, out[1]))
     else:
         model.model.layers[1].mlp.up_proj.weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), value))
-    result = update(model, optimizers, split(8), runtime, learning_rate=0.1, max_grad_norm=1.0)
+    result = train_step(model, optimizers, split(8), runtime, learning_rate=0.1, max_grad_norm=1.0)
     assert result.skipped
     assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizers), strict=True))
 
@@ -125,9 +127,9 @@ def everything(model: SmolLM2, optimizers: dict[str, torch.optim.Optimizer]) -> 
 
 @pytest.mark.parametrize(
     ("global_batch", "world", "batch_size", "expected"),
-    [(48, 1, 12, 12), (48, 4, 12, 12), (48, 8, 12, 6), (30, 2, 8, 5), (7, 1, 4, 1), (16, 16, 8, 1)],
+    [(48, 1, 12, 12), (48, 4, 12, 12), (48, 8, 12, 6), (30, 2, 8, 8), (7, 1, 4, 4), (52, 4, 12, 7), (16, 16, 8, 1)],
 )
-def test_the_micro_batch_is_the_largest_divisor_of_a_ranks_share(
+def test_a_ranks_share_is_cut_into_as_few_nearly_equal_micro_batches_as_batch_size_allows(
     global_batch: int, world: int, batch_size: int, expected: int
 ) -> None:
     assert micro_batch_size(global_batch, world, batch_size) == expected
@@ -135,7 +137,9 @@ def test_the_micro_batch_is_the_largest_divisor_of_a_ranks_share(
 
 @pytest.mark.parametrize(("world", "nearest"), [(5, "45 or 50"), (64, "64")])
 def test_a_batch_that_the_devices_cannot_share_is_refused_with_the_nearest(world: int, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f"{world} devices cannot share equally; nearest that they can: {nearest}"):
+    with pytest.raises(
+        ConfigError, match=f"{world} devices cannot share equally. The nearest that they can: {nearest}"
+    ):
         micro_batch_size(48, world, 12)
 
 
@@ -149,7 +153,7 @@ def test_the_loss_scale_stops_the_run_before_it_reaches_zero() -> None:
         while True:
             scaler.scale(parameter.sum() * math.inf).backward()
             scaler.unscale_(optimizer)
-            adjust_scale(scaler)
+            adjust_loss_scale(scaler)
             scales.append(scaler.get_scale())
 
     with pytest.raises(TrainingError, match="overflows even at a loss scale of 1"):
@@ -162,13 +166,13 @@ def test_the_loss_scale_stops_the_run_before_it_reaches_zero() -> None:
     [
         ([], 50, False, None),
         (range(1, 10), 9, False, None),
-        (range(1, 11), 10, False, "10 updates in a row"),
+        (range(1, 11), 10, False, "10 steps in a row"),
         ([*range(1, 6), *range(7, 12)], 11, False, None),
         (range(5, 105, 10), 105, False, None),
         (range(5, 115, 10), 106, False, "11 of the last 1000"),
         (range(5, 115, 10), 1200, False, None),
         (range(1, 20), 19, True, None),
-        (range(1, 21), 20, True, "20 updates in a row"),
+        (range(1, 21), 20, True, "20 steps in a row"),
         (range(5, 115, 10), 106, True, None),
     ],
 )
