@@ -30,8 +30,8 @@ the gradients of the first micro-batch stay between the freed activations. micro
 BF16_CPUS = ("cpu-bf16", "cpu-amx")
 """CPU classes (machine.py) with bf16 units."""
 
-NEWTON_SCHULZ_STEPS = 5
-"""Iterations in which Muon makes a matrix orthogonal."""
+MUON_STEPS = 4
+"""Steps of Muon's orthogonalization (training/muon.py)."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,20 @@ def flops_per_token(model: ModelConfig, length: int) -> int:
     return 6 * (count_non_embedding(model) + model.vocab_size * model.hidden_size + attention)
 
 
-def optimizer_flops(config: Config) -> int:
-    """Return the FLOPs of the matrix products of one optimizer step. AdamW has none.
+def muon_flops(model: ModelConfig, device: str) -> int:
+    """Return the FLOPs of the matrix products of one Muon step, which do not depend on the number of tokens.
 
-    Muon makes each (m, n) matrix X, m <= n, orthogonal by iterations of A = X X^T, B = b A + c A^2, X = a X + B X:
-    2 m^2 n + 2 m^3 + 2 m^2 n.
+    An M x N matrix (M <= N) takes 4 M^2 N + 2 M^3 in each step of the iteration: X X^T, the square of that, and the product
+    with X. In float32 with M < N the iteration is on the M x M Gram matrix: 4 products a step, of which the first leaves out
+    one and the last two, and 4 M^2 N in all.
     """
-    if config.training.optimizer != "muon":
-        return 0
-    iteration = sum(4 * m * m * n + 2 * m**3 for m, n in block_matrices(config.model))
-    return NEWTON_SCHULZ_STEPS * config.model.num_hidden_layers * iteration
+    flops = 0
+    for m, n in block_matrices(model):
+        if m < n and not has_bf16(device):
+            flops += 4 * m * m * n + (4 * MUON_STEPS - 3) * 2 * m**3
+        else:
+            flops += MUON_STEPS * (4 * m * m * n + 2 * m**3)
+    return model.num_hidden_layers * flops
 
 
 def estimate_memory(config: Config, device: str) -> Memory:
@@ -159,8 +163,12 @@ def estimate_memory(config: Config, device: str) -> Memory:
 def needs_float32(config: Config, device: str) -> bool:
     """Return whether the products are computed in float32."""
     precision = config.training.precision
-    has_bf16 = device in BF16_CPUS or not device.startswith(("cpu", "mps"))
-    return precision in ("float32", "tf32") or (precision == "auto" and not has_bf16)
+    return precision in ("float32", "tf32") or (precision == "auto" and not has_bf16(device))
+
+
+def has_bf16(device: str) -> bool:
+    """Return whether a device computes products in bf16; fp16 counts on older GPUs."""
+    return device in BF16_CPUS or not device.startswith(("cpu", "mps"))
 
 
 def estimate_disk(config: Config) -> Disk:
