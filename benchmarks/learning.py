@@ -9,7 +9,6 @@ same shape, taken before and after each of our runs. Validation is in nobody's s
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -120,7 +119,7 @@ def main() -> None:
         "ratio",
         f"loss at {args.steps}",
     ]
-    publish(__file__, columns, rows, machine=found, cores=os.cpu_count(), results=results)
+    publish(__file__, columns, rows, machine=found, cores=found["cores"], results=results)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ def machine(*packages: str) -> dict[str, object]:
     """What the figures hold for: processor, GPU, load, date and versions."""
     import torch
 
+    from smollm2.plan.machine import count_cores
+
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     features = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
-    found: dict[str, object] = {"cpu": " ".join([cpu, *features]), "cores": os.cpu_count()}
+    found: dict[str, object] = {"cpu": " ".join([cpu, *features]), "cores": count_cores()}
     found["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

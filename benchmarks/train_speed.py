@@ -247,10 +247,12 @@ def compare(task: Task, peers: list[str], rounds: int, steps: int, threads: int)
 
 def main() -> None:
     """Run the comparison, or one child of it."""
+    from smollm2.plan.machine import count_cores
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="updates in one turn")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=count_cores())
     parser.add_argument(
         "--precision", choices=["float32", "bf16"], nargs="+", help="default: float32, and bf16 if the CPU computes it"
     )

@@ -99,32 +99,26 @@ def block_matrices(model: ModelConfig) -> list[tuple[int, int]]:
     return [(min(shape), max(shape)) for shape in shapes]
 
 
-def muon_flops(model: ModelConfig, device: str) -> int:
-    """Return the FLOPs of the matrix products of one Muon step, whatever the number of tokens.
-
-    An (m, n) matrix X, m <= n, takes 4 m^2 n + 2 m^3 in each iteration: X X^T, the square of that, and the product with X.
-    In float32 with m < n the iteration is on the (m, m) Gram matrix: 4 products per iteration, of which the first leaves
-    out one and the last two, and 4 m^2 n in all.
-    """
-    in_float32 = device.startswith("cpu") and device not in BF16_CPUS
-    flops = 0
-    for m, n in block_matrices(model):
-        if in_float32 and m < n:
-            flops += 4 * m * m * n + (4 * MUON_STEPS - 3) * 2 * m**3
-        else:
-            flops += MUON_STEPS * (4 * m * m * n + 2 * m**3)
-    return model.num_hidden_layers * flops
-
-
 def flops_per_token(model: ModelConfig, length: int) -> int:
     """Return the FLOPs of forward and backward, causal: 6 N + 6 V d + 6 L d_attention T, N without embeddings."""
     attention = model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
     return 6 * (count_non_embedding(model) + model.vocab_size * model.hidden_size + attention)
 
 
-def optimizer_flops(config: Config, device: str) -> int:
-    """Return the FLOPs of the matrix products of one optimizer step. AdamW has none."""
-    return muon_flops(config.model, device) if config.training.optimizer == "muon" else 0
+def muon_flops(model: ModelConfig, device: str) -> int:
+    """Return the FLOPs of the matrix products of one Muon step, which do not depend on the number of tokens.
+
+    An M x N matrix (M <= N) takes 4 M^2 N + 2 M^3 in each step of the iteration: X X^T, the square of that, and the product
+    with X. In float32 with M < N the iteration is on the M x M Gram matrix: 4 products a step, of which the first leaves out
+    one and the last two, and 4 M^2 N in all.
+    """
+    flops = 0
+    for m, n in block_matrices(model):
+        if m < n and not has_bf16(device):
+            flops += 4 * m * m * n + (4 * MUON_STEPS - 3) * 2 * m**3
+        else:
+            flops += MUON_STEPS * (4 * m * m * n + 2 * m**3)
+    return model.num_hidden_layers * flops
 
 
 def estimate_memory(config: Config, device: str) -> Memory:
@@ -169,8 +163,12 @@ def estimate_memory(config: Config, device: str) -> Memory:
 def needs_float32(config: Config, device: str) -> bool:
     """Return whether the products are computed in float32."""
     precision = config.training.precision
-    has_bf16 = device in BF16_CPUS or not device.startswith(("cpu", "mps"))
-    return precision in ("float32", "tf32") or (precision == "auto" and not has_bf16)
+    return precision in ("float32", "tf32") or (precision == "auto" and not has_bf16(device))
+
+
+def has_bf16(device: str) -> bool:
+    """Return whether a device computes products in bf16; fp16 counts on older GPUs."""
+    return device in BF16_CPUS or not device.startswith(("cpu", "mps"))
 
 
 def estimate_disk(config: Config) -> Disk:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smollm2.config.schema import Config
 from smollm2.formatting import format_estimate
-from smollm2.plan.arithmetic import flops_per_token, needs_float32, optimizer_flops
+from smollm2.plan.arithmetic import flops_per_token, has_bf16, muon_flops, needs_float32
 from smollm2.plan.machine import Machine
 from smollm2.storage.atomic import write_atomically
 
@@ -125,9 +125,20 @@ def split_step(config: Config, machine: Machine, throughput: Throughput) -> tupl
     if machine.is_cpu:  # all other work, as the FLOPs that take as long
         speed = CPU_SPEEDS[machine.device]
         flops += m.num_hidden_layers * m.hidden_size * speed.seconds_per_number * core_flops(config, machine)
-    work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1) + optimizer_flops(config, machine.device)
+    work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1) + optimizer_work(config, machine)
     micro_batches = max(1.0, t.gradient_accumulation_steps / machine.devices)
     return work / throughput.flops, micro_batches * m.num_hidden_layers * throughput.seconds_per_block
+
+
+def optimizer_work(config: Config, machine: Machine) -> float:
+    """Return the FLOPs of the optimizer, as FLOPs in the precision of training. AdamW's time is too small to count."""
+    if config.training.optimizer != "muon":
+        return 0.0
+    flops = float(muon_flops(config.model, machine.device))
+    if machine.is_cpu:  # Muon takes the fastest precision, whatever that of training is
+        speed = CPU_SPEEDS[machine.device]
+        flops *= core_flops(config, machine) / (speed.bf16 if has_bf16(machine.device) else speed.float32)
+    return flops
 
 
 def table_throughput(config: Config, machine: Machine) -> Throughput:

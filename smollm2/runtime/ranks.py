@@ -42,7 +42,7 @@ class Position:
 
     def has_ended(self) -> bool:
         """Whether it said so, or its process is gone; of another machine's processes only the first is known."""
-        return self.code is not None or (self.host == socket.gethostname() and not _is_running(self.pid))
+        return self.code is not None or (self.host == socket.gethostname() and not is_running(self.pid))
 
 
 class Watch:
@@ -194,15 +194,6 @@ def find_odd_replica(sums: Sequence[Sequence[int]]) -> tuple[int, int] | None:
             if value != usual:
                 return rank, index
     return None
-
-
-def _is_running(pid: int) -> bool:
-    """Whether a process of this machine runs; one that ended and was not yet asked for its code does not."""
-    if not is_running(pid):
-        return False
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return True
 
 
 class Pulse:

@@ -43,9 +43,9 @@ SHAPE_12M = {**MICRO, "num_key_value_heads": 6}
         (small_run(NANO, 16, 1, precision="float32"), "cpu-bf16", 0.195),
         (small_run(MICRO, 8, 2, precision="float32"), "cpu-bf16", 2.4),
         (small_run(NANO, 16, 1, "adamw"), "cpu-avx2", 0.22),
-        (small_run(NANO, 16, 1, "muon"), "cpu-avx2", 0.22 + 0.0235),
+        (small_run(NANO, 16, 1, "muon"), "cpu-avx2", 0.22 + 0.031 / 2),
         (small_run(MICRO, 8, 2, "adamw"), "cpu-avx2", 2.5),
-        (small_run(MICRO, 8, 2, "muon"), "cpu-avx2", 2.5 + 0.43),
+        (small_run(MICRO, 8, 2, "muon"), "cpu-avx2", 2.5 + 0.88 / 2),
         (small_run(SHAPE_12M, 8, 1, "adamw"), "cpu-avx2", 2048 / 1611),
     ],
 )
@@ -56,9 +56,11 @@ def test_seconds_a_step_are_within_30_percent_of_what_was_measured(
     assert step_of(config, Machine(device, 2)) == pytest.approx(measured, rel=0.3)
 
 
-def test_muon_costs_what_its_products_cost() -> None:
-    adamw, muon = (step_of(small_run(MICRO, 8, 2, name), AVX2) for name in ("adamw", "muon"))
-    assert muon - adamw == pytest.approx(0.43, rel=0.2)
+@pytest.mark.parametrize(("model", "measured"), [(NANO, 0.031), (MICRO, 0.88)])
+def test_the_time_of_muon_is_near_what_was_measured(model: dict[str, object], measured: float) -> None:
+    """On one core with AVX2, 2026-11-25."""
+    adamw, muon = (step_of(small_run(model, 8, 1, name), Machine("cpu-avx2", 1)) for name in ("adamw", "muon"))
+    assert muon - adamw == pytest.approx(measured, rel=0.3)
 
 
 @pytest.mark.parametrize("device", [*CPU_SPEEDS, "mps", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "a GPU of next year"])
