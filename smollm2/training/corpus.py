@@ -65,7 +65,7 @@ def open_corpus(
         saved = start[1]["tokenizer"]
         tokenizer = tokenizer_from_text(saved["text"], saved["end_of_text"])
     elif data.tokenizer != "auto":
-        tokenizer = load_tokenizer(data.tokenizer, say=console.say)
+        tokenizer = load_tokenizer(data.tokenizer, report=console.say)
     else:
         key = hashlib.sha256(f"1 {text.sha256} {text.separator} {config.model.vocab_size}".encode()).hexdigest()
         trained = cache / f"tokenizer-{key[:32]}.json"
@@ -80,7 +80,7 @@ def open_corpus(
         tokenizer,
         cache,
         data.validation_fraction,
-        report=lambda f: console.show_progress("tokenizing", f),
+        show_progress=lambda f: console.show_progress("tokenizing", f),
         stop=stop,
     )
     for note in store.notes:
