@@ -320,7 +320,7 @@ def test_two_processes_train_together_and_print_the_next_commands(trainer: Path,
     ("arguments", "code", "said"),
     [
         (("--no_such_flag",), 2, "--no_such_flag: unknown"),
-        (("--input_file", "absent.txt"), 3, "absent.txt - there is no such file"),
+        (("--input_file", "absent.txt"), 3, "absent.txt: file not found"),
     ],
 )
 def test_the_code_of_several_processes_is_that_of_the_trainer(

@@ -283,6 +283,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
         separator=separator,
         per_document=args.per_document,
         document_mask=data.document_mask,
+        report=remark,
     )
     print(json.dumps(found) if args.json else "\n".join(describe_evaluation(found)))
 

@@ -1,1 +1,10 @@
-"""From a text to batches: text.py documents, store.py tokens on disk, windows.py windows, batches.py batch n."""
+"""From a file to batch n, in five stages, each in a file of its own:
+
+1. `text.py` reads a file of UTF-8 text and checks it, splits it into documents, and these into chunks that fit in
+   memory. `sample.py` writes the sample corpus if the user has no file.
+2. `tokenizer.py` turns each chunk into token ids: with a byte-level BPE trained on the corpus, or a given tokenizer.
+3. `store.py` writes the ids of all documents, an end of text after each, into a cache on disk, splits off the
+   validation text, and maps both into memory.
+4. `windows.py` views each stream of ids as overlapping windows of input ids and labels, each token a target once.
+5. `batches.py` gives batch n of a run: windows in an order that is a function of the seed and n alone.
+"""

@@ -1,7 +1,7 @@
 """Batch n as a pure function of (seed, n), in O(1) memory and time: resuming needs a number and nothing else.
 
-The windows are read in epochs, each in its own order: a keyed bijection of 0..size-1, computed per index and stored
-nowhere. Six rounds of a Feistel network permute the next even power of two; an index that falls outside is
+The windows are read in epochs, each in an order of its own: a keyed bijection of 0..size-1, computed for each index and
+never stored. Six rounds of a Feistel network permute the next even power of two; an index that falls outside is
 permuted again until it falls inside (cycle walking), at most 4 times on average. World size only slices a batch.
 """
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from smollm2.data.windows import Batch, Windows, stack
 
 ORDER_VERSION = 1
-"""Goes up when (seed, n) comes to mean other windows: a checkpoint of another version is not resumed bit-exactly."""
+"""Raised when (seed, n) gives other windows: a checkpoint of another version is not resumed bit-exactly."""
 
 ROUNDS = 6
 
@@ -23,31 +23,31 @@ Words = npt.NDArray[np.uint64]
 
 
 class Batches:
-    """All batches of a run: batch n holds windows n x global_batch_size and on of the epochs laid end to end."""
+    """All batches of a run: with the epochs laid end to end, batch n begins at window n x global_batch_size."""
 
     def __init__(self, windows: Windows, seed: int, global_batch_size: int) -> None:
         self.windows, self.seed, self.global_batch_size = windows, seed, global_batch_size
 
     def window_ids(self, n: int) -> Ints:
-        """The windows of batch n, in order, shape (global_batch_size,)."""
+        """Return the windows of batch n, in order, shape (global_batch_size,)."""
         size = len(self.windows)
         epoch, index = np.divmod(n * self.global_batch_size + np.arange(self.global_batch_size), size)
         seed = np.full(epoch.shape, self.seed, np.uint64)
         return permute(index, size, _mix(_mix(seed) + epoch.astype(np.uint64)))
 
     def read(self, n: int, start: int, stop: int) -> Batch:
-        """Rows start to stop - 1 of batch n."""
+        """Return rows start to stop - 1 of batch n."""
         return stack([self.windows.read(int(i)) for i in self.window_ids(n)[start:stop]])
 
     def epoch_of(self, n: int) -> float:
-        """How many times the corpus has been read when batch n begins."""
+        """Return how many times the corpus has been read when batch n begins."""
         return n * self.global_batch_size / len(self.windows)
 
 
 def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[Batch]:
-    """Rows start to stop - 1 of batches n, n + 1, ...; the next is made while the caller uses this one.
+    """Yield rows start to stop - 1 of batches n, n + 1, ...; the next one is made while the caller uses this one.
 
-    Close the iterator (or let go of it) to end its thread.
+    Close the iterator, or drop the last reference to it, to end its thread.
     """
     with ThreadPoolExecutor(1, "batches") as thread:
         coming = thread.submit(batches.read, n, start, stop)
@@ -58,7 +58,7 @@ def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[Bat
 
 
 def permute(index: Ints, size: int, key: Words | np.uint64) -> Ints:
-    """Where each of `index`, within 0..size-1, stands in the order of `key` (one for all, or one for each index)."""
+    """Return the position of each of `index`, within 0..size-1, in the order of `key` (one for all or one per index)."""
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
@@ -77,7 +77,7 @@ def _permute_once(x: Words, half: np.uint64, mask: np.uint64, key: Words) -> Wor
 
 
 def _mix(x: Words) -> Words:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014): every bit of x moves every bit of the result."""
+    """Return splitmix64's finalizer (Steele, Lea, Flood 2014): every bit of x affects every bit of the result."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

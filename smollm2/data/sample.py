@@ -1,8 +1,8 @@
-"""The sample corpus: real English that every Python carries, so that a first run needs no download.
+"""The sample corpus: English text that is part of every Python installation, so that a first run needs no download.
 
 It is the language reference (`pydoc_data.topics`) and the docstrings of the standard library: about 2 MB, one document
 per topic or module. The source files are parsed, never imported: importing `antigravity` opens a browser. Examples
-(`>>>`) are left out, and a sentence that many functions share is kept once.
+(`>>>`) are left out, and a docstring that many functions share is kept once.
 """
 
 import ast
@@ -13,28 +13,27 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from smollm2.data.text import CHOOSE_FILE
 from smollm2.errors import DataError
 from smollm2.storage.atomic import write_atomically
 
 SEPARATOR = "\f"
 FEWEST_CHARACTERS = 200
 LEFT_OUT = {"dist-packages", "idle_test", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
-"""Folders that hold other people's packages, or tests instead of prose."""
+"""Folders of third-party packages, and of tests, which hold no prose."""
 
 
 def write_sample_corpus(path: Path) -> str:
-    """Write the corpus to `path`, whole or not at all; returns one line that says where it came from.
+    """Write the corpus to `path` whole or not at all; return one line that describes it.
 
-    The text is the same for one Python version. Raises DataError where this Python came without its sources.
+    The text depends on the Python version alone. Raise DataError if this Python has no source files.
     """
     library = Path(sysconfig.get_path("stdlib"))
     documents = dict(read_topics(library)) | dict(read_modules(library))
     if not documents:
-        raise DataError(
-            f"{library} - this Python came without the sources of its standard library, of which the sample corpus "
-            "is made - name a text of your own with --input_file"
-        )
-    # By title, not by kind: topics and modules lie among one another from the first line to the last.
+        what = "this Python has no source files of its standard library, from which the sample corpus is made"
+        raise DataError(library, what, CHOOSE_FILE)
+    # Sorted by title, not by kind, so that topics and modules are mixed throughout.
     text = SEPARATOR.join(documents[title] + "\n" for title in sorted(documents))
     write_atomically(path, text.encode("utf-8"))
     return (
@@ -44,7 +43,7 @@ def write_sample_corpus(path: Path) -> str:
 
 
 def read_topics(library: Path) -> Iterator[tuple[str, str]]:
-    """The language reference: (title, text) of each topic."""
+    """Yield (title, text) of each topic of the language reference."""
     tree = parse_source(library / "pydoc_data" / "topics.py")
     for statement in tree.body if tree else []:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
@@ -53,7 +52,7 @@ def read_topics(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_modules(library: Path) -> Iterator[tuple[str, str]]:
-    """The standard library: (title, docstrings in reading order) of each module that has enough of them."""
+    """Yield (title, docstrings in reading order) of each module of the standard library that has enough of them."""
     already_read: set[str] = set()
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
@@ -66,9 +65,9 @@ def read_modules(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def parse_source(path: Path) -> ast.Module | None:
-    """The syntax tree of a file; None where it cannot be read, as one that is not there."""
+    """Return the syntax tree of a file, or None if it cannot be read."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in other people's sources
+        warnings.simplefilter("ignore")  # about invalid escapes in the library's sources
         try:
             return ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
@@ -76,7 +75,7 @@ def parse_source(path: Path) -> ast.Module | None:
 
 
 def read_docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, from top to bottom."""
+    """Yield the docstrings of a module, its classes and functions, from top to bottom."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         if text := ast.get_docstring(node):
             yield text
@@ -85,6 +84,6 @@ def read_docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def clean_prose(text: str) -> str:
-    """The paragraphs of `text` that are not examples, with no separator among them."""
+    """Return the paragraphs of `text` that are not examples, without separators."""
     paragraphs = re.split(r"\n\s*\n", text.replace(SEPARATOR, ""))
     return "\n\n".join(paragraph.rstrip() for paragraph in paragraphs if ">>>" not in paragraph).strip()

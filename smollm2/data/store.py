@@ -1,11 +1,11 @@
-"""Tokens on disk: cache/<fingerprint>/ holds train.bin, validation.bin and header.json, or is not there at all.
+"""Tokens on disk: cache/<fingerprint>/ holds train.bin, validation.bin and header.json, or does not exist.
 
-The fingerprint covers the text, the tokenizer, the rule of cutting and the split, so a cache is never stale. It is
-built in a temporary folder, synced and renamed. Opening it costs a header and two sizes, never a pass over the tokens:
-ids are checked when written and again as each window is read. Ids are little-endian uint16 up to 65,536 entries.
+The fingerprint covers the text, the tokenizer, the chunk rule and the split, so a cache is never stale. It is built in
+a temporary folder, synced and renamed. Opening it reads a header and two sizes, never the tokens: ids are checked when
+they are written and again as each window is read. Ids are little-endian uint16 up to 65,536 entries, else uint32.
 
 Validation: from 20 documents on, whole documents in a fixed random order until the fraction is reached; with fewer,
-the tail of the stream. Neither depends on the run's seed, so runs of several seeds share a cache and compare.
+the tail of the stream. Neither depends on the run's seed, so that runs of several seeds share a cache and compare.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from smollm2.data.batches import permute
-from smollm2.data.text import PIECE_RULE, Text, do_nothing
+from smollm2.data.text import CHUNK_RULE, Text, do_nothing, expand_home
 from smollm2.data.windows import Tokens, Windows
 from smollm2.errors import DataError, ResourceError
 from smollm2.storage.atomic import IO_OPS, sync_file
@@ -31,8 +31,11 @@ from smollm2.storage.processes import is_running
 STORE_VERSION = 1
 SPLIT_KEY = 0
 DOCUMENTS_FOR_SPLIT = 20
-UNKNOWN_SAID, UNKNOWN_REFUSED = 0.001, 0.05
+UNKNOWN_REPORTED, UNKNOWN_REFUSED = 0.001, 0.05
 BLOCK = 2**20
+
+MIN_VALIDATION_TOKENS = 3
+"""Fewer have no target but an end of text, which stands for no byte: such a text has no bits per byte."""
 
 
 class Encoder(Protocol):
@@ -43,17 +46,18 @@ class Encoder(Protocol):
     fingerprint: str
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
-        """The ids of `text`, and how many of its bytes they do not express."""
+        """Return the ids of `text`, and how many of its bytes they do not express."""
         ...
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was read and what became of it. `tokens` counts one end of text for each document."""
+    """How much was read, and how many tokens it gave. `tokens` counts one end of text for each document."""
 
     characters: int
     bytes: int
     documents: int
+    blank_documents: int
     tokens: int
     unknown_bytes: int
     unknown_documents: int
@@ -62,27 +66,31 @@ class Statistics:
 
     @property
     def unknown_share(self) -> float:
-        """Share of the bytes that the tokenizer cannot express."""
+        """Return the share of the bytes that the tokenizer cannot express."""
         return self.unknown_bytes / self.bytes
 
     @property
     def characters_per_token(self) -> float:
-        """Characters that one token stands for, on average."""
+        """Return how many characters a token stands for, on average."""
         return self.characters / self.tokens
 
     def describe(self, train: Windows) -> str:
-        """The line that proves that nothing of the corpus is lost."""
+        """Return the line that proves that nothing of the corpus is lost."""
+        documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
+        dropped = f" ({self.blank_documents:,} blank dropped)" if self.blank_documents else ""
+        unknown = f"{self.unknown_share:.2%}" if self.unknown_bytes else "none"
+        validation = f"{self.validation_tokens:,} for validation" if self.validation_tokens else "none for validation"
         return (
-            f"{self.characters:,} characters in {self.documents:,} document{'s' * (self.documents != 1)}: "
-            f"{self.tokens:,} tokens ({self.characters_per_token:.2f} characters each, {self.unknown_share:.2%} of the "
-            f"bytes unknown); {self.train_tokens:,} to train on, {self.validation_tokens:,} to validate; "
-            f"{len(train):,} windows of {train.length:,} use {train.tokens_used:,} of {len(train.tokens):,} tokens"
+            f"{self.characters:,} characters in {documents}{dropped}: {self.tokens:,} tokens "
+            f"({self.characters_per_token:.2f} characters per token; unencodable bytes: {unknown}); "
+            f"{self.train_tokens:,} for training, {validation}; {len(train):,} windows of {train.length:,} tokens "
+            f"use {train.tokens_used:,} of {len(train.tokens):,}"
         )
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The tokens of a corpus, memory-mapped; `validation` is empty where nothing is held out."""
+    """The tokens of a corpus, memory-mapped; `validation` is empty if nothing is held out."""
 
     folder: Path
     fingerprint: str
@@ -93,9 +101,9 @@ class TokenStore:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should hear."""
+        """Return what to report to the user."""
         s = self.statistics
-        return (_describe_unknown(s),) if s.unknown_share > UNKNOWN_SAID else ()
+        return (_describe_unknown(s),) if s.unknown_share > UNKNOWN_REPORTED else ()
 
 
 def prepare_tokens(
@@ -104,30 +112,33 @@ def prepare_tokens(
     cache_dir: Path,
     validation_fraction: float,
     *,
-    report: Callable[[float], None] = lambda fraction: None,
+    show_progress: Callable[[float], None] = lambda fraction: None,
     stop: Callable[[], None] = do_nothing,
 ) -> TokenStore:
-    """The tokens of `text`, from the cache, or made and cached. `stop` is called often and may raise.
+    """Return the tokens of `text`, from the cache or made and cached. `stop` is called often and may raise.
 
-    Adds at most 300 MB to the memory of the process, for a text of any size. Raises DataError where the tokenizer
-    cannot express the text, ResourceError where the cache cannot be written.
+    Adds at most 300 MB to the memory of the process, for a text of any size. Raise DataError if the tokenizer cannot
+    express the text, ResourceError if the cache cannot be written.
     """
-    rule = [STORE_VERSION, PIECE_RULE, text.sha256, tokenizer.fingerprint, text.separator, validation_fraction]
+    rule = [STORE_VERSION, CHUNK_RULE, text.sha256, tokenizer.fingerprint, text.separator, validation_fraction]
+    if text.blank_characters:  # version 0.1.0 kept documents of white space: other texts keep its fingerprint
+        rule.append("without blank documents")
     fingerprint = hashlib.sha256(json.dumps(rule).encode()).hexdigest()
+    cache_dir = expand_home(cache_dir)
     folder = cache_dir / fingerprint
     try:
         if (store := open_tokens(folder)) is None:
-            _build(text, tokenizer, folder, validation_fraction, report, stop)
+            _build(text, tokenizer, folder, validation_fraction, show_progress, stop)
             store = open_tokens(folder)
     except OSError as error:
-        advice = "free space, or set data.cache_dir to a folder that can be written"
-        raise ResourceError(f"{cache_dir} - the tokens cannot be written there: {error.strerror} - {advice}") from None
+        advice = "free some space, or set data.cache_dir to a writable folder"
+        raise ResourceError(cache_dir, f"the tokens cannot be written there ({error.strerror})", advice) from None
     assert store is not None
     return store
 
 
 def open_tokens(folder: Path) -> TokenStore | None:
-    """The tokens in `folder`; None where it is absent or its header and sizes do not agree."""
+    """Return the tokens in `folder`, or None if it is absent or its header and sizes do not agree."""
     try:
         header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
         statistics = Statistics(**header["statistics"])
@@ -150,10 +161,10 @@ def _build(
     tokenizer: Encoder,
     folder: Path,
     fraction: float,
-    report: Callable[[float], None],
+    show_progress: Callable[[float], None],
     stop: Callable[[], None],
 ) -> None:
-    """Make `folder`, whole or not at all."""
+    """Make `folder` whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     work = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
@@ -161,7 +172,7 @@ def _build(
     try:
         dtype = _choose_dtype(tokenizer.vocab_size)
         with (work / "train.bin").open("wb") as file:
-            lengths, counts = _write_tokens(text, tokenizer, file, dtype, report, stop)
+            lengths, counts = _write_tokens(text, tokenizer, file, dtype, show_progress, stop)
         held_out = _split(work, lengths, fraction, dtype.itemsize, stop)
         statistics = Statistics(**counts, train_tokens=sum(lengths) - held_out, validation_tokens=held_out)
         header = {"vocab_size": tokenizer.vocab_size, "fingerprint": folder.name, "statistics": asdict(statistics)}
@@ -182,49 +193,49 @@ def _write_tokens(
     tokenizer: Encoder,
     file: IO[bytes],
     dtype: np.dtype[np.uint16] | np.dtype[np.uint32],
-    report: Callable[[float], None],
+    show_progress: Callable[[float], None],
     stop: Callable[[], None],
 ) -> "tuple[array[int], dict[str, int]]":
-    """Write all ids in the order of the text; the tokens of each document, and the counts."""
+    """Write all ids in the order of the text; return the number of tokens of each document, and the counts."""
     lengths: array[int] = array("Q")
     length = characters = unknown = unknown_here = unknown_documents = 0
-    for piece in text.pieces(stop):
-        ids, lost = tokenizer.encode_counted(piece.text)
-        if piece.last:
+    for chunk in text.chunks(stop):
+        ids, lost = tokenizer.encode_counted(chunk.text)
+        if chunk.last:
             ids = [*ids, tokenizer.end_of_text]
         if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-            raise DataError(f"{text.name} - the tokenizer made an id outside its vocabulary - use another tokenizer")
+            what = f"the tokenizer made an id outside its vocabulary of {tokenizer.vocab_size:,}"
+            raise DataError(text.name, what, "use another tokenizer")
         file.write(np.array(ids, dtype).tobytes())
-        length, unknown_here, characters = length + len(ids), unknown_here + lost, characters + len(piece.text)
-        if piece.last:
+        length, unknown_here, characters = length + len(ids), unknown_here + lost, characters + len(chunk.text)
+        if chunk.last:
             lengths.append(length)
             unknown, unknown_documents = unknown + unknown_here, unknown_documents + (unknown_here > 0)
             length = unknown_here = 0
-        report(characters / text.characters)
+        show_progress(characters / text.characters)
     counts = {
         "characters": characters,
         "bytes": text.size,
         "documents": len(lengths),
+        "blank_documents": text.blank_documents,
         "tokens": sum(lengths),
         "unknown_bytes": unknown,
         "unknown_documents": unknown_documents,
     }
-    if not lengths:
-        raise DataError(f"{text.name} - it holds separators and nothing else - name a text file with --input_file")
     if unknown / text.size > UNKNOWN_REFUSED:
         what = _describe_unknown(Statistics(**counts, train_tokens=0, validation_tokens=0))
-        raise DataError(f"{text.name} - {what} - use another tokenizer, such as `auto` or `bytes`")
+        raise DataError(text.name, what, "use another tokenizer, such as `auto` or `bytes`")
     return lengths, counts
 
 
 def _split(work: Path, lengths: "array[int]", fraction: float, itemsize: int, stop: Callable[[], None]) -> int:
-    """Move the validation tokens from train.bin to validation.bin; how many they are."""
+    """Move the validation tokens from train.bin to validation.bin; return their number."""
     train, validation, total = work / "train.bin", work / "validation.bin", sum(lengths)
     validation.touch()
     if fraction == 0:
         return 0
     if len(lengths) < DOCUMENTS_FOR_SPLIT:
-        held_out = max(2, round(total * fraction))
+        held_out = max(MIN_VALIDATION_TOKENS, round(total * fraction))
         if total - held_out < 2:
             return 0
         with train.open("rb+") as file, validation.open("wb") as tail:
@@ -232,7 +243,7 @@ def _split(work: Path, lengths: "array[int]", fraction: float, itemsize: int, st
             shutil.copyfileobj(file, tail, BLOCK)
             file.truncate((total - held_out) * itemsize)
         return held_out
-    chosen = _choose_documents(lengths, total * fraction)
+    chosen = _choose_documents(lengths, max(MIN_VALIDATION_TOKENS, total * fraction))
     everything = train.rename(work / "all.bin")
     with everything.open("rb") as source, train.open("wb") as kept, validation.open("wb") as held:
         for i, length in enumerate(lengths):
@@ -242,7 +253,7 @@ def _split(work: Path, lengths: "array[int]", fraction: float, itemsize: int, st
 
 
 def _choose_documents(lengths: "array[int]", target: float) -> bytearray:
-    """1 for each validation document. One that would take them over 1.5 times the target is passed over.
+    """Return 1 for each validation document, else 0. One that would take them over 1.5 times the target is skipped.
 
     At least one is chosen and never all: the shortest of 20 is at most a twentieth of the text.
     """
@@ -279,7 +290,7 @@ def _describe_unknown(s: Statistics) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs of this machine left behind while they made `folder`."""
+    """Remove what killed runs of this machine left behind when they made `folder`."""
     for leftover in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*"):
         pid = leftover.suffix[1:]
         if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):

@@ -1,37 +1,42 @@
-"""A text file, checked once and then streamed in pieces: bounded memory, the same pieces whatever the read size.
+"""A text file, checked once and then streamed in chunks: bounded memory, and chunks that do not depend on the read size.
 
-`open_text` reads the file once: is it UTF-8, what is its sha256. `Text.pieces` reads it again and stops if it changed.
-A document is cut into pieces of at least 64 Ki characters, after a newline or before a space that stands alone between
-two characters that are no spaces: there a ByteLevel tokenizer, with or without Digits, makes the same tokens with and
-without the cut. Where 128 Ki characters hold no such place the cut falls there, and may change the tokens around it.
+`open_text` reads the file once to check that it is UTF-8, to hash it and to count its documents. `Text.chunks` reads it
+again and stops if it changed. A document is cut into chunks of at least 64 Ki characters, after a newline or before a
+single space between two characters that are not white space: there a ByteLevel tokenizer, with or without Digits, gives
+the same tokens with and without the cut. If 128 Ki characters hold no such place, the cut is made there anyway and may
+change the tokens around it.
 """
 
 import codecs
 import hashlib
 import re
+import shlex
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from smollm2.errors import DataError, ResourceError
+from smollm2.errors import DataError, ResourceError, lay_out
 
-PIECE_RULE = 1
-"""Goes up when the pieces, and so perhaps the tokens, of a text change."""
+CHUNK_RULE = 1
+"""Raised when the chunks of a text change, and so perhaps its tokens."""
 
-PIECE = 2**16
-LONGEST_PIECE = 2**17
+CHUNK = 2**16
+LONGEST_CHUNK = 2**17
 CUT = re.compile(r"(?<=\S)\n(?=\S)|(?<=\S)(?= \S)")
 
 BLOCK = 2**20
 END_OF_TEXT = "<|endoftext|>"
 
-KINDS = (
+CHOOSE_FILE = "name a text file with --input_file"
+
+BINARY_KINDS = (
     (rb"\x1f\x8b", "a gzip file", "unpack it with gunzip"),
-    (rb"PK\x03\x04", "a zip file (or .docx, .epub, .pt)", "unpack or convert it to plain text"),
+    (rb"PK\x03\x04", "a zip file (or .docx, .epub, .pt)", "unpack it or convert it to plain text"),
     (rb"%PDF-", "a PDF file", "convert it, for example with pdftotext"),
     (rb"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with zstd -d"),
     (rb"BZh[1-9]1AY&SY", "a bzip2 file", "unpack it with bunzip2"),
@@ -42,15 +47,17 @@ KINDS = (
     (rb"(?s)(?:[^\0]\0){8}", "UTF-16 text", "convert it with iconv -f UTF-16LE -t UTF-8"),
     (rb"(?s)(?:\0[^\0]){8}", "UTF-16 text", "convert it with iconv -f UTF-16BE -t UTF-8"),
 )
-"""What a file that is no UTF-8 text begins with, its name, and what to do."""
+"""The first bytes of files that are not UTF-8 text, the name of the kind, and what to do."""
+
+JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 
 
 def do_nothing() -> None:
     """The default of `stop`."""
 
 
-class Piece(NamedTuple):
-    """Part of a document; `last` where the document ends with it."""
+class Chunk(NamedTuple):
+    """Part of a document; `last` is true if the document ends with it."""
 
     text: str
     last: bool
@@ -58,78 +65,158 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was read once from end to end, and found to be UTF-8 with something in it."""
+    """A text that was read once from end to end and is UTF-8 with at least one document."""
 
     name: str
     path: Path
     separator: str | None
     size: int  # bytes, byte order mark included
     characters: int  # byte order mark excluded
+    blank_documents: int  # dropped: empty, or only white space
+    blank_characters: int  # the white space in them
     sha256: str
-    notes: tuple[str, ...]  # what the user should hear
-    spool: tempfile.TemporaryDirectory[str] | None = None  # the copy of a pipe: it goes when the Text does
+    notes: tuple[str, ...]  # what to report to the user
+    spool: tempfile.TemporaryDirectory[str] | None = None  # the copy of a pipe, removed together with the Text
 
-    def pieces(self, stop: Callable[[], None] = do_nothing) -> Iterator[Piece]:
-        """Every document in pieces; an empty document is none. `stop` is called often and may raise.
+    def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
+        """Yield every document in chunks, without the blank ones. `stop` is called often and may raise.
 
-        Raises DataError where the file is no longer the one that was opened.
+        Raise DataError if the file is no longer the one that was opened.
         """
         digest = hashlib.sha256()
-        yield from cut_pieces(_read_characters(self.name, self.path, digest.update, stop), self.separator)
+        yield from split_documents(_read_characters(self.name, self.path, digest.update, stop), self.separator)
         if digest.hexdigest() != self.sha256:
-            raise DataError(f"{self.name} - it changed while it was read - leave it alone until the run has begun")
+            raise DataError(self.name, "the file changed while it was read", "start again when nothing writes to it")
 
     def sample(self, limit: int = 50_000_000, stop: Callable[[], None] = do_nothing) -> Iterator[str]:
-        """About `limit` bytes of the text, in pieces spread evenly over it: what a tokenizer is trained on."""
+        """Yield about `limit` bytes of the text in chunks spread evenly over it: what a tokenizer is trained on."""
         every = -(-self.size // limit)
-        return (piece.text for i, piece in enumerate(self.pieces(stop)) if i % every == 0)
+        return (chunk.text for i, chunk in enumerate(self.chunks(stop)) if i % every == 0)
 
 
 def open_text(
     name: str, cache_dir: Path, separator: str | None = None, *, stop: Callable[[], None] = do_nothing
 ) -> Text:
-    """Read the file `name` once and check it; '-' (standard input) and pipes are copied into `cache_dir` first.
+    """Read the file `name` once and check it; `-` (standard input) and pipes are copied into `cache_dir` first.
 
-    Raises DataError where it is absent, empty or no UTF-8 text, ResourceError where it cannot be copied.
+    Raise DataError if it is absent, empty or not UTF-8 text, ResourceError if it cannot be copied.
     """
     shown = name.encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
     spool = _spool_pipe(name, shown, cache_dir, stop)
-    path = Path(spool.name, "input.txt") if spool else Path(name)
+    path = Path(spool.name, "input.txt") if spool else expand_home(name)
     shown = "standard input" if name == "-" else shown
-    digest, size, characters, blank, ends, head, tail = hashlib.sha256(), 0, 0, True, 0, b"", ""
-
-    def count(block: bytes) -> None:
-        nonlocal size, head
-        head = head or block[:3]
-        size += len(block)
-        digest.update(block)
-
-    for block in _read_characters(shown, path, count, stop):
-        characters += len(block)
-        blank = blank and block.isspace()
-        ends += (tail + block).count(END_OF_TEXT)
-        tail = block[1 - len(END_OF_TEXT) :]
-    if blank:
-        what = "it holds only white space" if characters else "it is empty"
-        raise DataError(f"{shown} - {what} - name a text file with --input_file")
-    notes = []
-    if head == codecs.BOM_UTF8:
-        notes.append(f"{shown}: its byte order mark was left out")
-    if ends and separator is None:
-        notes.append(
-            f"{shown}: it holds {END_OF_TEXT} {ends} times, read as plain text; "
-            f"set data.document_separator to '{END_OF_TEXT}' if it ends documents"
-        )
-    return Text(shown, path, separator, size, characters, digest.hexdigest(), tuple(notes), spool)
+    scan = _Scan(separator)
+    for chunk in split_documents(
+        scan.count(_read_characters(shown, path, scan.count_bytes, stop)), separator, scan.count_blank
+    ):
+        scan.documents += chunk.last
+    if not scan.documents:
+        content = "separators and white space" if separator and scan.found[separator] else "white space"
+        what = f"the file holds only {content}" if scan.characters else "the file is empty"
+        raise DataError(shown, what, CHOOSE_FILE)
+    return Text(
+        shown,
+        path,
+        separator,
+        scan.size,
+        scan.characters,
+        scan.blank_documents,
+        scan.blank_characters,
+        scan.digest.hexdigest(),
+        tuple(scan.list_notes(shown)),
+        spool,
+    )
 
 
-def cut_pieces(blocks: Iterator[str], separator: str | None) -> Iterator[Piece]:
-    """Cut a stream of characters into documents and these into pieces, by the rule above.
+class _Scan:
+    """What the first reading of a file counts."""
 
-    Every decision looks at the same `need` characters (or at all that are left), so block sizes do not matter.
+    def __init__(self, separator: str | None) -> None:
+        self.separator = separator
+        self.digest, self.head = hashlib.sha256(), b""
+        self.size = self.characters = self.documents = self.blank_documents = self.blank_characters = 0
+        self.found = dict.fromkeys([separator, *_list_spellings(separator)] if separator else [END_OF_TEXT], 0)
+
+    def count_bytes(self, block: bytes) -> None:
+        self.head = self.head or block[:3]
+        self.size += len(block)
+        self.digest.update(block)
+
+    def count(self, blocks: Iterator[str]) -> Iterator[str]:
+        """Pass the blocks on, and count characters and separators, also those that lie across two blocks."""
+        tail, longest = "", max(map(len, self.found))
+        for block in blocks:
+            self.characters += len(block)
+            for marker in self.found:
+                self.found[marker] += (tail[max(0, len(tail) + 1 - len(marker)) :] + block).count(marker)
+            tail = (tail + block)[max(0, len(tail) + len(block) + 1 - longest) :]
+            yield block
+
+    def count_blank(self, characters: int) -> None:
+        self.blank_documents, self.blank_characters = self.blank_documents + 1, self.blank_characters + characters
+
+    def list_notes(self, name: str) -> Iterator[str]:
+        if self.head == codecs.BOM_UTF8:
+            yield f"{name}: removed the byte order mark"
+        if self.separator is None:
+            if count := self.found[END_OF_TEXT]:
+                what, advice = f"{END_OF_TEXT} is read as plain text ({count:,} found)", "if it ends documents, set"
+                yield lay_out(name, what, f"{advice} data.document_separator to '{END_OF_TEXT}'")
+        elif not self.found[self.separator]:
+            problem = (
+                f"data.document_separator: {self.separator!r} does not occur in {name}, which is read as one document."
+            )
+            other = next((marker for marker, count in self.found.items() if count), None)
+            yield f"{problem} {other!r} does: use that." if other else problem
+
+
+def _list_spellings(separator: str) -> list[str]:
+    """Return what may be meant by a separator that does not occur: backslash escapes, or the other kind of line end."""
+    plain = separator
+    for escape, character in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t"), (r"\f", "\f")):
+        plain = plain.replace(escape, character)
+    unix = plain.replace("\r\n", "\n")
+    return [plain, unix, unix.replace("\n", "\r\n")]
+
+
+def expand_home(name: str | Path) -> Path:
+    """Return the path with `~` and `~user` expanded, as a shell does; without such a user it is left as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def split_documents(
+    blocks: Iterator[str], separator: str | None, report_blank: Callable[[int], object] = lambda characters: None
+) -> Iterator[Chunk]:
+    """Split a stream of characters into documents and these into chunks; blank documents are dropped.
+
+    A document is blank if it is empty or holds only white space; `report_blank` is called with its length. The empty
+    text before a separator at the start, or after one at the end, is not a document.
     """
-    need = LONGEST_PIECE + 1 + len(separator or "")
-    buffer, start, more = "", 0, True
+    held: list[bytes] = []  # the white space that a document begins with; compressed, because it may be long
+    length, begun = 0, False
+    for chunk in _cut_chunks(blocks, separator):
+        if not begun and not chunk.text.strip():
+            held.append(zlib.compress(chunk.text.encode()))
+            length += len(chunk.text)
+            if chunk.last:
+                report_blank(length)
+                held, length = [], 0
+            continue
+        yield from (Chunk(zlib.decompress(data).decode(), last=False) for data in held)
+        yield chunk
+        held, length, begun = [], 0, not chunk.last
+
+
+def _cut_chunks(blocks: Iterator[str], separator: str | None) -> Iterator[Chunk]:
+    """Cut a stream of characters into chunks of documents, blank ones included, by the rule at the top of this file.
+
+    Every decision reads the same `need` characters (or all that are left), so that block sizes do not matter.
+    """
+    need = LONGEST_CHUNK + 1 + len(separator or "")
+    buffer, start, more, first = "", 0, True, True
     while True:
         while more and len(buffer) - start < need:
             block = next(blocks, None)
@@ -138,21 +225,24 @@ def cut_pieces(blocks: Iterator[str], separator: str | None) -> Iterator[Piece]:
             return
         found = buffer.find(separator, start, start + need - 1) if separator else -1
         end = found if found >= 0 else len(buffer)
-        cut = CUT.search(buffer, start + PIECE, min(end, start + LONGEST_PIECE + 1))
+        cut = CUT.search(buffer, start + CHUNK, min(end, start + LONGEST_CHUNK + 1))
         if cut is not None:
-            yield Piece(buffer[start : cut.end()], last=False)
+            yield Chunk(buffer[start : cut.end()], last=False)
             start = cut.end()
-        elif end - start > LONGEST_PIECE:
-            yield Piece(buffer[start : start + LONGEST_PIECE], last=False)
-            start += LONGEST_PIECE
+        elif end - start > LONGEST_CHUNK:
+            yield Chunk(buffer[start : start + LONGEST_CHUNK], last=False)
+            start += LONGEST_CHUNK
         else:
-            if end > start:
-                yield Piece(buffer[start:end], last=True)
+            if end > start or not first:
+                yield Chunk(buffer[start:end], last=True)
             start = end + (len(separator or "") if found >= 0 else 0)
+        first = False
 
 
-def _read_characters(name: str, path: Path, see: Callable[[bytes], object], stop: Callable[[], None]) -> Iterator[str]:
-    """The characters of a UTF-8 file, without a byte order mark; `see` is shown its bytes."""
+def _read_characters(
+    name: str, path: Path, inspect: Callable[[bytes], object], stop: Callable[[], None]
+) -> Iterator[str]:
+    """Yield the characters of a UTF-8 file in blocks, without a byte order mark; `inspect` gets the bytes of each."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, line, begun, binary, block = 0, 1, False, False, b"-"
     try:
@@ -160,9 +250,9 @@ def _read_characters(name: str, path: Path, see: Callable[[bytes], object], stop
             while block:
                 stop()
                 block = file.read(BLOCK)
-                see(block)
+                inspect(block)
                 if offset == 0:
-                    _refuse_foreign_kind(name, block)
+                    _refuse_binary_kinds(name, block)
                     binary = b"\0" in block
                 held = len(decoder.getstate()[0])
                 text = decoder.decode(block, final=not block)
@@ -173,44 +263,54 @@ def _read_characters(name: str, path: Path, see: Callable[[bytes], object], stop
                     yield text
     except UnicodeDecodeError as error:
         line += error.object[: error.start].count(b"\n")
-        what = f"byte {offset - held + error.start} is 0x{error.object[error.start]:02x}, which is not UTF-8"
-        advice = (
-            "it looks like a binary file; name a text file" if binary else "save it as UTF-8, or convert it with iconv"
-        )
-        raise DataError(f"{name}:{line} - {what} - {advice}") from None
+        what = f"byte 0x{error.object[error.start]:02x} at offset {offset - held + error.start} is not UTF-8"
+        source = "" if name == "standard input" else f" {shlex.quote(name)} > utf8.txt"
+        convert = f"if it is Windows-1252 text, convert it with `iconv -f WINDOWS-1252 -t UTF-8{source}`"
+        advice = f"the file is probably binary: {CHOOSE_FILE}" if binary else convert
+        raise DataError(f"{name}:{line}", what, advice) from None
     except OSError as error:
-        raise DataError(f"{name} - it cannot be read: {error.strerror} - check the path and its permissions") from None
+        raise DataError(
+            name, f"the file cannot be read ({error.strerror})", "check the path and its permissions"
+        ) from None
 
 
-def _refuse_foreign_kind(name: str, head: bytes) -> None:
-    for pattern, kind, advice in KINDS:
+def _refuse_binary_kinds(name: str, head: bytes) -> None:
+    for pattern, kind, advice in BINARY_KINDS:
         if re.match(pattern, head):
-            raise DataError(f"{name} - it is {kind}, not UTF-8 text - {advice}")
+            raise DataError(name, f"this is {kind}, not UTF-8 text", advice)
 
 
 def _spool_pipe(
     name: str, shown: str, cache_dir: Path, stop: Callable[[], None]
 ) -> tempfile.TemporaryDirectory[str] | None:
-    """Copy standard input or a pipe, which can be read only once, into a file; None for a regular file."""
+    """Copy standard input or a pipe, which can be read only once, into a file; return None for a regular file."""
     if name == "-":
         return _copy_to_spool(sys.stdin.buffer, cache_dir, stop)
+    path = expand_home(name)
     try:
-        mode = Path(name).stat().st_mode
+        mode = path.stat().st_mode
         if stat.S_ISFIFO(mode):
-            with Path(name).open("rb") as pipe:
+            with path.open("rb") as pipe:
                 return _copy_to_spool(pipe, cache_dir, stop)
     except FileNotFoundError:
-        raise DataError(f"{shown} - there is no such file - name a text file with --input_file") from None
+        raise DataError(shown, "file not found", CHOOSE_FILE) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{shown} - it cannot be read: {reason} - name a text file with --input_file") from None
+        raise DataError(shown, f"the file cannot be read ({reason})", CHOOSE_FILE) from None
+    if stat.S_ISDIR(mode):
+        join = "to join the files of a folder: `cat FOLDER/*.txt > corpus.txt`"
+        raise DataError(shown, "this is a folder, not a text file", f"{CHOOSE_FILE}; {join}")
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a socket"
-        raise DataError(f"{shown} - it is {kind}, not a text file - name a text file with --input_file")
+        raise DataError(shown, "this is a device or a socket, not a text file", CHOOSE_FILE)
+    if path.suffix.lower() in JSONL_SUFFIXES:
+        convert = r"""`jq -j '.text + "\f"' FILE > corpus.txt`"""
+        advice = f"convert it, for example with {convert}, and set data.document_separator to a form feed"
+        raise DataError(shown, "JSONL input is not supported", advice)
     return None
 
 
 def _copy_to_spool(source: IO[bytes], cache_dir: Path, stop: Callable[[], None]) -> tempfile.TemporaryDirectory[str]:
+    cache_dir = expand_home(cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         spool = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".spool-", ignore_cleanup_errors=True)
@@ -219,6 +319,6 @@ def _copy_to_spool(source: IO[bytes], cache_dir: Path, stop: Callable[[], None])
                 stop()
                 copy.write(block)
     except OSError as error:
-        advice = "free space, or set data.cache_dir to a folder that can be written"
-        raise ResourceError(f"{cache_dir} - the input cannot be copied there: {error.strerror} - {advice}") from None
+        advice = "free some space, or set data.cache_dir to a writable folder"
+        raise ResourceError(cache_dir, f"the input cannot be copied there ({error.strerror})", advice) from None
     return spool

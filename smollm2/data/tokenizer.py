@@ -1,10 +1,10 @@
 """Text to ids and back: a byte-level BPE trained on the corpus, raw bytes, or any `tokenizer.json`.
 
-`encode` adds nothing, and special-token text in data is plain text. The encoder is tiktoken where it is provably
-exact: ByteLevel with or without Digits, no normalizer, and every merge result encodes alone to itself. By induction
-over token length the two algorithms then make the same merges in the same order. Text that tiktoken would panic on (a
-byte without a token, a very long run of spaces; its panic is a BaseException) goes to `tokenizers`, decided before
-the call. What a tokenizer cannot express becomes its unknown id, or is dropped where it has none, and is counted.
+`encode` adds nothing, and the text of a special token is plain text. The encoder is tiktoken if it is provably exact:
+ByteLevel with or without Digits, no normalizer, and every merge result alone encodes to itself. By induction over token
+length, both algorithms then make the same merges in the same order. A text on which tiktoken would panic (a byte
+without a token, a very long run of spaces; the panic is a BaseException) is encoded by `tokenizers`, which is decided
+before the call. What a tokenizer cannot express becomes its unknown id, or is dropped if it has none, and is counted.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ import tiktoken
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from smollm2.data.text import END_OF_TEXT, expand_home
 from smollm2.errors import DataError
 
 BYTES = "bytes"
-END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
-"""Names looked for, in this order, where a tokenizer's own config names none."""
+"""Names of the end-of-text token, in order of preference, if a tokenizer's own config names none."""
 
 MAX_VOCAB_SIZE = 2**21
 LONG_SPACE = re.compile(r"\s{131072}")
 """tiktoken's regex engine overflows its stack between 262,144 and 1,048,576 spaces in a row (0.14, measured)."""
 
 LONG_RUN = re.compile(r"(\S{256})")
-"""In training, longer words are cut here: 2 MB of DNA without a space takes 2 s instead of 52 s."""
+"""Training cuts longer words: 2 MB of DNA without a space then takes 2 s instead of 52 s."""
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -41,17 +41,17 @@ PROBE = "It's 3.14,  we'll\r\n\r\n\tsee\u3000\u0085x ²½ éa\u0301 漢字 \U000
 
 
 def map_bytes() -> dict[str, int]:
-    """The byte that each character of GPT-2's byte alphabet stands for."""
+    """Return the byte that each character of GPT-2's byte alphabet stands for."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(other)}
 
 
 class Tokenizer:
-    """One tokenizer. Build it with `load_tokenizer`, `tokenizer_from_text` or `train_tokenizer`.
+    """A tokenizer. Build it with `load_tokenizer`, `tokenizer_from_text` or `train_tokenizer`.
 
-    `text` is tokenizer.json's text, or 'bytes': with `end_of_text` all that a checkpoint needs. `bytes_per_token` (V,)
-    counts the UTF-8 bytes that each id stands for, 0 for special tokens.
+    `text` is the content of tokenizer.json, or 'bytes'; a checkpoint needs only that and `end_of_text`.
+    `bytes_per_token` (V,) is the number of UTF-8 bytes that each id stands for, 0 for special tokens.
     """
 
     def __init__(self, text: str, end_of_text: int | str | None = None, *, name: str = "tokenizer") -> None:
@@ -60,11 +60,10 @@ class Tokenizer:
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         if not 2 <= self.vocab_size <= MAX_VOCAB_SIZE:
-            raise DataError(
-                f"{name} - it has {self.vocab_size} ids; 2 to {MAX_VOCAB_SIZE} are possible - use another one"
-            )
+            what = f"the number of ids is outside the range of 2 to {MAX_VOCAB_SIZE:,} ({self.vocab_size:,})"
+            raise DataError(name, what, "use another tokenizer")
         if len(set(ids.values())) < len(ids):
-            raise DataError(f"{name} - two of its tokens share an id - replace its tokenizer.json")
+            raise DataError(name, "two tokens share an id", "replace its tokenizer.json")
         self.end_of_text = _find_end_of_text(ids, end_of_text, name)
         self.fingerprint = hashlib.sha256(f"{self.end_of_text}\n{text}".encode()).hexdigest()
 
@@ -81,42 +80,48 @@ class Tokenizer:
         self.bytes_per_token: npt.NDArray[np.int64] = np.fromiter(lengths, np.int64, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, and nothing else."""
+        """Return the ids of `text`; nothing is added."""
         return self.encode_counted(text)[0]
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
-        """The ids of `text`, and how many of its UTF-8 bytes the tokenizer could not express."""
+        """Return the ids of `text`, and how many of its UTF-8 bytes the tokenizer cannot express."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
-            where = f"text, character {error.start}"
-            raise DataError(f"{where} - it is half of a surrogate pair, not a character - remove it") from None
+            what = f"\\u{ord(text[error.start]):04x} is half of a surrogate pair, not a character"
+            raise DataError(f"text, character {error.start}", what, "remove it") from None
         lost = len(data) - len(data.translate(None, self._missing)) if self._byte_level and self._missing else 0
         if self._fast and not lost and (len(text) < 131072 or not LONG_SPACE.search(text)):
             return self._fast(text), 0
         ids, spans = self._encode_slowly(text)
         if self._byte_level:
             return ids, lost
-        # A Unigram or word model finds "</s>" in a text and makes a control token of it: that too is not expressed.
+        # A Unigram or word model turns the text "</s>" into a control token: that is not expressed either.
         known = [self.unknown if i in self._controls else i for i in ids]
         return [i for i in known if i is not None], _count_unknown(text, known, spans, self.unknown)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; special tokens stand for none."""
+        """Return the bytes that `ids` stand for; special tokens stand for none."""
         if self._token_bytes is None:
             decoded: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
             return decoded.encode()
         return b"".join(self._token_bytes[i] for i in ids if 0 <= i < self.vocab_size)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that `ids` stand for; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text that `ids` stand for; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and transformers read."""
         end: str = self._backend.id_to_token(self.end_of_text)
-        # transformers 4.57 and 5.x both know this class; 5.x's own name for it is unknown to 4.57.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+        config = {
+            # transformers 4.57 and 5 both know this class; 4.57 does not know the name that 5 itself writes.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": end,
+            "clean_up_tokenization_spaces": False,
+            # By default 4.57 also returns token_type_ids, which generate() of these models refuses.
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
         folder.mkdir(parents=True, exist_ok=True)
         text = self._backend.to_str() if self.text == BYTES else self.text
         (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="")
@@ -126,13 +131,12 @@ class Tokenizer:
         try:
             encoding = self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower
-            raise DataError(
-                f"{self.name} - it cannot encode the text ({_first_line(error)}) - use another one"
-            ) from None
+            what = f"the tokenizer cannot encode the text ({_first_line(error)})"
+            raise DataError(self.name, what, "use another tokenizer") from None
         return encoding.ids, encoding.offsets
 
     def _find_fast_encoder(self, spec: dict[str, Any]) -> Callable[[str], list[int]] | None:
-        """tiktoken over the same BPE, where it makes the same ids."""
+        """Return tiktoken's encoder of the same BPE, or None if it may give other ids."""
         pattern, ranks = _find_pattern(spec), _rank_tokens(spec["model"])
         if pattern is None or not ranks:
             return None
@@ -141,37 +145,37 @@ class Tokenizer:
         return encode if encode(probe) == self._encode_slowly(probe)[0] else None
 
 
-def load_tokenizer(name: str, *, say: Callable[[str], None] = lambda message: None) -> Tokenizer:
-    """The tokenizer called 'bytes', in the folder `name`, or of that name on the hub (local files first).
+def load_tokenizer(name: str, *, report: Callable[[str], None] = lambda message: None) -> Tokenizer:
+    """Return the tokenizer 'bytes', the one in the folder `name`, or the one of that name on the hub (local files first).
 
-    Raises DataError where it is absent or damaged. `say` hears of an attempt to download.
+    Raise DataError if it is absent or damaged. `report` receives a line before a download is tried.
     """
     if name == BYTES:
         return Tokenizer(BYTES, name=name)
-    folder = Path(name)
+    folder = expand_home(name)
     if not folder.is_dir():
-        folder = _fetch_from_hub(name, say)
+        folder = _fetch_from_hub(name, report)
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"{name} - it has no tokenizer.json - name a folder or a hub repository that has one") from None
+        what, advice = "the folder has no tokenizer.json", "name a folder or a hub repository that has one"
+        raise DataError(name, what, advice) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{folder / 'tokenizer.json'} - it cannot be read ({_first_line(error)}) - replace it"
-        ) from None
+        what = f"the file cannot be read ({_first_line(error)})"
+        raise DataError(folder / "tokenizer.json", what, "replace it") from None
     return Tokenizer(text, _read_end_of_text(folder), name=name)
 
 
 def tokenizer_from_text(text: str, end_of_text: int | None = None) -> Tokenizer:
-    """The tokenizer that a checkpoint holds: its `text` and `end_of_text`."""
+    """Return the tokenizer of a checkpoint, from its `text` and `end_of_text`."""
     return Tokenizer(text, end_of_text, name="the checkpoint's tokenizer")
 
 
-def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of up to `vocab_size` ids, fewer where `pieces` support fewer; never under 257.
+def train_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Return a byte-level BPE of up to `vocab_size` ids, fewer if `chunks` support fewer; never under 257.
 
-    It splits digits as SmolLM2's does and has all 256 bytes, so that it can express any text. The same pieces give
-    the same tokenizer. The caller caps the sample (`Text.sample`).
+    It splits digits as SmolLM2's does and has all 256 bytes, so that it can express any text. The same chunks give the
+    same tokenizer. The caller limits the sample (`Text.sample`).
     """
     backend = _byte_level_backend()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -185,13 +189,13 @@ def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words: Iterator[str] = (part for piece in pieces for part in LONG_RUN.split(piece) if part)
+    words: Iterator[str] = (part for chunk in chunks for part in LONG_RUN.split(chunk) if part)
     backend.train_from_iterator(words, trainer)
     return Tokenizer(backend.to_str(), END_OF_TEXT, name="the trained tokenizer")
 
 
 def _byte_level_backend() -> Any:
-    """A ByteLevel BPE without merges: id = byte, then end of text."""
+    """Return a ByteLevel BPE without merges: the ids are the bytes, then end of text."""
     backend = Backend(models.BPE(vocab=map_bytes(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -203,7 +207,7 @@ def _read_backend(text: str, name: str) -> Any:
     try:
         backend = Backend.from_str(text)
     except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{name} - its tokenizer.json cannot be read ({_first_line(error)}) - replace it") from None
+        raise DataError(name, f"tokenizer.json cannot be read ({_first_line(error)})", "replace it") from None
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
@@ -220,18 +224,18 @@ def _find_end_of_text(ids: dict[str, int], wanted: int | str | None, name: str) 
     for token in (wanted, *ENDS_OF_TEXT):
         if isinstance(token, str) and token in ids:
             return ids[token]
-    raise DataError(f"{name} - it has no end-of-text token - name it as eos_token in its tokenizer_config.json")
+    raise DataError(name, "the tokenizer has no end-of-text token", "name it as eos_token in its tokenizer_config.json")
 
 
 def _read_end_of_text(folder: Path) -> int | str | None:
-    """What the folder's own configs call the end of text."""
+    """Return the end of text that the folder's own configs name, if any."""
     for file, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
         try:
             config: Any = json.loads((folder / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{folder / file} - it cannot be read ({_first_line(error)}) - replace it") from None
+            raise DataError(folder / file, f"the file cannot be read ({_first_line(error)})", "replace it") from None
         value = config.get(key) if isinstance(config, dict) else None
         value = value.get("content") if isinstance(value, dict) else value
         value = value[0] if isinstance(value, list) and value else value
@@ -240,26 +244,28 @@ def _read_end_of_text(folder: Path) -> int | str | None:
     return None
 
 
-def _fetch_from_hub(name: str, say: Callable[[str], None]) -> Path:
-    """The folder of hub repository `name`: from the local cache, else downloaded."""
+def _fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
+    """Return the folder of hub repository `name`: from the local cache, else downloaded."""
     import huggingface_hub as hub
 
     files = ["tokenizer.json", "tokenizer_config.json", "config.json"]
-    absent = f"{name} - there is no such folder"
+    absent = "there is no such folder"
     try:
         folder = Path(hub.snapshot_download(name, allow_patterns=files, local_files_only=True))
         if (folder / "tokenizer.json").is_file():
             return folder
     except ValueError:  # not a possible name of a repository
-        raise DataError(f"{absent}, and it is no hub name - name an existing one, `bytes` or `auto`") from None
+        what, advice = f"{absent}, and this is not a hub name", "name an existing folder, `bytes` or `auto`"
+        raise DataError(name, what, advice) from None
     except OSError:
         pass
-    say(f"tokenizer {name}: not on this machine; asking the Hugging Face hub (without a network this takes 25 s)")
+    report(f"{name}: the tokenizer is not on this machine; trying the Hugging Face hub (25 s without a network)")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=files, etag_timeout=5))
-    except Exception as error:  # HTTP errors of a library that may change its own: none of them is a fault of ours
-        advice = f"download it where there is a network (hf download {name}), or name a folder, `bytes` or `auto`"
-        raise DataError(f"{absent}, and the hub did not give it ({type(error).__name__}) - {advice}") from None
+    except Exception as error:  # the library may change the class of its HTTP errors; none of them is our fault
+        what = f"{absent}, and the download from the hub failed ({type(error).__name__})"
+        advice = f"run `hf download {name}` on a machine with a network, or name a folder, `bytes` or `auto`"
+        raise DataError(name, what, advice) from None
 
 
 def _encode_bytes(text: str) -> list[int]:
@@ -267,7 +273,7 @@ def _encode_bytes(text: str) -> list[int]:
 
 
 def _find_pattern(spec: dict[str, Any]) -> str | None:
-    """The regex that splits text as this tokenizer does; None where none is known to."""
+    """Return the regex that splits text as this tokenizer does, or None if there is none."""
     splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
     steps = splitter.get("pretokenizers", [splitter])
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -281,7 +287,8 @@ def _find_pattern(spec: dict[str, Any]) -> str | None:
 
 
 def _rank_tokens(model: dict[str, Any]) -> dict[bytes, int] | None:
-    """tiktoken's ranks, where they say the same as the merges: ids ascend, and each result encodes alone to itself."""
+    """Return tiktoken's ranks, or None unless they mean the same as the merges: ids ascend, and each result alone
+    encodes to itself."""
     alphabet, ids = map_bytes(), model.get("vocab")
     if model["type"] != "BPE" or not isinstance(ids, dict):
         return None
@@ -296,7 +303,7 @@ def _rank_tokens(model: dict[str, Any]) -> dict[bytes, int] | None:
 
 
 def _list_token_bytes(backend: Any, spec: dict[str, Any], ids: dict[str, int], size: int) -> list[bytes] | None:
-    """The bytes of each id of a byte-level tokenizer; None for another one."""
+    """Return the bytes of each id of a byte-level tokenizer, or None for another kind."""
     splitter = spec["pre_tokenizer"] or {}
     steps = splitter.get("pretokenizers", [splitter])
     if spec["model"]["type"] != "BPE" or spec["normalizer"] or "ByteLevel" not in [step.get("type") for step in steps]:
@@ -312,7 +319,7 @@ def _list_token_bytes(backend: Any, spec: dict[str, Any], ids: dict[str, int], s
 
 
 def _measure_tokens(backend: Any, ids: dict[str, int], spec: dict[str, Any]) -> Iterator[int]:
-    """UTF-8 bytes of each id of a tokenizer that is not byte-level: what a second one adds to the decoded text."""
+    """Yield the UTF-8 bytes of each id of a tokenizer that is not byte-level: what a second copy adds to the text."""
     special = {token["id"] for token in spec["added_tokens"] if token["special"]}
     names = {i: token for token, i in ids.items()}
     size = max(names) + 1
@@ -328,7 +335,7 @@ def _measure_tokens(backend: Any, ids: dict[str, int], spec: dict[str, Any]) -> 
 
 
 def _count_unknown(text: str, ids: list[int | None], spans: list[tuple[int, int]], unknown: int | None) -> int:
-    """UTF-8 bytes of the characters, spaces apart, that no known token covers."""
+    """Return the UTF-8 bytes of the characters, except white space, that no known token covers."""
     covered = bytearray(len(text))
     for i, (start, end) in zip(ids, spans, strict=True):
         if i != unknown:

@@ -1,8 +1,8 @@
-"""A stream of tokens as windows: window i reads the length + 1 tokens from i x stride on.
+"""A stream of tokens as windows: window i reads length + 1 tokens, starting at token i x stride.
 
-Every token but the first of the stream is a target exactly once: where windows overlap, the shared tokens are context
-(label -100), and the last window is padded, never dropped. Where documents are isolated, the first token of each is no
-target either: nothing that its position may see comes before it.
+Every token but the first of the stream is a target exactly once: if windows overlap, the shared tokens are context
+(label -100), and the last window is padded, never dropped. If documents are isolated, the first token of each is not a
+target either, because no token that its position may attend to comes before it.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ Ints = npt.NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    """One window, each (T,), or several, each (B, T): labels[t] is the token after input_ids[t], -100 where there is no
-    target; document_ids number the documents of a window in their order, None where they are not isolated."""
+    """One window, each (T,), or several, each (B, T): labels[t] is the token after input_ids[t], or -100 if it is not a
+    target; document_ids number the documents of a window in order, or are None if documents are not isolated."""
 
     input_ids: Ints
     labels: Ints
@@ -29,14 +29,14 @@ class Batch(NamedTuple):
 
 
 def stack(windows: Sequence[Batch]) -> Batch:
-    """Several windows as one batch."""
+    """Return several windows as one batch."""
     input_ids, labels, _ = (tuple(column) for column in zip(*windows, strict=True))
     document_ids = [window.document_ids for window in windows if window.document_ids is not None]
     return Batch(np.stack(input_ids), np.stack(labels), np.stack(document_ids) if document_ids else None)
 
 
 def number_documents(input_ids: Ints, end_of_text: int) -> Ints:
-    """How many documents end before each position (..., T): an end of text belongs to the document that it ends."""
+    """Return how many documents end before each position (..., T): an end of text belongs to the document it ends."""
     ends = input_ids == end_of_text
     before: Ints = np.cumsum(ends, -1, dtype=np.int64) - ends
     return before
@@ -53,9 +53,8 @@ class Windows:
     ) -> None:
         self.name = getattr(tokens, "filename", "the token stream")
         if len(tokens) < 2:
-            raise DataError(
-                f"{self.name} - {len(tokens)} tokens are too few to predict one from another - use more text"
-            )
+            what = f"the text has too few tokens to predict one from another ({len(tokens)})"
+            raise DataError(self.name, what, "use more text")
         assert 1 <= stride <= length
         self.tokens, self.length, self.stride, self.vocab_size = tokens, length, stride, vocab_size
         self.end_of_text = end_of_text
@@ -66,24 +65,24 @@ class Windows:
 
     @property
     def tokens_used(self) -> int:
-        """Tokens that some window reads; all of them, which the statistics line shows."""
+        """Return how many tokens the windows read: all of them, as the statistics line shows."""
         return min(len(self.tokens), (len(self) - 1) * self.stride + self.length + 1)
 
     def read(self, i: int) -> Batch:
-        """Window i.
+        """Return window i.
 
-        Raises DataError where an id is outside the vocabulary, or the file is no longer as it was: both are checked
-        here, as it is read. (Past the end of a file that was cut, the system would end the process with SIGBUS.)
+        Raise DataError if an id is outside the vocabulary or the file has changed: both are checked here, as the window
+        is read. (Beyond the end of a truncated file, the system would end the process with SIGBUS.)
         """
         if (now := self._identify()) != self.identity and now[:1] == self.identity[:1]:
-            what = "it was changed while the run was reading it"
-            raise DataError(f"{self.name} - {what} - delete that folder and go on by --resume auto: it is made again")
+            what, advice = "the file changed while the run was reading it", "delete its folder and use --resume auto"
+            raise DataError(self.name, what, f"{advice}: the tokens are made again")
         first = i * self.stride
         ids = self.tokens[first : first + self.length + 1].astype(np.int64)
         if ids.max() >= self.vocab_size:
             at = first + int(ids.argmax())
             what = f"token {at} is id {ids.max()}, outside the vocabulary of {self.vocab_size}"
-            raise DataError(f"{self.name} - {what} - delete that folder: it is made again")
+            raise DataError(self.name, what, "delete its folder: the tokens are made again")
         input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, IGNORE_INDEX, np.int64)
         input_ids[: len(ids) - 1] = ids[:-1]
         context = self.length - self.stride if i > 0 else 0
@@ -94,8 +93,8 @@ class Windows:
         return Batch(input_ids, labels, number_documents(input_ids, self.end_of_text))
 
     def _identify(self) -> tuple[int, ...]:
-        """The file behind the tokens: inode, size, time of the last change. One that was removed or replaced is still
-        there for this process, as it was: an inode of its own."""
+        """Return inode, size and modification time of the mapped file. A file that was removed or replaced stays
+        mapped as it was, so that another inode is not a change."""
         if not isinstance(self.tokens, np.memmap):
             return ()
         try:

@@ -129,7 +129,7 @@ def choose_text(file: str | Path | None = None) -> str:
     """The text of the comparison: the beginning of a file, or a piece of Python's language reference. Raises DataError."""
     if file is not None:
         with tempfile.TemporaryDirectory() as spool:
-            return next(open_text(str(file), Path(spool)).pieces()).text
+            return next(open_text(str(file), Path(spool)).chunks()).text
     topics = (topic for _, topic in read_topics(Path(sysconfig.get_path("stdlib"))))
     found = ""
     while len(found) < 8192 and (topic := next(topics, None)):

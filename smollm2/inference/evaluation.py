@@ -158,6 +158,7 @@ def evaluate(
     separator: str | None = None,
     per_document: bool = False,
     document_mask: bool = False,
+    report: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Loss (nats per token), perplexity and bits per byte of a text or a file (a Path; `-` is standard input), streamed.
 
@@ -174,7 +175,7 @@ def evaluate(
         raise ConfigError(f"a stride of {stride} is not possible in a context of {length} tokens; use 1 to {length}")
     counted = CountedEncoder(tokenizer)
     with tempfile.TemporaryDirectory() as spool:
-        pieces = open_pieces(text_or_path, separator, Path(spool))
+        pieces = open_pieces(text_or_path, separator, Path(spool), report)
         rows = cut_rows(pieces, counted, length, stride, per_document=per_document)
         end_of_text = tokenizer.end_of_text if document_mask else None
         parts = score_rows(model, rows, tokenizer.bytes_per_token, end_of_text, batch_size=batch_size)

@@ -1,11 +1,11 @@
 """A text of any length as windows that hold each target once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
-from smollm2.data.text import Piece, cut_pieces, open_text
+from smollm2.data.text import Chunk, open_text, split_documents
 from smollm2.data.tokenizer import Tokenizer
 
 
@@ -31,20 +31,25 @@ class CountedEncoder:
         return ids
 
 
-def open_pieces(text_or_path: str | Path, separator: str | None, spool: Path) -> Iterator[Piece]:
+def open_pieces(
+    text_or_path: str | Path, separator: str | None, spool: Path, report: Callable[[str], None]
+) -> Iterator[Chunk]:
     """The documents of a text or a file, in pieces, as training reads them. Raises DataError."""
     if isinstance(text_or_path, Path):
-        return open_text(str(text_or_path), spool, separator).pieces()
-    return cut_pieces(iter([text_or_path]), separator)
+        text = open_text(str(text_or_path), spool, separator)
+        for note in text.notes:
+            report(note)
+        return text.chunks()
+    return split_documents(iter([text_or_path]), separator)
 
 
 def cut_rows(
-    pieces: Iterator[Piece], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
+    pieces: Iterator[Chunk], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
 ) -> Iterator[Row]:
     """The text as rows that hold each target once: of one stream, or of each document by itself."""
     end = encoder.tokenizer.end_of_text
 
-    def blocks(numbered: Iterator[tuple[int, Piece]]) -> Iterator[list[int]]:
+    def blocks(numbered: Iterator[tuple[int, Chunk]]) -> Iterator[list[int]]:
         for _, piece in numbered:
             yield encoder.encode(piece.text) + ([end] if piece.last else [])
 
@@ -56,7 +61,7 @@ def cut_rows(
         yield from slide(number, chain([[end]], blocks(document)), length, stride)
 
 
-def number_pieces(pieces: Iterator[Piece]) -> Iterator[tuple[int, Piece]]:
+def number_pieces(pieces: Iterator[Chunk]) -> Iterator[tuple[int, Chunk]]:
     """Each piece with the number of its document."""
     number = 0
     for piece in pieces:

@@ -51,7 +51,7 @@ def open_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
         saved = setup.start.state["tokenizer"]
         tokenizer = tokenizer_from_text(saved["text"], saved["end_of_text"])
     elif data.tokenizer != "auto":
-        tokenizer = load_tokenizer(data.tokenizer, say=setup.report)
+        tokenizer = load_tokenizer(data.tokenizer, report=setup.report)
     else:
         vocab_size = setup.config.model.vocab_size
         key = hashlib.sha256(f"1 {text.sha256} {text.separator} {vocab_size}".encode()).hexdigest()
@@ -67,7 +67,7 @@ def open_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
         tokenizer,
         cache,
         data.validation_fraction,
-        report=lambda fraction: setup.console.show_progress("tokenizing", fraction),
+        show_progress=lambda fraction: setup.console.show_progress("tokenizing", fraction),
         stop=stop,
     )
     for note in store.notes:

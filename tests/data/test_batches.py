@@ -36,7 +36,7 @@ def test_every_window_comes_first_about_equally_often() -> None:
     assert abs(counts - 2000).max() < 250  # 6 standard deviations
 
 
-def test_neighbours_do_not_stay_neighbours() -> None:
+def test_neighbours_do_not_remain_neighbours() -> None:
     places = permute(np.arange(10_000), 10_000, np.uint64(5))
     assert (np.diff(places) == 1).mean() < 0.002
 
@@ -86,7 +86,7 @@ def test_the_epoch_counts_how_often_the_corpus_was_read() -> None:
     assert [batches.epoch_of(n) for n in (0, 1, 2, 5)] == [0.0, 0.5, 1.0, 2.5]
 
 
-def test_batches_that_are_made_ahead_are_the_same_batches() -> None:
+def test_prefetched_batches_are_the_same_batches() -> None:
     batches = make_batches()
     coming = prefetched(batches, 3, 1, 3)
     for n in range(3, 12):

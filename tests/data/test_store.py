@@ -1,4 +1,4 @@
-"""Tokens on disk: whole or not there, never stale, split without overlap, in bounded memory."""
+"""Tokens on disk: whole or absent, never stale, split without overlap, in bounded memory."""
 
 import json
 import os
@@ -58,9 +58,21 @@ def test_the_tail_of_few_documents_is_held_out(tmp_path: Path) -> None:
     assert store.validation[-1] == END and store.statistics.validation_tokens == 100
 
 
-def test_a_tiny_text_keeps_two_tokens_on_either_side_or_holds_nothing_out(tmp_path: Path) -> None:
-    assert len(prepare(tmp_path, "abc", fraction=0.01).validation) == 2
-    assert len(prepare(tmp_path, "ab", fraction=0.5).validation) == 0
+def test_a_tiny_text_holds_out_three_tokens_or_none(tmp_path: Path) -> None:
+    assert len(prepare(tmp_path, "abcd", fraction=0.01).validation) == 3
+    assert len(prepare(tmp_path, "abc", fraction=0.5).validation) == 0
+
+
+def test_a_validation_text_has_a_target_that_is_not_an_end_of_text(tmp_path: Path) -> None:
+    for text in ("hi there\n", "\f".join("x" * 20)):
+        validation = prepare(tmp_path, text, fraction=0.05).validation
+        assert BYTES.bytes_per_token[validation[1:]].sum() > 0
+
+
+@pytest.mark.parametrize(("text", "fraction"), [("abc", 0.5), ("some text", 0.0)])
+def test_the_statistics_line_says_that_there_is_no_validation_text(text: str, fraction: float, tmp_path: Path) -> None:
+    store = prepare(tmp_path, text, fraction)
+    assert "for training, none for validation;" in store.statistics.describe(Windows(store.train, 4, 4, 257))
 
 
 def test_of_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
@@ -80,7 +92,7 @@ def test_some_documents_are_held_out_and_never_all(lengths: list[int], fraction:
     store = prepare(FOLDER, "\f".join("x" * length for length in lengths), fraction)
     held_out, total = len(store.validation), store.statistics.tokens
     assert len(store.train) + held_out == total
-    assert 0 < held_out <= max(1.5 * fraction, 1 / 20) * total
+    assert 0 < held_out <= max(1.5 * fraction * total, total / 20, 4)
 
 
 def test_one_huge_document_is_not_held_out(tmp_path: Path) -> None:
@@ -152,7 +164,7 @@ def test_a_changed_id_is_found_when_its_window_is_read(tmp_path: Path) -> None:
     tokens = np.memmap(store.folder / "train.bin", "<u2", "r+")
     tokens[500] = 60_000
     tokens.flush()
-    with pytest.raises(DataError, match=r"train\.bin - token 500 is id 60000"):
+    with pytest.raises(DataError, match=r"train\.bin: token 500 is id 60000"):
         Windows(store.train, 100, 100, store.vocab_size).read(5)
 
 
@@ -177,19 +189,19 @@ def test_an_id_outside_the_vocabulary_is_never_written(tmp_path: Path) -> None:
             return [257], 0
 
     (tmp_path / "input.txt").write_text("ab")
-    with pytest.raises(DataError, match="an id outside its vocabulary"):
+    with pytest.raises(DataError, match="an id outside its vocabulary of 257"):
         prepare_tokens(open_text(str(tmp_path / "input.txt"), tmp_path), Wrong(), tmp_path / "cache", 0.0)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize(("unknown", "said"), [(0, False), (10, False), (11, True), (499, True)])
-def test_an_unknown_share_over_a_thousandth_is_said(
-    unknown: int, said: bool, tmp_path: Path, smollm2_tokenizer_folder: Path
+@pytest.mark.parametrize(("unknown", "reported"), [(0, False), (10, False), (11, True), (499, True)])
+def test_an_unknown_share_over_a_thousandth_is_reported(
+    unknown: int, reported: bool, tmp_path: Path, smollm2_tokenizer_folder: Path
 ) -> None:
     tokenizer = tokenizer_from_text((smollm2_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
     store = prepare(tmp_path, "\x04" * unknown + "." * (10_000 - unknown), tokenizer=tokenizer)
     assert store.statistics.unknown_bytes == unknown
-    assert bool(store.notes) == said
+    assert bool(store.notes) == reported
     if unknown == 499:
         assert store.notes == ("the tokenizer cannot express 4.99% of the bytes (499 in 1 of 1 documents)",)
 
@@ -201,17 +213,33 @@ def test_an_unknown_share_over_a_twentieth_stops(tmp_path: Path, smollm2_tokeniz
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_separators_and_nothing_else_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="separators and nothing else"):
-        prepare(tmp_path, "ababab", separator="ab")
+def test_blank_documents_are_not_trained_on_and_counted_in_the_statistics_line(tmp_path: Path) -> None:
+    text = "some text\f \n\t\f" * 999
+    store = prepare(tmp_path, text)
+    assert split_documents(store.train) == ["some text"] * 999
+    assert "8,991 characters in 999 documents (999 blank dropped): " in store.statistics.describe(
+        Windows(store.train, 16, 16, store.vocab_size)
+    )
+
+
+def test_a_text_without_blank_documents_keeps_the_fingerprint_of_version_0_1_0(tmp_path: Path) -> None:
+    store = prepare(tmp_path, "one\f\ftwo", 0.05)
+    assert store.fingerprint == "71e4bbd09c5338a1f689ba6c402a23441f42d988f9bfd60742e0da7384d285fa"
+
+
+def test_a_text_with_blank_documents_has_another_fingerprint_than_in_version_0_1_0(tmp_path: Path) -> None:
+    assert (
+        prepare(tmp_path, "one\f \ftwo", 0.05).fingerprint
+        != "7a7d5ca262066cbfcf3c5bd0ed05bcf5a8680c85ac69b7eedc46a2575621d5e3"
+    )
 
 
 def test_the_statistics_line_proves_that_nothing_is_lost(tmp_path: Path) -> None:
     store = prepare(tmp_path, "abc\f" + "\u00e9" * 96 + "\f", fraction=0.1)
     windows = Windows(store.train, 16, 16, store.vocab_size)
     assert store.statistics.describe(windows) == (
-        "99 characters in 2 documents: 197 tokens (0.50 characters each, 0.00% of the bytes unknown); "
-        "177 to train on, 20 to validate; 11 windows of 16 use 177 of 177 tokens"
+        "99 characters in 2 documents: 197 tokens (0.50 characters per token; unencodable bytes: none); "
+        "177 for training, 20 for validation; 11 windows of 16 tokens use 177 of 177"
     )
 
 
@@ -219,7 +247,7 @@ def test_progress_is_reported_and_ends_at_one(tmp_path: Path) -> None:
     fractions: list[float] = []
     (tmp_path / "input.txt").write_text("line of text\n" * 20_000)
     text = open_text(str(tmp_path / "input.txt"), tmp_path)
-    prepare_tokens(text, BYTES, tmp_path / "cache", 0.1, report=fractions.append)
+    prepare_tokens(text, BYTES, tmp_path / "cache", 0.1, show_progress=fractions.append)
     assert len(fractions) == 4 and fractions == sorted(fractions) and fractions[-1] == 1
 
 
@@ -250,7 +278,7 @@ from smollm2.data.tokenizer import tokenizer_from_text
 
 folder = Path(sys.argv[1])
 prepare_tokens(open_text(str(folder / "input.txt"), folder, "\\f"), tokenizer_from_text("bytes"), folder / "cache", 0.1,
-               report=lambda fraction: os._exit(9) if fraction > 0.5 else None)
+               show_progress=lambda fraction: os._exit(9) if fraction > 0.5 else None)
 """
 
 
@@ -265,9 +293,19 @@ def test_a_killed_run_starts_again_cleanly(tmp_path: Path) -> None:
     assert len(store.train) + len(store.validation) == len(documents) + 1
 
 
+def test_a_tilde_in_cache_dir_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "input.txt").write_text("some text")
+    store = prepare_tokens(open_text("~/input.txt", Path("~/cache")), BYTES, Path("~/cache"), 0.0)
+    assert store.folder.parent == tmp_path / "cache"
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(ResourceError, match=r"cache - the tokens cannot be written there: .* set data\.cache_dir"):
+    with pytest.raises(
+        ResourceError, match=r"cache: the tokens cannot be written there \(.*\)\. .*set data\.cache_dir"
+    ):
         prepare(tmp_path, "some text")
 
 
@@ -298,7 +336,7 @@ print(peak() - before, store.statistics.tokens * 2, store.statistics.characters)
 
 @pytest.mark.skipif(os.name != "posix", reason="needs getrusage")
 def test_tokenizing_a_large_text_stays_within_its_memory(tmp_path: Path) -> None:
-    """D4: 16 MB of lines, one line of 8 MB, and a million spaces in a row, which go to the hungrier library."""
+    """D4: 16 MB of lines, one line of 8 MB, and a million spaces in a row, which go to the library that needs more memory."""
     lines = "".join(f"The cat sat on mat {i}, and left.\n" for i in range(480_000))
     (tmp_path / "input.txt").write_text(lines + "x" * 2**22 + "\U0001f600" * 2**20 + " " * 2**20 + lines[:100])
     done = subprocess.run(

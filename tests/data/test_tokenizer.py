@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back, tiktoken and tokenizers agree, and what cannot be expressed is counted."""
+"""Tokenizers: text comes back, tiktoken and tokenizers agree, and bytes that cannot be expressed are counted."""
 
 import json
 import os
@@ -36,15 +36,15 @@ HOSTILE = [
 
 
 def encode_with_tokenizers(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The other library's ids of the same text."""
+    """Return the ids of the same text from the other library."""
     backend = Backend.from_str(tokenizer.text)
     backend.encode_special_tokens = True
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     return ids
 
 
-def complaint_about(text: str) -> str:
-    """What a hostile tokenizer's DataError says; nothing where it works."""
+def error_of(text: str) -> str:
+    """Return the message of a hostile tokenizer's DataError, or an empty string if it works."""
     try:
         tokenizer_from_text(text).encode("Hello 1 \u00e9")
     except DataError as error:
@@ -244,11 +244,11 @@ def test_two_tokens_of_one_id_are_refused() -> None:
     spec = json.loads(tokenizer_from_text("bytes")._backend.to_str())
     spec["model"]["vocab"]["bc"] = 97
     spec["model"]["merges"] = [["b", "c"]]
-    assert "two of its tokens share an id" in complaint_about(json.dumps(spec))
+    assert "two tokens share an id" in error_of(json.dumps(spec))
 
 
 def test_half_a_surrogate_pair_is_refused(trained: Tokenizer) -> None:
-    with pytest.raises(DataError, match="character 1 - it is half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"text, character 1: \\udc80 is half of a surrogate pair"):
         trained.encode("a\udc80")
 
 
@@ -286,19 +286,26 @@ def test_a_mutated_tokenizer_json_loads_or_is_one_line() -> None:
                     changed[section] = value
                 else:
                     changed[section][field] = value
-                assert "\n" not in complaint_about(json.dumps(changed))
+                assert "\n" not in error_of(json.dumps(changed))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    tokenizer_from_text("bytes").save(tmp_path / "tokenizer")
+    assert load_tokenizer("~/tokenizer").vocab_size == 257
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"it has no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"the folder has no tokenizer\.json"):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_name_that_is_neither_folder_nor_hub_name_is_refused_without_a_network() -> None:
-    said: list[str] = []
-    with pytest.raises(DataError, match="there is no such folder, and it is no hub name"):
-        load_tokenizer("./no/such/folder", say=said.append)
-    assert said == []
+    reported: list[str] = []
+    with pytest.raises(DataError, match="there is no such folder, and this is not a hub name"):
+        load_tokenizer("./no/such/folder", report=reported.append)
+    assert reported == []
 
 
 HUB = """
@@ -306,14 +313,14 @@ import sys
 from smollm2.errors import DataError
 from smollm2.data.tokenizer import load_tokenizer
 try:
-    print(load_tokenizer(sys.argv[1], say=lambda message: print("said:", message)).encode("ab"))
+    print(load_tokenizer(sys.argv[1], report=lambda message: print("report:", message)).encode("ab"))
 except DataError as error:
     print(error)
 """
 
 
 def load_from_hub(name: str, cache: Path) -> list[str]:
-    """What a process without a network prints that loads the hub's `name` with this cache."""
+    """Return what a process without a network prints when it loads `name` from the hub with this cache."""
     environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", HUB, name], env=environment, capture_output=True, text=True, check=True
@@ -330,9 +337,9 @@ def test_a_hub_name_is_looked_for_on_this_machine_first(tmp_path: Path) -> None:
 
 
 def test_an_attempt_to_download_is_announced_and_its_failure_is_one_line(tmp_path: Path) -> None:
-    said, error = load_from_hub("someone/absent", tmp_path)
-    assert said.startswith("said: tokenizer someone/absent: not on this machine; asking the Hugging Face hub")
-    assert error.startswith("someone/absent - there is no such folder, and the hub did not give it")
+    line, error = load_from_hub("someone/absent", tmp_path)
+    assert line.startswith("report: someone/absent: the tokenizer is not on this machine; trying the Hugging Face hub")
+    assert error.startswith("someone/absent: there is no such folder, and the download from the hub failed")
     assert "hf download someone/absent" in error
 
 

@@ -1,4 +1,4 @@
-"""Every token but the first is a target exactly once, whatever the length and stride."""
+"""Every token but the first is a target exactly once, for any length and stride."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_every_token_but_the_first_is_a_target_exactly_once(shape: tuple[int, in
 
 @settings(max_examples=300, deadline=None)
 @given(shapes(), st.data())
-def test_where_documents_are_isolated_the_first_token_of_each_is_the_only_one_that_is_no_target(
+def test_if_documents_are_isolated_only_the_first_token_of_each_is_not_a_target(
     shape: tuple[int, int, int], data: st.DataObject
 ) -> None:
     count, length, stride = shape
@@ -66,7 +66,7 @@ def test_an_end_of_text_belongs_to_the_document_that_it_ends() -> None:
     assert document_ids is not None and document_ids.tolist() == [0, 0, 0, 1, 1, 2]
 
 
-def test_documents_are_not_numbered_where_they_are_not_isolated() -> None:
+def test_documents_are_not_numbered_if_they_are_not_isolated() -> None:
     assert Windows(np.arange(7, dtype=np.uint16), 4, 4, 7).read(0).document_ids is None
 
 
@@ -92,11 +92,11 @@ def test_a_text_shorter_than_a_window_is_one_padded_window() -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_tokens_are_refused(count: int) -> None:
-    with pytest.raises(DataError, match=f"{count} tokens are too few"):
+    with pytest.raises(DataError, match=rf"too few tokens to predict one from another \({count}\)"):
         Windows(np.zeros(count, np.uint16), 4, 4, 10)
 
 
-def test_an_id_outside_the_vocabulary_is_found_as_it_is_read() -> None:
+def test_an_id_outside_the_vocabulary_is_found_when_it_is_read() -> None:
     tokens = np.arange(12, dtype=np.uint16)
     tokens[9] = 500
     windows = Windows(tokens, 4, 4, 12)

@@ -144,7 +144,7 @@ def said_once(ended: list[Ended], sentence: str) -> bool:
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        (("--input_file", "absent.txt"), 3, "absent.txt - there is no such file"),
+        (("--input_file", "absent.txt"), 3, "absent.txt: file not found"),
         (("--checkpoint_path", "absent.pt"), 4, "absent.pt"),
         (("--save_dir", "input.txt"), 6, "input.txt: cannot be written"),
         (("--training.precision", "fp16"), 2, "fp16 needs a CUDA GPU"),
