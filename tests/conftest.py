@@ -38,8 +38,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+NUMERICS = ("model", "inference", "runtime", "training/test_step.py", "training/test_optim.py", "training/test_muon.py")
+"""Folders and files whose tests compute differently with bf16 units and without: .ci/run runs them as both kinds."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests may take long on a busy machine before they count as hung."""
+    """Mark the tests of numerics. Slow tests may take long on a busy machine before they count as hung."""
+    here = Path(__file__).parent
     for item in items:
+        path = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
+        if path.startswith(NUMERICS):
+            item.add_marker("numerics")
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(1500))

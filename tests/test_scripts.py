@@ -245,7 +245,7 @@ def test_run_tests_installs_the_tools_and_passes_its_arguments_to_pytest(furnish
     (furnished / "tests" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): assert False\n")
     done = run(furnished / "run_tests.sh", "-k", "one", cwd=tmp_path)
     assert done.returncode == 0
-    assert "1 passed, 1 deselected" in done.stdout
+    assert "1 passed" in done.stdout and "failed" not in done.stdout
     assert pip_calls(furnished)[0][-1] == ".[wandb,dev]"
     assert run(furnished / "run_tests.sh").returncode == 1
 
