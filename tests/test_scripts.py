@@ -165,9 +165,9 @@ def test_of_two_calls_at_once_one_installs_and_the_other_waits(furnished: Path) 
 
 
 def wait_for(happened: object) -> None:
-    """Until `happened()`, thirty seconds at most."""
+    """Wait until `happened()`, two minutes at most: other programs may be running."""
     assert callable(happened)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -280,7 +280,7 @@ def steps(checkout: Path) -> list[int]:
 def test_a_run_reads_standard_input_resumes_and_prints_the_next_commands(trainer: Path, tmp_path: Path) -> None:
     first = run(trainer / "run_training.sh", *SMALL, "--train_steps", "2", text=TEXT, cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
-    assert "./run_tests.sh" in first.stdout
+    assert "run_tests.sh" in first.stdout
     assert (trainer / "checkpoints" / "step_0002.pt").exists()
     second = run(trainer / "run_training.sh", *SMALL, "--train_steps", "3", text=TEXT)
     assert second.returncode == 0
@@ -312,7 +312,7 @@ def test_two_processes_train_together_and_print_the_next_commands(trainer: Path,
     )
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
-    assert "./run_tests.sh" in done.stdout
+    assert "run_tests.sh" in done.stdout
     assert steps(trainer) == [1, 2]
 
 

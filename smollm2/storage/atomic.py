@@ -280,15 +280,16 @@ def describe_problem(path: Path, error: Exception) -> str:
 
 def folder_error(folder: Path, error: Exception, option: str) -> ResourceError:
     """Return the error of a folder that cannot be written; `option` is what chooses another one."""
-    code = error.errno if isinstance(error, OSError) else None
-    advice = "Make it writable, or choose" if code in (errno.EACCES, errno.EPERM, errno.EROFS) else "Choose"
-    advice = "Free some space, or choose" if code in FULL else advice
     problem = describe_problem(folder, error)
-    return ResourceError(_printable(folder), f"cannot be written: {problem}", f"{advice} another {option}")
+    where = str(folder).replace("\0", "\\0")
+    return ResourceError(where, f"cannot be written: {problem}", f"{_advice(error)} another {option}")
 
 
-def _printable(path: Path) -> str:
-    return str(path).replace("\0", "\\0")
+def _advice(error: Exception) -> str:
+    code = error.errno if isinstance(error, OSError) else None
+    if code in FULL:
+        return "Free some space, or choose"
+    return "Make it writable, or choose" if code in (errno.EACCES, errno.EPERM, errno.EROFS) else "Choose"
 
 
 def _save_error(path: Path, error: OSError, size: int, io_ops: IoOps) -> ResourceError:
@@ -296,9 +297,8 @@ def _save_error(path: Path, error: OSError, size: int, io_ops: IoOps) -> Resourc
     if error.errno in FULL:
         with contextlib.suppress(OSError):
             need = f" ({size:,} bytes are needed, {io_ops.free_bytes(path.parent):,} are free)"
-    advice = "Free some space" if error.errno in FULL else "Make the folder writable"
     problem = describe_problem(path.parent, error)
-    return ResourceError(path, f"was not saved: {problem}{need}", f"{advice}, or choose another folder")
+    return ResourceError(path, f"was not saved: {problem}{need}", f"{_advice(error)} another folder")
 
 
 def _hidden_cause(error: BaseException, outer: BaseException | None) -> BaseException:

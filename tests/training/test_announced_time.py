@@ -20,6 +20,7 @@ def config(tmp_path: Path) -> Config:
 
 def record(config: Config, seconds: float) -> None:
     """Pretend that an earlier run here took so many seconds a step."""
+    Path(config.data.cache_dir).mkdir()
     record_throughput(config.with_vocab_size(257), machine_of(start_runtime(config.training)), seconds)
 
 
