@@ -331,11 +331,11 @@ def run_landscape(args: argparse.Namespace) -> None:
                 output,
                 side=args.points,
                 seed=source.config.training.seed if args.seed is None else args.seed,
-                say=console.say,
+                say=console.report,
                 show=lambda fraction: console.show_progress("landscape", fraction),
             )
     except KeyboardInterrupt:
-        console.say("the points that were measured are kept; the same command goes on")
+        console.report("the points that were measured are kept; the same command goes on")
         raise
     finally:
         console.close()

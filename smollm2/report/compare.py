@@ -33,7 +33,7 @@ def runs_section(runs: Sequence[RunFolder]) -> Context:
     metric = comparable_metric(runs)
     scores = {run.name: found[1] for run in runs if (found := best_of(run, metric))}
     best = min(scores, key=scores.__getitem__, default=None)
-    is_tie = list(scores.values()).count(scores.get(best, 0.0) if best else 0.0) > 1
+    is_tie = best is not None and list(scores.values()).count(scores[best]) > 1
     figures = [key_figures(run) for run in runs]
     rows = []
     for run, shown in zip(runs, figures, strict=True):
@@ -79,9 +79,14 @@ def compare_best(runs: Sequence[RunFolder], metric: str) -> list[str]:
 
 
 def describe_pairs(first: RunFolder, second: RunFolder, metric: str) -> list[str]:
-    """Return the spread of the paired differences, in a sentence."""
+    """Return the spread of the paired differences, in a sentence.
+
+    The last step of a run validates on the whole split, so it is paired only with the last step of the other.
+    """
     others = dict(second.points(metric))
-    differences = [others[step] - value for step, value in first.points(metric) if step in others]
+    unpaired = {first.train_steps, second.train_steps} if first.train_steps != second.train_steps else set()
+    pairs = [(value, others[step]) for step, value in first.points(metric) if step in others and step not in unpaired]
+    differences = [theirs - ours for ours, theirs in pairs]
     if len(differences) < 2:
         return []
     lower = sum(difference > 0 for difference in differences)

@@ -284,7 +284,7 @@
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     root.dataset.theme = "light";
-    for (const details of document.querySelectorAll("section > details")) details.open = true;
+    for (const details of document.querySelectorAll(".collapsed")) details.open = true;
     drawAll(Object.keys(DRAW));
     for (const one of figures) Plotly.relayout(one.plot, { width: 640 });
   });
@@ -294,7 +294,7 @@
   });
 
   // A link to a collapsed section opens it.
-  const expand = (id) => document.getElementById(id)?.querySelector(":scope > details")?.setAttribute("open", "");
+  const expand = (id) => document.getElementById(id)?.querySelector(".collapsed")?.setAttribute("open", "");
   if (location.hash) expand(decodeURIComponent(location.hash.slice(1)));
 
   // Which section is being read.

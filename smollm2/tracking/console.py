@@ -96,8 +96,6 @@ class ConsoleTracker(Tracker):
             self.run_log.write(message)
         self._write(escape_controls(message))
 
-    say = report  # the name that callers in other folders still use
-
     def show_page(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show a start or end page: a title, then aligned names and values."""
         margin = max((len(name) for name, _ in rows), default=0) + 4

@@ -239,7 +239,7 @@ def test_collapsed_sections_are_opened_by_their_links(visit: Visit) -> None:
     page = visit.page
     page.reload()
     page.wait_for_function(DRAWN)
-    shown = "[...document.querySelectorAll('section > details')].map(one => [one.parentNode.id, one.open])"
+    shown = "[...document.querySelectorAll('.collapsed')].map(one => [one.parentNode.id, one.open])"
     assert page.evaluate(shown) == [["config", False], ["machine", False], ["events", False]]
     page.locator("nav a[href='#machine']").click()
     assert page.evaluate(shown) == [["config", False], ["machine", True], ["events", False]]
