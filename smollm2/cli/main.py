@@ -361,15 +361,15 @@ def run_export(args: argparse.Namespace) -> None:
         force=args.force,
         shard_bytes=int(args.shard_gb * 1e9),
         text_file=args.input_file,
-        say=remark,
+        report=remark,
     )
     for reading in certificate["readers"]:
         print(
             f"{reading['reader']}: logits differ by at most {reading['max_logit_difference']:.2g}, greedy text equal over "
             f"{reading['greedy_equal']} tokens, {reading['texts_equal']} of {reading['texts']} hostile texts equal"
         )
-    if len(certificate["readers"]) == 1:
-        print("transformers is not installed here, so it has not read the folder: pip install transformers")
+    for reader in certificate["unusable_readers"]:
+        print(f"{reader['reader']}: not used to check the folder ({reader['reason']})")
     print(f"{args.folder}: the same model, in {certificate['dtype']}; parity.json and README.md hold the proof")
 
 

@@ -1,1 +1,5 @@
-"""A trained model as the world loads it: the folder, and the proof that it is the same model."""
+"""Export a model as a Hugging Face folder, with a proof that it is the same model.
+
+Read `hugging_face.py` (what is written), then `certificate.py` (what is compared) with `readers.py` (who loads the folder
+and what each finds), and `card.py` (the README of the folder).
+"""

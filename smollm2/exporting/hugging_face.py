@@ -1,28 +1,32 @@
-"""A Hugging Face folder, Llama or StableLM (for LayerNorm), that transformers 4.57 and 5 both read right.
+"""Export as a Hugging Face folder, Llama or StableLM (for LayerNorm), that transformers 4.57 and 5 both read correctly.
 
-Every field is written: what an exporter leaves out, transformers fills with a default of its own (facts of both versions:
-5 keeps rope_theta in rope_parameters, 4.57 at top level, and each ignores the other's place without a word). The folder is
-made under a temporary name, loaded again from the disk and compared with the source (certificate.py), then renamed.
+Every field is written: if one is left out, transformers uses a default of its own (5 reads rope_theta in rope_parameters,
+4.57 at the top level, and each ignores the other's place without a warning). The folder is written under a temporary name,
+loaded again from the disk and compared with the source (certificate.py), then renamed.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from smollm2.data.text import expand_home
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.errors import CheckpointError, ConfigError, ResourceError
 from smollm2.exporting.card import write_card
 from smollm2.exporting.certificate import certify, choose_text
-from smollm2.exporting.safetensors import DTYPES, count_bytes, write_weights
+from smollm2.formatting import format_bytes
 from smollm2.inference.loading import load_source, read_config
 from smollm2.model.transformer import SmolLM2
 from smollm2.storage.atomic import IO_OPS, IoOps, sync_file, write_atomically, write_folder_atomically
 
-Dtype = Literal["float32", "bf16", "fp16"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SHARD_BYTES = 5 * 10**9
 OTHER_FILES = 40_000_000
@@ -38,12 +42,12 @@ OWN_FILES = {
     "parity.json",
     "README.md",
 }
-"""What a model folder holds besides model*.safetensors; --force removes a folder of these alone."""
+"""The files of an export besides model*.safetensors; --force removes a folder that holds no other."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported, and what is known of how it was trained."""
+    """The model to export, its tokenizer, and the facts of its training for the card."""
 
     model: SmolLM2
     tokenizer: Tokenizer
@@ -60,27 +64,22 @@ def export(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     text_file: str | Path | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    report: Callable[[str], None] = lambda message: None,
     io_ops: IoOps = IO_OPS,
 ) -> dict[str, Any]:
     """Write the model in `path` (a `.pt`, a run folder or a Hugging Face folder) to `folder`, and return its certificate.
 
-    The folder appears only when it was loaded from the disk, by this package and by transformers where that is installed,
-    and gave the source's logits, loss, greedy text and token ids on the beginning of `text_file` (default: Python's language
-    reference). Of a run folder the newest checkpoint is taken, or the `best`; `say` hears of those that are passed over.
-    `force` replaces an earlier export. Raises CheckpointError, ConfigError for an unknown format or dtype, DataError,
+    The folder appears only if this package, and transformers if it can be used here, loaded it from the disk and found the
+    source's logits, loss, greedy text and token ids on the beginning of `text_file` (default: Python's language reference).
+    Of a run folder the newest checkpoint is exported, or the `best`; `report` receives a line for each one that is skipped.
+    `force` replaces an earlier export. Raise CheckpointError, ConfigError for an unknown format or dtype, DataError,
     ResourceError.
     """
-    if format != "huggingface":
-        raise ConfigError(f"format {format!r} is unknown; huggingface is known")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown; {', '.join(DTYPES)} are known")
-    if shard_bytes < 1:
-        raise ConfigError(f"shards of {shard_bytes} bytes are too small; use 1 or more")
-    path, folder = Path(path), Path(folder)
+    check_options(format, dtype, shard_bytes)
+    path, folder = expand_home(path), expand_home(folder)
     check_target(path, folder, force=force)
     text = choose_text(text_file)
-    source = read_source(path, best=best, say=say)
+    source = read_source(path, best=best, report=report)
     check_architecture(source, path)
     check_range(source.model, dtype)
     check_room(source.model, folder, dtype, io_ops)
@@ -90,104 +89,111 @@ def export(
         write_model_folder(source, temporary, dtype=dtype, shard_bytes=shard_bytes, io_ops=io_ops)
         certificate.update(certify(temporary, source.model, source.tokenizer, DTYPES[dtype], text))
         if not certificate["passed"]:
-            problems = "; ".join(certificate["problems"][:3])
-            raise CheckpointError(
-                f"{folder} - the exported model is not the source: {problems} - nothing was written; please report it"
-            )
+            what = f"the exported model differs from its source ({'; '.join(certificate['problems'][:3])})"
+            raise CheckpointError(folder, what, "nothing was written; please report this")
         write_json(temporary / "parity.json", certificate, io_ops)
         card = write_card(source.model.config, source.facts, certificate, folder.name)
         write_atomically(temporary / "README.md", card.encode(), io_ops=io_ops)
-        settle_files(temporary)
+        finish_files(temporary)
 
     write_folder_atomically(folder, fill, replaces=folder.exists(), io_ops=io_ops)
     return certificate
 
 
-def read_source(path: Path, *, best: bool, say: Callable[[str], None]) -> Source:
-    """The model to export. Raises CheckpointError."""
-    model, tokenizer, state = load_source(path, best=best, say=say)
+def check_options(format: str, dtype: str, shard_bytes: int) -> None:
+    """Raise ConfigError for an option that is not possible."""
+    if format != "huggingface":
+        raise ConfigError("format", f"{format!r} is unknown", "use 'huggingface'")
+    if dtype not in DTYPES:
+        raise ConfigError("dtype", f"{dtype!r} is unknown", f"use one of {', '.join(DTYPES)}")
+    if shard_bytes < 1:
+        raise ConfigError("shard_bytes", f"{shard_bytes} is too small", "use 1 or more")
+
+
+def read_source(path: Path, *, best: bool, report: Callable[[str], None]) -> Source:
+    """Return the model to export. Raise CheckpointError."""
+    model, tokenizer, state = load_source(path, best=best, say=report)
     if state is None:
         return Source(model, tokenizer, facts={})
     t = read_config(state, path).training
     facts = {
-        "updates": f"{state['step']:,}",
+        "steps": f"{state['step']:,}",
         "tokens seen": f"{state['tokens']:,}",
-        "training loss of the last update": f"{state['loss']:.4f} nats per token",
+        "training loss of the last step": f"{state['loss']:.4f} nats per token",
         "tokens per window": f"{t.sequence_length:,}",
-        "windows per update": f"{t.batch_size * t.gradient_accumulation_steps:,}",
-        "optimizer": f"{t.optimizer}, learning rate {t.learning_rate:g}, {t.schedule} schedule, {t.warmup_steps:,} warmup updates",
+        "windows per step": f"{t.batch_size * t.gradient_accumulation_steps:,}",
+        "optimizer": f"{t.optimizer}, learning rate {t.learning_rate:g}, {t.schedule} schedule, {t.warmup_steps:,} warmup steps",
     }
     return Source(model, tokenizer, facts)
 
 
 def check_target(path: Path, folder: Path, *, force: bool) -> None:
-    """Raises CheckpointError where the target is in the way of something."""
+    """Raise CheckpointError if writing to the target would damage the source or foreign files."""
     source, target = path.resolve(), folder.resolve()
     if source.is_dir() and target.is_relative_to(source):
-        raise CheckpointError(f"{folder} - it lies inside the source {path} - name a folder outside it")
+        raise CheckpointError(folder, f"the folder is inside the source {path}", "name a folder outside it")
     if target in source.parents:
-        raise CheckpointError(f"{folder} - the source {path} lies inside it - name another folder")
+        raise CheckpointError(folder, f"the folder contains the source {path}", "name another folder")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(f"{folder} - it is a file or a link, not a folder - name another one")
+        raise CheckpointError(folder, "this is a file or a link, not a folder", "name another one")
     if not folder.exists():
         return
     if not force:
-        raise CheckpointError(f"{folder} - it exists - name another folder, or replace it with --force")
+        raise CheckpointError(folder, "the folder exists", "name another folder, or replace it with --force")
     foreign = [file.name for file in folder.iterdir() if not is_own_file(file)]
     if foreign:
-        raise CheckpointError(f"{folder} - it holds {foreign[0]}, which no export wrote - name another folder")
+        raise CheckpointError(folder, f"the folder holds {foreign[0]}, which no export wrote", "name another folder")
 
 
 def is_own_file(file: Path) -> bool:
-    """Whether a file of this name may be removed with an earlier export."""
+    """Return whether a file may be removed because an export writes files of its name."""
     is_weights = file.name.startswith("model") and file.suffix == ".safetensors"
     return file.is_file() and (file.name in OWN_FILES or is_weights)
 
 
 def check_architecture(source: Source, path: Path) -> None:
-    """Raises CheckpointError for a model that the two architectures do not compute."""
-    config = source.model.config
-    width = config.num_attention_heads * config.head_dim
-    if config.norm == "layernorm" and width != config.hidden_size:
-        raise CheckpointError(
-            f"{path} - its {config.num_attention_heads} heads of {config.head_dim} are {width} wide and the model {config.hidden_size}: "
-            "StableLM, the architecture with LayerNorm, cannot say that - train with norm rmsnorm, or without head_dim"
+    """Raise CheckpointError for a model that neither Llama nor StableLM computes, or that transformers refuses."""
+    c = source.model.config
+    width = c.num_attention_heads * c.head_dim
+    if c.norm == "layernorm" and width != c.hidden_size:
+        what = (
+            f"StableLM, the architecture with LayerNorm, needs heads as wide as the model ({width} and {c.hidden_size})"
         )
-    if source.tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{path} - its tokenizer has {source.tokenizer.vocab_size:,} ids and the model {config.vocab_size:,} - "
-            "export it with the tokenizer it was trained with"
-        )
+        raise CheckpointError(path, what, "train with norm: rmsnorm, or without head_dim")
+    if c.hidden_size % c.num_attention_heads:
+        what = f"transformers 5 loads no model whose hidden_size ({c.hidden_size}) is not a multiple of its heads"
+        raise CheckpointError(path, f"{what} ({c.num_attention_heads})", "train with a hidden_size that is")
+    if source.tokenizer.vocab_size > c.vocab_size:
+        what = f"the tokenizer has {source.tokenizer.vocab_size:,} ids and the model {c.vocab_size:,}"
+        raise CheckpointError(path, what, "export the model with the tokenizer it was trained with")
 
 
 def check_range(model: SmolLM2, dtype: str) -> None:
-    """Raises CheckpointError where a weight is not finite, or not in this dtype."""
+    """Raise CheckpointError if a weight is not finite in this dtype."""
     for name, tensor in model.named_parameters():
         if not tensor.to(DTYPES[dtype]).isfinite().all():
-            largest = tensor.abs().max().item()
-            raise CheckpointError(
-                f"{name} - it holds {largest:g}, which {dtype} cannot hold - export as float32 or bf16"
-            )
+            what = f"a weight is outside the range of {dtype} ({tensor.abs().max().item():g})"
+            raise CheckpointError(name, what, "export as float32 or bf16")
 
 
 def check_room(model: SmolLM2, folder: Path, dtype: str, io_ops: IoOps) -> None:
-    """Raises ResourceError where the disk has no room, before anything is written."""
+    """Raise ResourceError if the disk has too little space, before anything is written."""
     need = count_bytes(exported_weights(model), DTYPES[dtype]) + OTHER_FILES
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     try:
         free = io_ops.free_bytes(existing)
     except OSError as error:
-        raise ResourceError(f"{existing} - it cannot be looked at: {error.strerror} - choose another folder") from None
+        what = f"the free space cannot be read ({error.strerror})"
+        raise ResourceError(existing, what, "choose another folder") from None
     if free < need:
-        raise ResourceError(
-            f"{folder} - {need:,} bytes are needed and {free:,} are free - free some space or choose another disk"
-        )
+        what = f"the export needs {format_bytes(need)} and {format_bytes(free)} are free"
+        raise ResourceError(folder, what, "free some space or choose another disk")
 
 
 def write_model_folder(
     source: Source, folder: Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES, io_ops: IoOps = IO_OPS
 ) -> None:
-    """Configs, weights and tokenizer of a model, into a folder that exists."""
+    """Write configs, weights and tokenizer of a model into a folder that exists."""
     write_json(folder / "config.json", describe_model(source.model, source.tokenizer, dtype), io_ops)
     write_json(folder / "generation_config.json", describe_generation(source.tokenizer), io_ops)
     write_weights(folder, exported_weights(source.model), DTYPES[dtype], shard_bytes, io_ops)
@@ -196,15 +202,64 @@ def write_model_folder(
 
 
 def exported_weights(model: SmolLM2) -> dict[str, Tensor]:
-    """The tensors by name; a tied head is the embedding and not written again."""
+    """Return the tensors by name; a tied head is the embedding and not written again."""
     weights = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     return weights
 
 
+def write_weights(
+    folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int, io_ops: IoOps
+) -> None:
+    """Write model.safetensors, or shards of up to `shard_bytes` with an index if the weights are larger."""
+    shards = list(split_shards(weights, dtype, shard_bytes))
+    if len(shards) == 1:
+        write_shard(folder / "model.safetensors", weights, dtype)
+        return
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / file, {name: weights[name] for name in names}, dtype)
+        files |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": count_bytes(weights, dtype)}, "weight_map": files}
+    write_json(folder / "model.safetensors.index.json", index, io_ops)
+
+
+def split_shards(weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:
+    """Yield the names of each shard, in order; a tensor larger than `shard_bytes` has a shard of its own."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in weights.items():
+        more = tensor.numel() * dtype.itemsize
+        if names and size + more > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def write_shard(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write one safetensors file. Raise ResourceError.
+
+    It need not be atomic, because the whole folder is; `finish_files` syncs it. The library writes without a copy, so that
+    only a conversion to 16 bits takes memory, which is less than the certificate takes afterwards.
+    """
+    try:
+        save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        what = f"the weights cannot be written ({error})"
+        raise ResourceError(path, what, "free some space or choose another disk") from None
+
+
+def count_bytes(weights: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    """Return the size of the weights in a dtype."""
+    return sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
+
+
 def describe_model(model: SmolLM2, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """config.json, every field that either version of transformers reads."""
+    """Return config.json, with every field that either version of transformers reads."""
     c = model.config
     name = str(DTYPES[dtype]).removeprefix("torch.")
     rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
@@ -256,24 +311,24 @@ def describe_model(model: SmolLM2, tokenizer: Tokenizer, dtype: str) -> dict[str
 
 
 def describe_generation(tokenizer: Tokenizer) -> dict[str, Any]:
-    """generation_config.json: without it generation ends at ids 1 and 2 of transformers' own choosing."""
+    """Return generation_config.json: without it transformers would use its defaults, ids 1 and 2."""
     return {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "do_sample": False}
 
 
 def complete_tokenizer_config(path: Path, positions: int, io_ops: IoOps) -> None:
-    """Add what transformers reads besides: the context, and the token that lm-eval puts before a text."""
+    """Add the context length, which transformers reads, and the token that lm-eval puts before a text."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"bos_token": config["eos_token"], "model_max_length": positions}
     write_json(path, config, io_ops)
 
 
 def write_json(path: Path, value: Mapping[str, Any], io_ops: IoOps) -> None:
-    """One JSON file, whole or not at all."""
+    """Write one JSON file whole or not at all."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode(), io_ops=io_ops)
 
 
-def settle_files(folder: Path) -> None:
-    """Let everyone read the files whom the folder lets in (files.py makes them for this user alone), and sync them."""
+def finish_files(folder: Path) -> None:
+    """Give the files, which are written for this user alone, the folder's permissions, and sync them."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(mode)

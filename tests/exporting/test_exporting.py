@@ -1,4 +1,4 @@
-"""An exported folder is the same model for every reader, or it is not there; a faulty exporter is caught."""
+"""An exported folder is the same model for every reader, or it does not appear; a faulty exporter is caught."""
 
 import errno
 import json
@@ -22,8 +22,7 @@ from smollm2.cli.main import main
 from smollm2.data.tokenizer import load_tokenizer, train_tokenizer
 from smollm2.errors import CheckpointError, ConfigError, ResourceError
 from smollm2.exporting.certificate import certify, choose_text
-from smollm2.exporting.hugging_face import Source, write_model_folder
-from smollm2.exporting.safetensors import DTYPES
+from smollm2.exporting.hugging_face import DTYPES, Source, write_model_folder
 from smollm2.model.transformer import SmolLM2
 from smollm2.storage.atomic import write_folder_atomically
 
@@ -37,6 +36,8 @@ MODELS: dict[str, dict[str, object]] = {
     "wide heads, another epsilon": {"head_dim": 32, "norm_eps": 1e-6},
 }
 
+
+ROOT = str(Path(__file__).resolve().parents[2])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,11 +97,12 @@ def test_transformers_4_57_gives_our_logits_and_our_greedy_text(tmp_path: Path) 
     for number, changes in enumerate(MODELS.values()):
         written(tmp_path / f"source-{number}", **changes)
     program = (
-        "import json, sys, torch\nfrom smollm2 import export\n"
-        f"print(json.dumps([export(f'source-{{n}}', f'out-{{n}}') for n in range({len(MODELS)})]))"
+        "import json, sys, torch\nfrom smollm2 import export\nfrom transformers import AutoTokenizer\n"
+        f"found = [export(f'source-{{n}}', f'out-{{n}}') for n in range({len(MODELS)})]\n"
+        "assert sorted(AutoTokenizer.from_pretrained('out-0')('a')) == ['attention_mask', 'input_ids']\n"
+        "print(json.dumps(found))"
     )
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(library), root])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(library), ROOT])}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
     )
@@ -182,26 +184,26 @@ def write_interleaved_heads(folder: Path) -> None:
 
 SABOTAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "wrong theta": (write_wrong_theta, "rope_theta is 500000.0 and should be 10000.0"),
-    "theta in one place": (write_theta_of_version_5_alone, "rope_theta is 500000.0 in config.json"),
+    "theta in one of two places": (write_theta_of_version_5_alone, "rope_theta is 500000.0 in config.json"),
     "lost tie": (lose_the_tie, "lm_head.weight is missing"),
-    "swapped gate and up": (swap_gate_and_up, "gate_proj.weight is not the source's"),
+    "swapped gate and up": (swap_gate_and_up, "gate_proj.weight differs from the source's"),
     "wrong norm epsilon": (write_wrong_epsilon, "norm_eps is 1e-06 and should be 1e-05"),
     "wrong end-of-text id": (write_wrong_end_of_text, "eos_token_id is 2 in config.json and should be 256"),
     "wrong end of generation": (write_wrong_end_of_generation, "eos_token_id is 2 in generation_config.json"),
-    "shifted vocabulary": (shift_the_vocabulary, "embed_tokens.weight is not the source's"),
+    "shifted vocabulary": (shift_the_vocabulary, "embed_tokens.weight differs from the source's"),
     "shifted tokenizer": (shift_the_tokenizer, "the tokenizer gives"),
-    "interleaved heads": (write_interleaved_heads, "q_proj.weight is not the source's"),
+    "interleaved heads": (write_interleaved_heads, "q_proj.weight differs from the source's"),
 }
 
 
-@pytest.mark.parametrize(("sabotage", "said"), SABOTAGES.values(), ids=SABOTAGES.keys())
-def test_a_faulty_exporter_is_caught(sabotage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sabotage", "problem"), SABOTAGES.values(), ids=SABOTAGES.keys())
+def test_a_faulty_exporter_is_caught(sabotage: Callable[[Path], None], problem: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "out")
     sabotage(folder)
     right = source()
     certificate = certify(folder, right.model, right.tokenizer, torch.float32, choose_text())
     assert not certificate["passed"]
-    assert any(said in problem for problem in certificate["problems"]), certificate["problems"]
+    assert any(problem in found for found in certificate["problems"]), certificate["problems"]
 
 
 SEEN_BY_TRANSFORMERS = ["wrong theta", "lost tie", "swapped gate and up", "shifted vocabulary", "shifted tokenizer"]
@@ -231,7 +233,7 @@ def test_an_export_that_fails_its_proof_exits_4_and_leaves_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_16_bit_export_holds_the_rounded_weights_and_says_what_that_cost(dtype: str, tmp_path: Path) -> None:
+def test_a_16_bit_export_holds_the_rounded_weights_and_reports_the_difference(dtype: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "source")
     certificate = export(folder, tmp_path / "out", dtype=dtype)
     wanted = source().model.state_dict()
@@ -263,11 +265,11 @@ def test_a_checkpoint_away_from_its_run_folder_is_exported_with_its_tokenizer_an
     (_, mine), (_, theirs) = load_model(moved), load_model(tmp_path / "out")
     assert theirs.encode("naïve <|endoftext|>") == mine.encode("naïve <|endoftext|>")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| updates | 12 |" in card
+    assert "| steps | 12 |" in card
     assert "| transformers 5" in card
 
 
-def test_a_bpe_with_merges_reads_hostile_texts_alike(tmp_path: Path) -> None:
+def test_a_bpe_with_merges_encodes_hostile_texts_alike(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["the cat and the hat, 1999; the cat's naïve\n"] * 20, 300)
     folder = tmp_path / "source"
     folder.mkdir()
@@ -276,8 +278,8 @@ def test_a_bpe_with_merges_reads_hostile_texts_alike(tmp_path: Path) -> None:
     assert certificate["tokenizer"] == {"texts": 17, "texts_that_come_back": 17}
 
 
-def refused(action: Callable[[], object], kind: type[Exception], said: str) -> None:
-    with pytest.raises(kind, match=said) as error:
+def refused(action: Callable[[], object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message) as error:
         action()
     assert "\n" not in str(error.value)
 
@@ -285,7 +287,7 @@ def refused(action: Callable[[], object], kind: type[Exception], said: str) -> N
 def test_a_target_that_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
     folder = written(tmp_path / "source")
     export(folder, tmp_path / "out")
-    refused(lambda: export(folder, tmp_path / "out"), CheckpointError, "it exists - .*--force")
+    refused(lambda: export(folder, tmp_path / "out"), CheckpointError, "the folder exists. .*--force")
     export(folder, tmp_path / "out", dtype="bf16", force=True)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
@@ -295,36 +297,40 @@ def test_force_never_removes_what_no_export_wrote(tmp_path: Path) -> None:
     folder = written(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    refused(lambda: export(folder, tmp_path / "out", force=True), CheckpointError, "it holds thesis.txt")
+    refused(lambda: export(folder, tmp_path / "out", force=True), CheckpointError, "holds thesis.txt")
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         ("source", "inside the source"),
         ("source/deeper/out", "inside the source"),
-        (".", "lies inside it"),
+        (".", "contains the source"),
         ("file", "a file or a link"),
         ("link", "a file or a link"),
     ],
 )
-def test_a_target_in_the_way_is_refused(target: str, said: str, tmp_path: Path) -> None:
+def test_a_target_in_the_way_is_refused(target: str, message: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "source")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     before = sorted(tmp_path.rglob("*"))
-    refused(lambda: export(folder, tmp_path / target, force=True), CheckpointError, said)
+    refused(lambda: export(folder, tmp_path / target, force=True), CheckpointError, message)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_disk_without_space_is_reported_before_anything_is_written(tmp_path: Path) -> None:
     class Full(WatchedIo):
         def free_bytes(self, folder: Path) -> int:
             return 1000
 
     folder = written(tmp_path / "source")
     full = Full(lambda *_: None)
-    refused(lambda: export(folder, tmp_path / "out", io_ops=full), ResourceError, "bytes are needed and 1,000 are free")
+    refused(
+        lambda: export(folder, tmp_path / "out", io_ops=full),
+        ResourceError,
+        "the export needs 40.6 MB and 1 kB are free",
+    )
 
 
 OPERATIONS = ["open_temporary", "allocate", "write", "fsync", "replace", "fsync_dir"]
@@ -351,6 +357,27 @@ def test_a_disk_that_fails_leaves_the_earlier_export_and_nothing_else(operation:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+FULL_DISK = """
+import resource, signal, sys
+from smollm2 import export
+from smollm2.errors import ResourceError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    export(sys.argv[1], sys.argv[2])
+except ResourceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit of the size of files")
+def test_weights_that_the_disk_does_not_take_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(written(tmp_path / "source")), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT}, timeout=120)
+    assert done.stdout.count("\n") == 1 and "model.safetensors: the weights cannot be written (" in done.stdout, done
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_folder_that_a_killed_export_left_goes_after_a_day(tmp_path: Path) -> None:
     old, new = (tmp_path / f".export.tmp.{2**22 + n}-00000000" for n in (1, 2))
     for path in (old, new):
@@ -369,7 +396,9 @@ def test_a_weight_beyond_fp16_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     write_model_folder(large, folder)
     refused(
-        lambda: export(folder, tmp_path / "out", dtype="fp16"), CheckpointError, "model.norm.weight - it holds 100000"
+        lambda: export(folder, tmp_path / "out", dtype="fp16"),
+        CheckpointError,
+        r"model.norm.weight: a weight is outside the range of fp16 \(100000\)",
     )
 
 
@@ -391,15 +420,73 @@ def tiny_model_config(values: dict[str, object]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"format": "onnx"}, "format 'onnx' is unknown"),
-        ({"dtype": "int3"}, "dtype 'int3' is unknown"),
-        ({"shard_bytes": 0}, "too small"),
+        ({"format": "onnx"}, "format: 'onnx' is unknown"),
+        ({"dtype": "int3"}, "dtype: 'int3' is unknown"),
+        ({"shard_bytes": 0}, "shard_bytes: 0 is too small"),
     ],
 )
-def test_an_unknown_option_is_a_config_error(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    refused(lambda: export(tmp_path, tmp_path / "out", **options), ConfigError, said)
+def test_an_unknown_option_is_a_config_error(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(lambda: export(tmp_path, tmp_path / "out", **options), ConfigError, message)
+
+
+def test_heads_that_transformers_5_refuses_are_named_by_the_export(tmp_path: Path) -> None:
+    folder = written(tmp_path / "source", hidden_size=96, num_attention_heads=5, num_key_value_heads=1, head_dim=16)
+    refused(
+        lambda: export(folder, tmp_path / "out"),
+        CheckpointError,
+        r"hidden_size \(96\) is not a multiple of its heads \(5\)",
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "layernorm"}], ids=["Llama", "StableLM"])
+def test_the_tokenizers_output_goes_to_generate_as_people_write_it(changes: dict[str, object], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    export(written(tmp_path / "source", **changes), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'tokenizer("Once upon a time", return_tensors="pt")' in card
+    tok = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    text = "Once upon a time"
+    ids = model.generate(**tok(text, return_tensors="pt"), max_new_tokens=4)
+    assert ids.shape[1] <= len(text) + 4
+    assert pipeline("text-generation", model=str(tmp_path / "out"))(text)[0]["generated_text"].startswith(text)
+
+
+def run_export(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "smollm2", "export", str(source), str(target)]
+    env = {**os.environ, "PYTHONPATH": ROOT, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+
+
+def test_a_transformers_that_cannot_run_here_is_named_and_the_other_reader_decides(tmp_path: Path) -> None:
+    """With PYTHONOPTIMIZE=2 there are no docstrings, of which transformers builds its own."""
+    done = run_export(written(tmp_path / "source"), tmp_path / "out", PYTHONOPTIMIZE="2")
+    assert done.returncode == 0, done.stderr
+    certificate = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert [reading["reader"].split()[0] for reading in certificate["readers"]] == ["smollm2"]
+    (unusable,) = certificate["unusable_readers"]
+    assert unusable["reader"].startswith("transformers 5") and unusable["reason"].startswith("ValueError: ")
+    assert f"{unusable['reader']}: not used to check the folder ({unusable['reason']})" in done.stdout
+    assert unusable["reason"] in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_transformers_that_is_not_installed_or_broken_is_named(tmp_path: Path) -> None:
+    for content, reason in (
+        ("raise RuntimeError('broken\\nhere')", "RuntimeError: broken"),
+        (None, "it is not installed"),
+    ):
+        library = tmp_path / reason[:2] / "transformers"
+        library.mkdir(parents=True)
+        missing = "raise ModuleNotFoundError('No module named transformers', name='transformers')"
+        (library / "__init__.py").write_text(content or missing)
+        path = os.pathsep.join([str(library.parent), ROOT])
+        folder = written(tmp_path / f"source-{reason[:2]}")
+        done = run_export(folder, tmp_path / f"out-{reason[:2]}", PYTHONPATH=path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"transformers: not used to check the folder ({reason})" in done.stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--best"]])
@@ -413,12 +500,14 @@ def test_the_command_takes_the_newest_or_the_best_checkpoint_of_a_run_folder(
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
 
 
-def test_the_command_says_what_was_proved(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_what_each_reader_found(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("smollm2 ") and "logits differ by at most 0," in said[0]
-    assert said[1].startswith("transformers ")
-    assert said[-1] == f"{tmp_path / 'out'}: the same model, in bfloat16; parity.json and README.md hold the proof"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("smollm2 ") and "logits differ by at most 0," in lines[0]
+    assert lines[1].startswith("transformers ")
+    assert lines[-1] == f"{tmp_path / 'out'}: the same model, in bfloat16; parity.json and README.md hold the proof"
 
 
 MISTAKES = {

@@ -1,0 +1,281 @@
+"""The readers of an exported folder, and what each finds in it: this package, and transformers if it can be used here.
+
+Two readers load the folder, because ours could share a mistake with our writer. If transformers fails, it must first
+load a small model that it wrote itself: if it cannot, it is reported as not usable here, and the folder is not blamed.
+"""
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+import smollm2
+from smollm2.data.tokenizer import tokenizer_from_text
+from smollm2.errors import Smollm2Error
+from smollm2.inference.loading import load_model
+from smollm2.model.loss import next_token_loss
+from smollm2.model.transformer import SmolLM2
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit or 1: float32 sums in another order differ by up to 2e-5, a
+wrong rotary base by 6.7 (measured on a 135M model)."""
+
+TIE = 1e-5
+"""Two logits this close, relative to the largest or 1, may change places by rounding."""
+
+LOSS_TOLERANCE = 1e-5
+ARGMAX_AGREEMENT = 0.999
+CONTINUATION = 64
+
+HOSTILE = (
+    "",
+    " ",
+    "  two  spaces ",
+    "\n\n\t\r\n",
+    "don't we'll I'VE 3.14159 1,000,000",
+    "naïve café Ångström",
+    "e\u0301 a\u0308",
+    "Привет, 世界, مرحبا, नमस्ते, ไทย",
+    "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
+    "\x00\x01\x1f\x7f\x80",
+    "\ufeffbyte order mark",
+    "\u3000\u00a0\u2028\u200b",
+    "<|endoftext|> <s> </s> [SEP] <|im_start|>",
+    "def f(x):\n    return x  # ünïcode",
+    "a" * 300,
+    " " * 300,
+    "\U0010fffd\U00040000",
+)
+"""Texts on which tokenizers differ."""
+
+
+@dataclass
+class Reading:
+    """What one reader found in the folder, compared with the source."""
+
+    reader: str
+    max_logit_difference: float = math.nan
+    argmax_agreement: float = math.nan
+    loss: float = math.nan
+    greedy_tokens: int = 0
+    greedy_equal: int = 0
+    texts: int = 0
+    texts_equal: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class UnusableReader:
+    """A reader that cannot be used on this machine, and the reason."""
+
+    reader: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the source computes, with its weights rounded as the folder holds them."""
+
+    windows: Tensor  # (N, T) int64
+    logits: Tensor  # (N, T, V) float32
+    loss: float
+    prompt: list[int]
+    continuation: list[int]
+    gaps: list[float]  # between the two highest logits, at each token of the continuation
+    ids: list[list[int]]  # of each hostile text
+    decoded: list[str]
+
+
+@torch.no_grad()
+def run_model(model: SmolLM2, windows: Tensor) -> tuple[Tensor, float]:
+    """Return logits (N, T, V) and the loss per token."""
+    hidden = model.model(windows)
+    loss, count = next_token_loss(hidden[:, :-1], model.lm_head.weight, windows[:, 1:])
+    return model.lm_head(hidden), (loss / count).item()
+
+
+@torch.no_grad()
+def continue_greedily(model: SmolLM2, prompt: list[int], end: int) -> tuple[list[int], list[float]]:
+    """Return the most likely tokens, up to the end of text or of the context, and each one's lead over the second."""
+    room = min(CONTINUATION, model.config.max_position_embeddings - len(prompt))
+    ids: list[int] = []
+    gaps: list[float] = []
+    while len(ids) < room and end not in ids:
+        logits = model.lm_head(model.model(torch.tensor([prompt + ids]))[0, -1])
+        first, second = logits.topk(2).values.tolist()
+        ids.append(int(logits.argmax()))
+        gaps.append(first - second)
+    return ids, gaps
+
+
+def read_with_smollm2(folder: Path, source: SmolLM2, reference: Reference) -> Reading:
+    """Load the folder with `load_model`; the weights must be bit-identical to the source's."""
+    reading = Reading(f"smollm2 {smollm2.__version__}")
+    try:
+        model, tokenizer = load_model(folder)
+    except Smollm2Error as error:
+        reading.problems.append(f"does not load ({error})")
+        return reading
+    found = model.state_dict()
+    wrong = [name for name, tensor in source.state_dict().items() if not torch.equal(tensor, found[name])]
+    reading.problems += [f"{name} differs from the source's" for name in wrong[:1]]
+    compare_logits(reading, run_model(model, reference.windows)[0], reference)
+    continuation, _ = continue_greedily(model, reference.prompt, tokenizer.end_of_text)
+    compare_greedy(reading, continuation, reference)
+    compare_tokenizer(reading, tokenizer.encode, tokenizer.decode, reference)
+    return reading
+
+
+def read_with_transformers(folder: Path, reference: Reference) -> Reading | UnusableReader:
+    """Load the folder with transformers, or return why transformers cannot be used here."""
+    try:
+        import transformers
+    except Exception as error:  # a broken installation raises anything
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        return UnusableReader("transformers", "it is not installed" if absent else describe_error(error))
+    reading = Reading(f"transformers {transformers.__version__}")
+    with without_messages(transformers):
+        try:
+            compare_with_transformers(transformers, folder, reference, reading)
+        except Exception as error:  # the folder's fault or the library's, and then it may raise anything
+            fault = find_own_fault(transformers, folder)
+            if fault:
+                return UnusableReader(reading.reader, fault)
+            reading.problems.append(f"does not load ({describe_error(error)})")
+    return reading
+
+
+def describe_error(error: Exception) -> str:
+    """Return the error's class and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+@contextlib.contextmanager
+def without_messages(transformers: Any) -> Iterator[None]:
+    """Turn off the messages and progress bars of transformers, and restore its settings at the end."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_with_transformers(transformers: Any, folder: str | Path) -> tuple[Any, dict[str, Any], Any]:
+    """Return the folder's model in float32, the keys that did not match, and its tokenizer."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    return model.eval(), info, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def find_own_fault(transformers: Any, folder: Path) -> str:
+    """Return why transformers cannot even load a small model of the folder's kind that it wrote itself, or ''."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 257}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": None}
+    try:
+        with tempfile.TemporaryDirectory() as own, torch.random.fork_rng(devices=[]):
+            config = transformers.AutoConfig.for_model(kind, **shape, **heads)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(own)
+            tokenizer_from_text("bytes").save(Path(own))
+            backend = Backend.from_file(str(Path(own, "tokenizer.json")))
+            transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(own)
+            model, _, tokenizer = load_with_transformers(transformers, own)
+            prompt = torch.tensor([tokenizer.encode("a")])
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, pad_token_id=0)
+    except Exception as error:  # whatever the library raises on a folder of its own
+        return describe_error(error)
+    return ""
+
+
+def compare_with_transformers(transformers: Any, folder: Path, reference: Reference, reading: Reading) -> None:
+    """Load model and tokenizer with transformers and compare them with the source."""
+    model, info, tokenizer = load_with_transformers(transformers, folder)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            reading.problems.append(f"{what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}")
+    with torch.no_grad():
+        compare_logits(reading, model(reference.windows).logits.float(), reference)
+        prompt = torch.tensor([reference.prompt])
+        options = {"max_new_tokens": len(reference.continuation), "do_sample": False, "pad_token_id": 0}
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    compare_greedy(reading, output[0, prompt.shape[1] :].tolist(), reference)
+
+    def encode(text: str) -> list[int]:
+        # To this package "<|endoftext|>" in a text is text; to transformers only with split_special_tokens.
+        return [int(i) for i in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    compare_tokenizer(reading, encode, decode, reference)
+    if tokenizer.eos_token_id != model.config.eos_token_id:
+        reading.problems.append(
+            f"end of text is {tokenizer.eos_token_id} in the tokenizer and {model.config.eos_token_id} in the config"
+        )
+    # As people write it: the tokenizer's whole output goes to the model.
+    model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=1, pad_token_id=0)
+
+
+def compare_logits(reading: Reading, logits: Tensor, reference: Reference) -> None:
+    """Compare logits, their most likely tokens and their loss with the source's."""
+    if logits.shape != reference.logits.shape:
+        reading.problems.append(f"logits are {tuple(logits.shape)} and should be {tuple(reference.logits.shape)}")
+        return
+    reading.max_logit_difference = (logits - reference.logits).abs().max().item()
+    reading.argmax_agreement = (logits.argmax(-1) == reference.logits.argmax(-1)).float().mean().item()
+    targets = reference.windows[:, 1:].flatten()
+    reading.loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).item()
+    scale = max(1.0, reference.logits.abs().max().item())
+    if not reading.max_logit_difference <= TOLERANCE * scale:
+        reading.problems.append(f"logits differ by {reading.max_logit_difference:.2g}")
+    if not reading.argmax_agreement >= ARGMAX_AGREEMENT:
+        reading.problems.append(f"the most likely token differs at {1 - reading.argmax_agreement:.1%} of positions")
+    if not abs(reading.loss - reference.loss) <= LOSS_TOLERANCE * max(1.0, reference.loss):
+        reading.problems.append(f"the loss is {reading.loss:.6f} and should be {reference.loss:.6f}")
+
+
+def compare_greedy(reading: Reading, found: Sequence[int], reference: Reference) -> None:
+    """Count equal tokens of the greedy continuation. If the texts diverge where two logits are equal within rounding, both
+    are right, and the comparison ends there."""
+    wanted = reference.continuation
+    reading.greedy_tokens = len(wanted)
+    differ = (n for n, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b)
+    reading.greedy_equal = n = next(differ, min(len(wanted), len(found)))
+    scale = max(1.0, reference.logits.abs().max().item())
+    if n < len(wanted) and n < len(found) and reference.gaps[n] <= TIE * scale:
+        reading.greedy_tokens = n
+    elif n < len(wanted):
+        reading.problems.append(f"greedy text differs at token {n + 1} of {len(wanted)}")
+
+
+def compare_tokenizer(
+    reading: Reading,
+    encode: Callable[[str], list[int]],
+    decode: Callable[[Sequence[int]], str],
+    reference: Reference,
+) -> None:
+    """Check that hostile texts give the source's ids, and these ids the source's text."""
+    reading.texts = len(HOSTILE)
+    for text, ids, decoded in zip(HOSTILE, reference.ids, reference.decoded, strict=True):
+        found = encode(text)
+        if found == ids and decode(ids) == decoded:
+            reading.texts_equal += 1
+        elif reading.texts == len(HOSTILE) and not any("tokenizer" in problem for problem in reading.problems):
+            reading.problems.append(f"the tokenizer gives {found[:4]} for {text[:20]!r} and should give {ids[:4]}")
