@@ -26,14 +26,13 @@ def test_a_run_leaves_its_page_and_names_it(tmp_path: Path, capsys: pytest.Captu
     assert f"report                {tmp_path / 'checkpoints' / 'report.html'}" in capsys.readouterr().out
 
 
-def test_a_run_whose_validation_has_no_bytes_logs_no_bits_per_byte(
+def test_a_run_on_a_very_short_text_shows_no_number_that_does_not_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The validation split of a very short text is the end of text alone, which has no bytes."""
     write_tiny(tmp_path, text="hi there\n")
     train(tiny_config(tmp_path, training__train_steps=2))
     rows = (tmp_path / "checkpoints" / "metrics.jsonl").read_text()
-    assert "null" not in rows and "validation_bpb" not in rows
+    assert "null" not in rows and "NaN" not in rows
     assert not re.search(r"\bnan\b", capsys.readouterr().out, re.IGNORECASE)
     page = Page((tmp_path / "checkpoints" / "report.html").read_text(encoding="utf-8"))
     assert not re.search(r"\bnan\b", page.text, re.IGNORECASE)
@@ -47,7 +46,7 @@ def test_the_page_of_a_stopped_run_reports_the_stop(tmp_path: Path) -> None:
     assert status_of(run) == "stopped"
     page = Page((run.path / "report.html").read_text(encoding="utf-8"))
     assert f"The run was stopped at step {run.last_step:,} of 1,000,000 and can be resumed" in page.text
-    assert f"training.time_limit is reached after step {run.last_step}" in page.text
+    assert f"training.time_limit is reached; step {run.last_step} is saved" in page.text
     assert "--resume auto" in page.text
 
 
