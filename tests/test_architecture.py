@@ -33,7 +33,7 @@ ENTRY_FILES = {"__init__", "__main__"}
 
 NAMED_IN = {
     "accelerate": {"runtime.device"},
-    "transformers": {"exporting.certificate"},
+    "transformers": {"exporting.readers"},
     "wandb": {"tracking.wandb"},
 }
 """Outside packages that only these files import."""

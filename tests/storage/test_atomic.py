@@ -18,7 +18,7 @@ from smollm2.data.store import prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import ResourceError
-from smollm2.exporting.hugging_face import settle_files
+from smollm2.exporting.hugging_face import finish_files
 from smollm2.storage.atomic import IoOps, Target, probe_folder, sync_file, write_atomically
 from smollm2.storage.locks import lock_folder
 
@@ -187,7 +187,7 @@ def test_files_are_synced_as_windows_needs_it_when_they_are_written_stored_or_ex
     path = tmp_path / "file"
     write_atomically(path, b"text")
     sync_file(path)
-    settle_files(tmp_path)
+    finish_files(tmp_path)
     text = tmp_path / "input.txt"
     text.write_text(WORDS * 20)
     store = prepare_tokens(open_text(str(text), tmp_path), load_tokenizer("bytes"), tmp_path / "cache", 0.1)
