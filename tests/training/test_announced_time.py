@@ -30,7 +30,7 @@ def test_a_time_that_is_far_from_the_truth_is_corrected_once_in_one_line(
     record(config, 100)
     train(config)
     lines = capsys.readouterr().out.splitlines()
-    [announced] = [line for line in lines if line.startswith("  time  ")]
+    [announced] = [line for line in lines if line.startswith("  time ") and "about" in line]
     assert " minutes, from a run on this machine on 20" in announced
     [corrected] = [line for line in lines if "CORRECTED TIME" in line]
     assert "left, not 8" in corrected and "times faster than estimated" in corrected
