@@ -247,7 +247,9 @@ def write_shard(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -
     only a conversion to 16 bits takes memory, which is less than the certificate takes afterwards.
     """
     try:
-        save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
+        save_file(
+            {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, path, {"format": "pt"}
+        )
     except (OSError, SafetensorError) as error:
         what = f"the weights cannot be written ({error})"
         raise ResourceError(path, what, "free some space or choose another disk") from None
