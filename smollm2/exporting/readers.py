@@ -5,6 +5,7 @@ load a small model that it wrote itself: if it cannot, it is reported as not usa
 """
 
 import contextlib
+import io
 import json
 import math
 import tempfile
@@ -160,13 +161,14 @@ def describe_error(error: Exception) -> str:
 
 @contextlib.contextmanager
 def without_messages(transformers: Any) -> Iterator[None]:
-    """Turn off the messages and progress bars of transformers, and restore its settings at the end."""
+    """Turn off the messages and progress bars of transformers, some of which it prints, and restore its settings."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
