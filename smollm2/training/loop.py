@@ -198,7 +198,7 @@ def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duratio
     # Before the rows are cut: a kill in between must not leave a newer checkpoint without its rows.
     moved = move_superseded(run.folder, progress.step) if run.runtime.rank == 0 else []
     if run.runtime.rank == 0:
-        recompute_best(run.folder, count_compared_windows(run))
+        recompute_best(run.folder, count_compared_windows(run.config, run.validation))
     run = open_trackers(run, setup, stack)
     if moved:
         setup.report(
