@@ -126,7 +126,7 @@ def count_compared_windows(config: Config, validation: Windows | None) -> int:
 
 
 def describe_resume(run: Run, start: Start) -> str:
-    """Return from where the run resumes, and whether it ends with the bits of an uninterrupted run."""
+    """Return from where the run resumes, and whether it will be bit-identical to an uninterrupted run."""
     facts = machine_facts(run.runtime)
     changed = [
         f"{name} {old} -> {facts.get(name)}" for name, old in start.state["env"].items() if facts.get(name) != old
