@@ -126,7 +126,7 @@ def _read_validation_losses(folder: Path, windows: int) -> dict[int, float]:
     for line in lines:
         try:
             row = json.loads(line)
-            # Rows of older versions do not say how many windows they read.
+            # Rows of older versions have no number of windows.
             if row.get("validation_windows", windows) == windows and math.isfinite(row["validation_loss"]):
                 losses[int(row["step"])] = float(row["validation_loss"])
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -56,7 +56,7 @@ class Saver:
         resumed_step: int,
         must_succeed: bool,
     ) -> None:
-        """Start to write step_XXXX.pt; afterwards remove older ones as keep_last and keep_every say.
+        """Start to write step_XXXX.pt; afterwards remove older ones by keep_last and keep_every.
 
         The checkpoint before each of `spikes` and that of `resumed_step` are kept. `validation_loss` was measured on
         `windows` windows. A full disk is reported, and the run continues to its next save. Raise ResourceError if this

@@ -69,7 +69,7 @@ def validate(run: Run, step: int, size: int) -> float:
     """
     assert run.validation is not None
     count = len(run.validation)
-    compared = spread(count, count_compared_windows(run))
+    compared = spread(count, count_compared_windows(run.config, run.validation))
     found, windows = evaluate(run, compared, size), len(compared)
     loss = found.loss
     if step == run.config.training.train_steps and windows < count:
@@ -227,7 +227,7 @@ def save(run: Run, progress: Progress, validation_loss: float | None, *, must_su
             run.saver.save(
                 state_of(run, progress),
                 validation_loss,
-                windows=count_compared_windows(run),
+                windows=count_compared_windows(run.config, run.validation),
                 spikes=progress.spikes,
                 resumed_step=run.resumed_step,
                 must_succeed=must_succeed,

@@ -8,7 +8,6 @@ one that was not.
 import contextlib
 import dataclasses
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from smollm2.training.progress import Progress
 from smollm2.training.resume import check_changes, count_compared_windows, find_start, restore
 from smollm2.training.setup import Run, Setup, build_run, check_disk, fit_vocabulary, open_trackers
 from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, rehearse, train_step
-from smollm2.training.timing import TIME_UP, Meter, TimeLimit, correct_time, save_throughput
+from smollm2.training.timing import TIME_UP, Meter, TimeLimit, correct_time, save_throughput, signal_name, stopped
 
 REPLICA_INTERVAL = 1000
 """Steps between two comparisons of the ranks' weights; each save compares them as well."""
@@ -108,6 +107,9 @@ def train(
                 watch.start()
             prepared = prepare(setup, resume, checkpoint_path)
         except Smollm2Error:
+            watch.close(0)  # all ranks fail together here, and none may write in a folder that is being removed
+            with contextlib.suppress(RuntimeError):
+                runtime.gather("leaving")
             if held:  # nothing was trained: remove the folder if this process made it
                 held.discard()
             raise
@@ -198,7 +200,7 @@ def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duratio
     # Before the rows are cut: a kill in between must not leave a newer checkpoint without its rows.
     moved = move_superseded(run.folder, progress.step) if run.runtime.rank == 0 else []
     if run.runtime.rank == 0:
-        recompute_best(run.folder, count_compared_windows(run))
+        recompute_best(run.folder, count_compared_windows(run.config, run.validation))
     run = open_trackers(run, setup, stack)
     if moved:
         setup.report(
@@ -341,15 +343,3 @@ def end_step(run: Run, progress: Progress, validation_loss: float | None, limit:
         save_throughput(run, meter)
     if stop and (progress.pending or not is_last):
         raise stopped(stop, step)
-
-
-def stopped(number: int, step: int) -> Interrupted:
-    """Return the error of a run that a signal or TIME_UP ended after a step that is saved."""
-    if number == TIME_UP:
-        return Interrupted(f"training.time_limit is reached; step {step} is saved", 0)
-    return Interrupted(f"stopped by {signal_name(number)}; step {step} is saved", number)
-
-
-def signal_name(number: int) -> str:
-    """Return what a user knows the signal as."""
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

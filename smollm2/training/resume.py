@@ -14,6 +14,7 @@ from smollm2.config.reading import changed_on_resume
 from smollm2.config.schema import Config
 from smollm2.data.batches import ORDER_VERSION
 from smollm2.data.store import TokenStore
+from smollm2.data.windows import Windows
 from smollm2.errors import CheckpointError, ConfigError
 from smollm2.inference.weights import check_shapes
 from smollm2.runtime.device import machine_facts
@@ -113,18 +114,19 @@ def restore(run: Run, start: Start) -> Progress:
     if state["scaler"]:
         run.runtime.scaler.load_state_dict(state["scaler"])
     progress = Progress.from_state(state)
-    if count_compared_windows(run, Config.model_validate_json(state["config"])) != count_compared_windows(run):
+    before = count_compared_windows(Config.model_validate_json(state["config"]), run.validation)
+    if before != count_compared_windows(run.config, run.validation):  # losses over other windows do not compare
         progress = dataclasses.replace(progress, best_validation_loss=math.inf)
     return progress
 
 
-def count_compared_windows(run: Run, config: Config | None = None) -> int:
+def count_compared_windows(config: Config, validation: Windows | None) -> int:
     """Return on how many windows of the validation split checkpoints are compared."""
-    return min((config or run.config).training.eval_windows, len(run.validation or ()))
+    return min(config.training.eval_windows, len(validation) if validation else 0)
 
 
 def describe_resume(run: Run, start: Start) -> str:
-    """Return from where the run resumes, and whether it ends with the bits of an uninterrupted run."""
+    """Return from where the run resumes, and whether it will be bit-identical to an uninterrupted run."""
     facts = machine_facts(run.runtime)
     changed = [
         f"{name} {old} -> {facts.get(name)}" for name, old in start.state["env"].items() if facts.get(name) != old

@@ -1,12 +1,13 @@
-"""Time: the limit of a run and the throughput of its steps."""
+"""Time: the limit of a run, how a run ends before its last step, and the throughput of its steps."""
 
 import contextlib
+import signal
 import statistics
 import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from smollm2.errors import ResourceError
+from smollm2.errors import Interrupted, ResourceError
 from smollm2.plan.throughput import Duration, describe_correction, record_throughput
 from smollm2.runtime.throughput import machine_of
 from smollm2.training.setup import Run
@@ -79,3 +80,15 @@ def correct_time(run: Run, step: int, meter: Meter, announced: Duration) -> None
         message = describe_correction(announced, list(meter.recent), run.config.training.train_steps - step)
         if message:
             run.tracker.log_event("estimate", message, step)
+
+
+def stopped(number: int, step: int) -> Interrupted:
+    """Return the error of a run that a signal or TIME_UP ended after a step that is saved."""
+    if number == TIME_UP:
+        return Interrupted(f"training.time_limit is reached; step {step} is saved", 0)
+    return Interrupted(f"stopped by {signal_name(number)}; step {step} is saved", number)
+
+
+def signal_name(number: int) -> str:
+    """Return what a user knows the signal as."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

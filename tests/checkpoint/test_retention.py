@@ -13,7 +13,7 @@ from io_faults import raising_at
 from states import never, save_steps, small_state
 
 from smollm2.checkpoint.discovery import find_resumable, list_checkpoints
-from smollm2.checkpoint.retention import prune_checkpoints, record_best
+from smollm2.checkpoint.retention import move_superseded, prune_checkpoints, recompute_best, record_best
 from smollm2.checkpoint.saving import save_checkpoint
 from smollm2.errors import ResourceError
 
@@ -198,3 +198,41 @@ def test_retention_keeps_and_removes_what_it_should_whatever_happened_before(tmp
     Retention.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
     case = Retention.TestCase()
     case.runTest()
+
+
+def test_losses_over_other_windows_are_not_compared(tmp_path: Path) -> None:
+    first, second, third = save_steps(tmp_path, 1, 2, 3)
+    assert record_best(tmp_path, first, 1.0, windows=8)
+    assert not record_best(tmp_path, second, 2.0, windows=8)
+    assert record_best(tmp_path, third, 3.0, windows=16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ('{"step": 1, "validation_loss": 2.0}\n{"step": 2, "validation_loss": 1.5, "validation_windows": 8}', 2),
+        ('{"step": 1, "validation_loss": 2.0}\n{"step": 2, "validation_loss": 1.5, "validation_windows": 99}', 1),
+        ('{"step": 1, "validation_loss": null}\ntorn', None),
+    ],
+    ids=["the lowest", "other windows", "no numbers"],
+)
+def test_a_best_that_was_moved_away_is_recomputed_from_the_metrics_rows(
+    tmp_path: Path, rows: str, best: int | None
+) -> None:
+    *_, moved = save_steps(tmp_path, 1, 2, 3)
+    record_best(tmp_path, moved, 1.0, windows=8)
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    assert move_superseded(tmp_path, 2) == [tmp_path / "superseded" / "step_0003.pt"]
+    recompute_best(tmp_path, 8)
+    found = json.loads((tmp_path / "best.json").read_bytes())["step"] if (tmp_path / "best.json").exists() else None
+    assert found == best
+
+
+def test_a_link_in_the_place_of_superseded_is_not_followed(tmp_path: Path) -> None:
+    """Promise G3."""
+    paths = save_steps(tmp_path / "run", 1, 2)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "superseded").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ResourceError, match="superseded: is a symbolic link"):
+        move_superseded(tmp_path / "run", 1)
+    assert list_checkpoints(tmp_path / "run") == paths

@@ -76,3 +76,35 @@ def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
         total, _ = next_token_loss(hidden, weight, labels)
         total.backward()
     assert 0 < largest <= 4096 * 512
+
+
+@pytest.mark.parametrize("count", [98_304, 28_672, 3])
+def test_the_gradient_below_a_16_bit_head_has_no_systematic_factor(count: int) -> None:
+    """1 / 98,304 in bf16 is 0.18 % too large."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=generator), torch.randn(50, 32, generator=generator) / 6
+    labels = torch.randint(0, 50, (64,), generator=generator)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        leaf = hidden.to(torch.bfloat16).to(dtype).requires_grad_()
+        loss, _ = next_token_loss(leaf, weight.to(torch.bfloat16).to(dtype), labels)
+        (loss * (1 / torch.tensor(float(count)))).backward()
+        return leaf.grad.float()
+
+    exact, found = gradient(torch.float32), gradient(torch.bfloat16)
+    assert ((found * exact).sum() / exact.square().sum()).item() == pytest.approx(1, abs=5e-4)
+
+
+def test_an_fp16_overflow_in_the_heads_gradient_goes_away_with_a_smaller_loss_scale() -> None:
+    """Of 512 rows with the same target the sum is 512 x 200, above fp16's largest number 65,504."""
+    hidden, labels = torch.full((512, 8), 200.0, dtype=torch.float16), torch.zeros(512, dtype=torch.int64)
+
+    def gradient(scale: float) -> Tensor:
+        weight = torch.zeros(4, 8, dtype=torch.float16).requires_grad_()
+        loss, _ = next_token_loss(hidden, weight, labels, gradient_scale=torch.tensor(scale))
+        (loss * scale).backward()
+        return weight.grad.float() / scale
+
+    assert not gradient(1.0).isfinite().all()
+    expected = torch.tensor([-0.75, 0.25, 0.25, 0.25]).unsqueeze(1).expand(4, 8) * 512 * 200
+    assert torch.allclose(gradient(2**-4), expected, rtol=1e-3)

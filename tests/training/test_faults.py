@@ -22,6 +22,7 @@ from smollm2.errors import DataError, Interrupted, ResourceError
 from smollm2.model.transformer import SmolLM2
 from smollm2.plan import arithmetic as plan
 from smollm2.runtime.device import Runtime
+from smollm2.storage.locks import lock_folder
 from smollm2.training import actions, memory, progress, resume, setup, step, timing
 from smollm2.training.loop import train
 from smollm2.training.memory import smaller_micro_batch
@@ -107,23 +108,26 @@ def test_the_time_limit_leaves_room_for_another_step_and_a_save() -> None:
 class Cramped(nn.Module):
     """A model on a device that has room for `rows` sequences at once, from its forward pass number `after` on."""
 
-    def __init__(self, model: SmolLM2, rows: int, after: int = 0) -> None:
+    def __init__(self, model: SmolLM2, rows: int, after: int, error: Exception) -> None:
         super().__init__()
-        self.model, self.rows, self.after, self.calls = model, rows, after, 0
+        self.model, self.rows, self.after, self.error, self.calls = model, rows, after, error, 0
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, **more: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.calls += 1
         if self.training and len(input_ids) > self.rows and self.calls > self.after:
-            raise torch.OutOfMemoryError("no room")
+            raise self.error
         found: tuple[torch.Tensor, torch.Tensor] = self.model(input_ids, labels, **more)
         return found
 
 
-def cramp(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> None:
-    """Runs of this process get a device that small."""
-    monkeypatch.setattr(Runtime, "prepare_model", lambda runtime, model: Cramped(model, rows, after))
+NO_ROOM = torch.OutOfMemoryError("no room")
+
+
+def cramp(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0, error: Exception = NO_ROOM) -> None:
+    """Give the runs of this process a device that small."""
+    monkeypatch.setattr(Runtime, "prepare_model", lambda runtime, model: Cramped(model, rows, after, error))
 
 
 @pytest.mark.parametrize("after", [0, 1, 9], ids=["at once", "in the first step's second part", "in a later step"])
@@ -185,6 +189,99 @@ def test_a_cpu_without_room_for_one_sequence_is_refused_before_the_run(
     with pytest.raises(ResourceError, match=r"one sequence.* are needed, this machine has 1 kB"):
         train(tiny_config(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_every_way_to_run_out_of_memory_is_recognized(error: Exception, is_one: bool) -> None:
+    assert memory.is_out_of_memory(error) is is_one
+
+
+def test_a_cpu_that_cannot_allocate_is_out_of_memory_like_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C10. torch raises a plain RuntimeError."""
+    write_tiny(tmp_path)
+    cramp(monkeypatch, 2, error=RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    train(tiny_config(tmp_path, training__train_steps=2))
+    assert "out of memory with 4 sequences at once. Continuing with 2 at once" in capsys.readouterr().out
+
+
+def out_of_memory(*arguments: object, **named: object) -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [
+        (actions, "generate", "step 6: skipped the sample after 'a' (RuntimeError: DefaultCPU"),
+        (actions.Look, "__enter__", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
+        (actions.Look, "__exit__", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
+        (actions, "measure_activations", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
+        (actions, "measure_landscape", "step 12: skipped the loss landscape (RuntimeError: DefaultCPU"),
+    ],
+    ids=["samples", "copy of the weights", "norms", "activations", "landscape"],
+)
+def test_an_extra_that_fails_is_reported_and_the_run_ends_with_the_same_bits(
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    owner: object,
+    name: str,
+    said: str,
+) -> None:
+    write_tiny(tmp_path)
+    monkeypatch.setattr(actions, "choose_side", lambda *arguments: 5)
+    monkeypatch.setattr(owner, name, out_of_memory)
+    train(tiny_config(tmp_path))
+    assert said in capsys.readouterr().out
+    assert outcome(tmp_path / "checkpoints", 12) == outcome(whole, 12)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_tiny(folder)
+    train(tiny_config(folder))
+    return folder / "checkpoints"
+
+
+def test_a_start_that_another_run_keeps_out_leaves_its_folder_alone(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    with lock_folder(tmp_path / "checkpoints"):
+        (tmp_path / "checkpoints" / "step_0400.pt").write_bytes(b"weights")
+        with pytest.raises(ResourceError, match="in use by another run"):
+            train(tiny_config(tmp_path))
+        assert (tmp_path / "checkpoints" / "step_0400.pt").exists()
+
+
+def test_ctrl_c_leaves_no_traceback_in_the_log_and_names_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path)
+
+    def interrupt(step: int, result: object) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"^stopped by Ctrl-C; step 3 is saved$"):
+        train(tiny_config(tmp_path), on_step=interrupt)
+    log = (tmp_path / "checkpoints" / "run.log").read_text()
+    assert "stopped by Ctrl-C; step 3 is saved" in log and "Traceback" not in log
+    assert f"report: {tmp_path / 'checkpoints' / 'report.html'}" in capsys.readouterr().out
 
 
 def test_a_spike_is_a_loss_over_six_deviations_of_128_finite_ones() -> None:

@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, that it learns, and how it meets trouble."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from smollm2.data.windows import Batch
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.model import attention
 from smollm2.runtime.device import start_runtime
+from smollm2.training import actions
 from smollm2.training.loop import split, train
 from smollm2.training.optim import learning_rate_at
+from smollm2.training.pages import describe_warmup
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,59 @@ def test_a_batch_is_cut_into_micro_batches_with_all_that_the_model_takes(isolate
     assert [len(part) for part in parts] == [len(given)] * 2
     for column, array in zip(zip(*parts, strict=True), given, strict=True):
         assert torch.equal(torch.cat(column), torch.from_numpy(array))
+
+
+def test_a_batch_that_no_size_divides_is_cut_into_nearly_equal_micro_batches() -> None:
+    ids = np.arange(13 * 4).reshape(13, 4)
+    parts = split(Batch(ids, ids + 1), 12, start_runtime(TrainingConfig(precision="float32")))
+    assert [len(part[0]) for part in parts] == [7, 6]
+
+
+def test_a_quiet_run_prints_nothing_calls_back_after_each_step_and_returns_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path)
+    seen: list[tuple[int, float]] = []
+    result = train(tiny_config(tmp_path), quiet=True, on_step=lambda step, r: seen.append((step, r.loss)))
+    assert capsys.readouterr().out == ""
+    assert [step for step, _ in seen] == [*range(1, 13)]
+    assert result.loss == seen[-1][1]
+    assert result.checkpoint_path == tmp_path / "checkpoints" / "step_0012.pt" and result.checkpoint_path.exists()
+
+
+def test_a_run_without_validation_text_says_so_and_logs_no_number_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path, text="hi there")
+    train(tiny_config(tmp_path, training__train_steps=5))
+    shown = capsys.readouterr().out
+    assert re.search(r"validation +none, because the text is too short", shown)
+    assert "nan" not in shown and "validation_bpb" not in shown and "best validation loss" not in shown
+    assert not [row for row in metrics(tmp_path / "checkpoints") if None in row.values() or "validation_loss" in row]
+
+
+def test_no_two_prompts_of_a_round_are_drawn_with_the_same_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path)
+    seeds: list[int] = []
+    monkeypatch.setattr(actions, "generate", lambda *arguments, seed, **rest: seeds.append(seed) or [""])
+    train(tiny_config(tmp_path, training__sample_prompts="[a, b, a]"))
+    assert len(seeds) == 2 * 4 == len(set(seeds))
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (100, "reaches 0.01 of 0.01 at its end"),
+        (40, "reaches 0.004 of 0.01 at its end and never decays. Set it to 4"),
+        (101, ""),
+    ],
+)
+def test_a_warmup_that_takes_the_whole_run_is_reported_with_the_rate_that_is_reached(steps: int, said: str) -> None:
+    config = TrainingConfig(train_steps=steps, warmup_steps=100, learning_rate=1e-2)
+    message = describe_warmup(config)
+    assert said in message if said else not message
 
 
 def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_number_that_does(

@@ -1,5 +1,7 @@
-"""A run that stopped and went on ends with the same bits as one that did not; what cannot go on is refused."""
+"""A resumed run is bit-identical to one that was not interrupted; what cannot be resumed is refused."""
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -14,6 +16,7 @@ from runs import ROOT, WORDS, metrics, outcome, tiny_config, write_tiny
 from twins import needs_bf16
 
 from smollm2.errors import CheckpointError, ConfigError, Smollm2Error
+from smollm2.training import resume
 from smollm2.training.loop import train
 
 
@@ -81,6 +84,122 @@ def test_checkpoints_after_the_resumed_step_are_moved_to_superseded(uninterrupte
     train(changed, checkpoint_path=run / "step_0007.pt")
     assert [path.name for path in sorted(run.glob("step_*.pt"))][-2:] == ["step_0007.pt", "step_0012.pt"]
     assert (run / "superseded" / "step_0008.pt").exists()
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run folder but the log."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.name not in ("run.log", ".lock"))
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [({"training__train_steps": 6}, False), ({"training__train_steps": 5}, True), ({"training__seed": 2}, True)],
+    ids=["nothing left to do", "fewer steps than are done", "another run"],
+)
+def test_a_start_that_makes_no_step_changes_nothing_in_the_run_folder(
+    uninterrupted: Path, tmp_path: Path, flags: dict[str, object], refused: bool
+) -> None:
+    """Promise E3: rows that were cut for a run that then does not begin would be missing for ever."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run = tmp_path / "run" / "checkpoints"
+    before = contents(run)
+    with pytest.raises(Smollm2Error) if refused else contextlib.nullcontext():
+        train(tiny_config(tmp_path / "run", **flags), checkpoint_path=run / "step_0006.pt")
+    assert contents(run) == before
+
+
+def test_a_checkpoint_is_not_resumed_into_a_folder_that_holds_another_run(uninterrupted: Path, tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    train(tiny_config(tmp_path, training__train_steps=4))
+    run, theirs = tmp_path / "checkpoints", uninterrupted / "checkpoints" / "step_0002.pt"
+    before = contents(run)
+    with pytest.raises(CheckpointError) as raised:
+        train(tiny_config(uninterrupted, training__save_dir=run), checkpoint_path=theirs)
+    assert str(theirs) in str(raised.value)
+    assert f"in {run}" in str(raised.value)
+    assert contents(run) == before
+
+
+def test_an_older_checkpoint_of_its_own_folder_is_resumed_through_a_link_to_the_folder(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "checkpoints")
+    config = tiny_config(tmp_path / "run", training__save_dir=tmp_path / "link")
+    assert train(config, checkpoint_path=tmp_path / "run" / "checkpoints" / "step_0010.pt").step == 12
+
+
+def best(run: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((run / "best.json").read_text())
+    return found
+
+
+def test_the_best_checkpoint_after_a_rollback_is_the_best_of_those_that_are_left(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run = tmp_path / "run" / "checkpoints"
+    worse = tiny_config(tmp_path / "run", training__learning_rate=5, training__save_interval=1)
+    train(worse, checkpoint_path=run / "step_0007.pt")
+    losses = {row["step"]: row["validation_loss"] for row in metrics(run) if "validation_loss" in row}
+    assert best(run) == {"file": "step_0005.pt", "step": 5, "validation_loss": losses[5], "windows": 8}
+
+
+def test_the_last_validation_reads_the_whole_split_and_the_best_is_compared_over_the_same_windows(
+    uninterrupted: Path,
+) -> None:
+    run = uninterrupted / "checkpoints"
+    rows = [row for row in metrics(run) if "validation_loss" in row]
+    assert [row["validation_windows"] for row in rows] == [8, 8, 12]
+    assert best(run)["windows"] == 8
+    assert best(run)["validation_loss"] not in {rows[-1]["validation_loss"]}
+
+
+def test_another_number_of_validation_windows_starts_a_new_comparison(uninterrupted: Path, tmp_path: Path) -> None:
+    run = resumed(uninterrupted, tmp_path / "run", [7], training__eval_windows=2, training__learning_rate=5)
+    assert best(run)["windows"] == 2
+
+
+def test_a_second_rollback_keeps_the_checkpoints_that_the_first_one_moved(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run = tmp_path / "run" / "checkpoints"
+    for _ in range(2):
+        train(tiny_config(tmp_path / "run"), checkpoint_path=run / "step_0011.pt")
+    assert sorted(path.name for path in (run / "superseded").iterdir()) == ["step_0012-2.pt", "step_0012.pt"]
+
+
+def test_another_order_of_the_batches_is_reported(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resume, "ORDER_VERSION", 2)
+    resumed(uninterrupted, tmp_path / "run", [11])
+    assert "order of the batches: version 1 -> 2; from here on the run is not bit-identical" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "device", "deterministic", "said"),
+    [
+        ([], "cpu", False, "bit-exact"),
+        ([], "cuda", True, "bit-exact"),
+        ([], "cuda", False, "equal up to rounding, because some GPU kernels add in a varying order"),
+        (["threads 1 -> 2"], "cuda", True, "not bit-exact, because of threads 1 -> 2"),
+    ],
+)
+def test_a_resume_is_called_bit_exact_only_if_it_is(
+    changed: list[str], device: str, deterministic: bool, said: str
+) -> None:
+    assert resume.describe_exactness(changed, device, deterministic=deterministic).startswith(said)
+
+
+@pytest.mark.parametrize("name", [".", "run", "a/..", "run/"])
+def test_a_free_folder_has_a_name_whatever_the_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    free = resume.free_folder(Path(name))
+    assert free.name.endswith("-2") and not free.exists()
 
 
 def test_a_finished_run_has_nothing_to_do(uninterrupted: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def gradient(runtime: Runtime, size: int) -> tuple[Tensor, Tensor]:
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("size", [16, 8, 4, 1])
+@pytest.mark.parametrize("size", [16, 8, 7, 4, 1])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(runtime: Runtime, size: int) -> None:
     model = small_model()
     input_ids, labels = batch()
