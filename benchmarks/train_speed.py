@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from results import Contestant, find_precisions, machine, publish, take_turns
 
@@ -66,17 +66,17 @@ def build_ours(task: Task) -> Callable[[], float]:
 
     from smollm2.config.schema import ModelConfig, TrainingConfig
     from smollm2.model.attention import choose_backend
-    from smollm2.model.transformer import Block, SmolLM2
+    from smollm2.model.transformer import SmolLM2
     from smollm2.runtime.device import compile_blocks, start_runtime
+    from smollm2.runtime.precision import device_features
     from smollm2.training.optim import build_optimizers
     from smollm2.training.step import train_step as update
 
     config = TrainingConfig.model_validate({"precision": task.precision, "learning_rate": LEARNING_RATE})
     runtime = start_runtime(config)
     model = SmolLM2(ModelConfig(norm="rmsnorm", **SHAPE))
-    backend = choose_backend("auto", runtime.device.type, runtime.precision.dtype)
-    for layer in model.model.layers:
-        cast(Block, layer).self_attn.backend = backend
+    backend = choose_backend("auto", runtime.device.type, runtime.precision.dtype, device_features(runtime.device))
+    model.model.attention_backend = backend
     if task.compiled:
         compile_blocks(model.model.layers)
     optimizers = build_optimizers(model, config)

@@ -1,8 +1,8 @@
-"""A look inside the model at one update: gradients, weights, how far the update moved them, and activations.
+"""Diagnostics of the model at one step: gradients, weights, how far the step moved them, and activations.
 
-Nothing is registered or kept between two looks, and a look only reads: weights and losses are the same bits with and
-without. Activations are read in a forward pass of their own, without gradients, after the update: it needs less memory
-than the update did, and leaves the graph of the training, compiled or checkpointed, alone.
+Nothing is registered or kept between two diagnostics, and they only read: a run is bit-identical with and without them.
+Activations are measured in a forward pass of their own, without gradients, after the step: it needs less memory than the
+step, and does not touch the compiled or checkpointed graph of the training.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from smollm2.tracking.base import Diagnosis, Histogram
 
 BINS = 64
 DEAD = 1e-3
-"""A hidden unit is dead where no token of the micro-batch takes it over this share of its block's root mean square."""
+"""A hidden unit is dead if no token of the micro-batch raises it above this share of its block's root mean square."""
 
 COUNTABLE = 2**24
-"""float32, in which torch.histc counts, holds every whole number up to here."""
+"""torch.histc counts in float32, which represents every integer up to here."""
 
 SCORES = 2**24
-"""Attention logits that are held at once."""
+"""Attention logits in memory at one time."""
 
 
-class Look(contextlib.AbstractContextManager["Look"]):
-    """Stands around an optimizer's step: entered with the gradients whole, left when the weights have moved.
+class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
+    """Collects diagnostics around an optimizer's step: entered with complete gradients, left after the step.
 
-    In between it holds a copy of the weights, 4 bytes a parameter, at a moment when no activations are held. Under
-    several ranks the gradients are already those of all: one rank looks, and asks nothing of the others.
+    In between it holds a copy of the weights, 4 bytes per parameter, while no activations are in memory. With several ranks
+    the gradients are already averaged, so one rank collects alone, without a collective.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Look(contextlib.AbstractContextManager["Look"]):
         *,
         histograms: bool,
     ) -> None:
-        """What it takes passes in `counted()`. Histograms are made only where they are asked for: they cost the most."""
+        """Its time is spent inside `counted()`. Histograms cost the most, so they are made only on request."""
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.counted, self.histograms = counted, histograms
         self.diagnosis = Diagnosis({}, {}, {}, {}, math.nan)
 
     @torch.no_grad()
-    def __enter__(self) -> "Look":
+    def __enter__(self) -> "StepDiagnostics":
         with self.counted():
             gradients = {name: cast(Tensor, p.grad) for name, p in self.weights.items()}
             self.gradient_norms = torch.stack(torch._foreach_norm(list(gradients.values())))
@@ -59,16 +59,16 @@ class Look(contextlib.AbstractContextManager["Look"]):
     @torch.no_grad()
     def __exit__(self, *error: object) -> None:
         with self.counted():
-            moved, self.before = self.before, []
+            updates, self.before = self.before, []
             weights: list[Tensor] = list(self.weights.values())
-            torch._foreach_sub_(moved, weights)
+            torch._foreach_sub_(updates, weights)
             norms = (
                 self.gradient_norms,
                 torch.stack(torch._foreach_norm(weights)),
-                torch.stack(torch._foreach_norm(moved)),
+                torch.stack(torch._foreach_norm(updates)),
             )
-            gradient_norms, weight_norms, updates = torch.stack(norms).tolist()  # the one wait for the device
-            ratios = [u / w if w else math.nan for u, w in zip(updates, weight_norms, strict=True)]
+            gradient_norms, weight_norms, update_norms = torch.stack(norms).tolist()  # the only synchronization
+            ratios = [u / w if w else math.nan for u, w in zip(update_norms, weight_norms, strict=True)]
             self.diagnosis = Diagnosis(
                 gradient_norms=dict(zip(self.weights, gradient_norms, strict=True)),
                 weight_norms=dict(zip(self.weights, weight_norms, strict=True)),
@@ -81,7 +81,7 @@ class Look(contextlib.AbstractContextManager["Look"]):
 
 
 def make_histograms(tensors: Mapping[str, Tensor]) -> dict[str, Histogram]:
-    """The numbers of each tensor in 64 equal bins from its least to its greatest; of those alone that are finite."""
+    """Return the values of each tensor in 64 equal bins from smallest to largest; only of tensors that are finite."""
     extremes = torch.stack([torch.stack(tensor.aminmax()) for tensor in tensors.values()]).tolist()
     ranges = {
         name: (low, high) if low < high else (low - 0.5, high + 0.5)
@@ -90,29 +90,31 @@ def make_histograms(tensors: Mapping[str, Tensor]) -> dict[str, Histogram]:
     }
     if not ranges:
         return {}
-    counts = torch.stack([count(tensors[name], *ranges[name]) for name in ranges]).long().tolist()
+    counts = torch.stack([count(tensors[name], *ranges[name]) for name in ranges]).tolist()
     return {
-        name: Histogram(numbers, torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist())
+        name: Histogram(numbers, [low + (high - low) * index / BINS for index in range(BINS)] + [high])
         for (name, (low, high)), numbers in zip(ranges.items(), counts, strict=True)
     }
 
 
 def count(tensor: Tensor, low: float, high: float) -> Tensor:
-    """How many numbers fall into each bin, (64,) float64."""
+    """Return the number of values in each bin, (64,) int64."""
     parts = torch.split(tensor.detach().float().flatten(), COUNTABLE)
-    return torch.stack([torch.histc(part, BINS, low, high) for part in parts]).double().sum(0)
+    return torch.stack([torch.histc(part, BINS, low, high) for part in parts]).long().sum(0)  # MPS has no float64
 
 
 @torch.no_grad()
 def measure_activations(
     model: SmolLM2, input_ids: Tensor, document_ids: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
-    """By block, for input_ids (B, T) and the documents in them, if any: root mean square and largest absolute value of
-    what it hands on, its largest attention logit, and the share of its SwiGLU's hidden units that are dead. The hooks go,
-    whatever happens."""
+    """Return the activations by block, for input_ids (B, T) and their document_ids, if any.
+
+    Per block: root mean square and largest absolute value of its output, its largest attention logit, and the share of its
+    SwiGLU's hidden units that are dead. The hooks are always removed.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a hook inside would compile a block anew
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a hook inside would recompile a block
         for number, layer in enumerate(model.model.layers):
             readings = found[f"model.layers.{number}"] = {}
             for handle in hook(cast(Block, layer), readings):
@@ -126,7 +128,7 @@ def measure_activations(
 
 
 def hook(block: Block, readings: dict[str, Tensor]) -> Iterator[RemovableHandle]:
-    """Hooks that leave a block's readings when it is called."""
+    """Register hooks that write a block's readings when it is called; yield their handles."""
 
     def read_attention(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         readings["max_attention_logit"] = find_largest_logit(cast(Attention, attention), *inputs[:3])
@@ -146,13 +148,13 @@ def hook(block: Block, readings: dict[str, Tensor]) -> Iterator[RemovableHandle]
 
 
 def root_mean_square(x: Tensor) -> Tensor:
-    """Of all numbers of x, summed in float32."""
+    """Return the root mean square of x, summed in float32."""
     norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
     return norm / math.sqrt(x.numel())
 
 
 def find_largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The largest q k^T / sqrt(D) of a position with itself or one before it: x (B, T, C) -> a number, float32."""
+    """Return the largest q k^T / sqrt(D) of a position with itself or one before it, in float32: x is (B, T, C)."""
     q, k = attention.queries_and_keys(x, cos, sin)
     q = q.reshape(*k.shape[:2], -1, *q.shape[2:])  # B K H/K T D
     keys = k.unsqueeze(2).transpose(-1, -2)

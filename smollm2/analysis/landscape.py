@@ -1,9 +1,9 @@
 """The loss around the weights of a model, along a random direction and over the plane of two (Li et al. 2018).
 
-Each row of a matrix moves by a random vector of its own norm (filter normalization, arXiv 1712.09913, section 4): else
-two networks that compute the same, one scaled up inside, would look different. Norms and biases stay where they are. A
-point of the plane is a pair of whole numbers, so that what was measured is found again, and the line through the centre
-is measured once for line and plane. The weights are put back from a copy, whatever happens.
+Each row of a matrix moves by a random vector of its own norm (filter normalization, arXiv 1712.09913, section 4); without
+that, two networks that compute the same function at different internal scales would have different landscapes. Norms and
+biases do not move. A point of the plane is a pair of integers, so that measured points are found again and the line through
+the centre is measured once. The weights are always restored from a copy.
 """
 
 import contextlib
@@ -29,34 +29,35 @@ from smollm2.inference.evaluation import score_windows, spread
 from smollm2.inference.loading import load_source, read_config
 from smollm2.plan import arithmetic as plan
 from smollm2.storage.atomic import probe_folder, write_atomically
+from smollm2.storage.run_folder import checkpoint_path
 from smollm2.tracking.base import Landscape
 from smollm2.tracking.jsonl import landscape_json
 
 WINDOWS = 8
-"""Windows on which each point is measured, spread over the validation split."""
+"""The number of windows on which each point is measured, spread over the validation split."""
 
 REACH = 1.0
-"""How far the directions are followed, each way, in lengths of the weights."""
+"""The distance along a direction, each way, in norms of the weights."""
 
 SHARE = 0.015
-"""Of the arithmetic of a run, what its landscape may take."""
+"""The part of a run's arithmetic that its landscape may take."""
 
 SIDES = (25, 21, 17, 13, 11, 9, 7, 5)
-"""Points on a side of the plane, of which a run takes the most that it can afford; odd, for the centre's sake."""
+"""Points on a side of the plane; a run takes the most that it can afford. Odd, so that there is a centre."""
 
 COPIES = 3
-"""Of the matrices, that are held besides the weights: the two directions, and the weights as they were."""
+"""Copies of the matrices besides the weights: the two directions and the original weights."""
 
-SECONDS_BETWEEN_NOTES = 2.0
+SECONDS_BETWEEN_WRITES = 2.0
 
 Point = tuple[int, int]
 
 
 def choose_side(config: Config, device: str, sequences: int) -> int:
-    """Points on a side of the plane that a run draws; 0 where it is too short, or an update needs less memory.
+    """Return the points on a side of the plane that a run draws; 0 if it is too short, or the copies need too much memory.
 
-    By arithmetic, not by the clock, so that a resumed run draws the same: a forward pass is a third of an update's work,
-    and the copies take the place of gradients and of the activations of so many sequences. `device` as in plan.
+    Decided by arithmetic, not by the clock, so that a resumed run draws the same: a forward pass is a third of a step's work,
+    and the copies must fit into the memory of gradients and activations. `device` is a name in plan's tables.
     """
     t = config.training
     at_once = config.model_copy(update={"training": t.model_copy(update={"batch_size": sequences})})
@@ -68,7 +69,7 @@ def choose_side(config: Config, device: str, sequences: int) -> int:
 
 
 def list_points(side: int) -> list[Point]:
-    """The centre (side - 1, side - 1), the line through it in half steps, then the plane; each point once."""
+    """Return the centre (side - 1, side - 1), the line through it in half steps, then the plane; each point once."""
     centre = side - 1
     line = [(along, centre) for along in range(2 * side - 1)]
     plane = [(2 * i, 2 * j) for i in range(side) for j in range(side)]
@@ -83,12 +84,12 @@ def measure_landscape(
     seed: int,
     targets: int,
     known: Mapping[Point, float] | None = None,
-    note: Callable[[Point, float], None] = lambda point, loss: None,
+    on_point: Callable[[Point, float], None] = lambda point, loss: None,
 ) -> Landscape:
-    """The landscape around the model's weights, on a plane of `side` x `side` points (odd).
+    """Return the landscape around the model's weights, on a plane of `side` x `side` points (odd).
 
-    `measure_loss` gives the loss at the weights as they are, over `targets` tokens. Points in `known` are not measured
-    again; `note` hears of each that is, and may raise.
+    `measure_loss` returns the loss at the current weights, over `targets` tokens. Points in `known` are not measured again.
+    `on_point` is called after each measured point and may raise.
     """
     losses = dict(known or {})
     with movable(model, seed) as move:
@@ -96,7 +97,7 @@ def measure_landscape(
             if point not in losses:
                 move(*(position(index, side) for index in point))
                 losses[point] = measure_loss()
-                note(point, losses[point])
+                on_point(point, losses[point])
     line, grid = range(2 * side - 1), range(0, 2 * side - 1, 2)
     return Landscape(
         loss=losses[side - 1, side - 1],
@@ -110,14 +111,14 @@ def measure_landscape(
 
 
 def position(index: int, side: int) -> float:
-    """Where a half step lies, from -REACH to REACH; the centre is 0."""
+    """Return the coordinate of a half step, from -REACH to REACH; the centre is 0."""
     return REACH * (index - (side - 1)) / (side - 1)
 
 
 @contextlib.contextmanager
 @torch.no_grad()
 def movable(model: nn.Module, seed: int) -> Iterator[Callable[[float, float], None]]:
-    """A function that moves the weights to a point of the plane; behind the block they are where they were."""
+    """Yield a function that moves the weights to a point of the plane; after the block they are restored."""
     matrices: list[Tensor] = [p for p in model.parameters() if p.ndim > 1]
     generator = torch.Generator().manual_seed(seed)
     first, second = ([draw_direction(m, generator) for m in matrices] for _ in range(2))
@@ -136,20 +137,20 @@ def movable(model: nn.Module, seed: int) -> Iterator[Callable[[float, float], No
 
 
 def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """A random matrix whose rows have the norms of this one's; drawn on the CPU, so that every device draws the same."""
+    """Return a random matrix with this one's row norms; drawn on the CPU, so that it is the same on every device."""
     direction = torch.randn(matrix.shape, generator=generator).to(matrix)
     return direction.mul_(matrix.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
 
 
 def choose_windows(windows: Windows) -> tuple[list[int], int]:
-    """The windows on which a landscape is measured, and how many targets they hold."""
+    """Return the windows on which a landscape is measured, and their number of targets."""
     indices = spread(len(windows), WINDOWS)
     return indices, sum(int((windows.read(index)[1] != IGNORE_INDEX).sum()) for index in indices)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose landscape is drawn, and the text on which."""
+    """A checkpoint whose landscape is drawn, and the text on which it is measured."""
 
     path: Path
     state: Mapping[str, Any]
@@ -162,14 +163,17 @@ class Source:
 
 
 def open_source(
-    path: Path, input_file: str | None, spool: Path, device: str, say: Callable[[str], None], *, best: bool = False
+    path: Path, input_file: str | None, spool: Path, device: str, report: Callable[[str], None], *, best: bool = False
 ) -> Source:
-    """A `.pt`, or the newest valid one of a run folder, or its best, and the tokens of its run: from the cache, else made in
-    `spool` of its text or `input_file`. Raises CheckpointError, DataError."""
-    model, tokenizer, state = load_source(path, best=best, say=say)
+    """Open a `.pt`, or the newest valid (or best) one of a run folder, and the tokens of its run.
+
+    The tokens come from the cache, else from the run's text or `input_file`, tokenized into `spool`. Raise CheckpointError or
+    DataError.
+    """
+    model, tokenizer, state = load_source(path, best=best, report=report)
     if state is None:
-        raise CheckpointError(f"{path} - an exported model does not say on what it was trained - name a checkpoint")
-    path = path / f"step_{state['step']:04d}.pt" if path.is_dir() else path
+        raise CheckpointError(path, "an exported model does not name its training text", "name a checkpoint")
+    path = checkpoint_path(path, state["step"]) if path.is_dir() else path
     config = read_config(state, path)
     store = open_store(config, state, tokenizer, input_file, spool)
     length = config.training.sequence_length
@@ -183,7 +187,7 @@ def open_source(
 def open_store(
     config: Config, state: Mapping[str, Any], tokenizer: Tokenizer, input_file: str | None, spool: Path
 ) -> TokenStore:
-    """The tokens that the run of a checkpoint saw, or those of another text. Nothing is written where a checkpoint says."""
+    """Return the tokens of the checkpoint's run, or of another text. Nothing is written to a path that a checkpoint names."""
     data = config.data
     if input_file is None and (store := open_tokens(Path(data.cache_dir) / state["data"]["tokens_fingerprint"])):
         return store
@@ -197,14 +201,14 @@ def draw_landscape(
     *,
     side: int,
     seed: int,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     show: Callable[[float], None],
 ) -> Landscape:
     """Measure the landscape and write `output`. Show the cost first; resume an interrupted call, whose points are stored
     beside the output until all are measured. Raise ResourceError if the folder cannot be written."""
     probe_folder(output.parent, "--output")
     partial, points = output.with_name(f"{output.name}.partial"), list_points(side)
-    of = {
+    subject = {
         "weights": content_hash(source.state["model"]),
         "tokens": Path(source.windows.name).parent.name,
         "windows": source.indices,
@@ -213,51 +217,51 @@ def draw_landscape(
         "seed": seed,
         "reach": REACH,
     }
-    losses = read_points(partial, of)
-    found = f", {len(losses)} of them measured before" if losses else ""
+    losses = read_points(partial, subject)
+    known = f", {len(losses)} of them measured earlier" if losses else ""
 
     def measure_loss() -> float:
         bytes_per_token, batch_size = source.tokenizer.bytes_per_token, source.config.training.batch_size
         return score_windows(source.model, source.windows, source.indices, bytes_per_token, batch_size=batch_size).loss
 
-    began = time.monotonic()
+    started_at = time.monotonic()
     losses[points[0]] = measure_loss()
-    cost = format_estimate((time.monotonic() - began) * (len(points) - len(losses)))
-    say(f"{source.path}: {len(points)} points on {source.targets:,} tokens{found}; about {cost}")
-    noted = time.monotonic()
+    cost = format_estimate((time.monotonic() - started_at) * (len(points) - len(losses)))
+    report(f"{source.path}: {len(points)} points on {source.targets:,} tokens{known}; about {cost}")
+    written_at = time.monotonic()
 
-    def note(point: Point, loss: float) -> None:
-        nonlocal noted
+    def on_point(point: Point, loss: float) -> None:
+        nonlocal written_at
         losses[point] = loss
         show(len(losses) / len(points))
-        if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
-            write_points(partial, of, losses)
-            noted = time.monotonic()
+        if time.monotonic() - written_at > SECONDS_BETWEEN_WRITES:
+            write_points(partial, subject, losses)
+            written_at = time.monotonic()
 
     try:
         landscape = measure_landscape(
-            source.model, measure_loss, side=side, seed=seed, targets=source.targets, known=losses, note=note
+            source.model, measure_loss, side=side, seed=seed, targets=source.targets, known=losses, on_point=on_point
         )
     except KeyboardInterrupt:
-        write_points(partial, of, losses)
+        write_points(partial, subject, losses)
         raise
     write_atomically(output, landscape_json(landscape, source.state["step"]))
     partial.unlink(missing_ok=True)
     return landscape
 
 
-def read_points(path: Path, of: Mapping[str, object]) -> dict[Point, float]:
-    """What an earlier call measured of the same landscape; nothing where the file is absent, damaged or another's."""
+def read_points(path: Path, subject: Mapping[str, object]) -> dict[Point, float]:
+    """Return what an earlier call measured of the same landscape; nothing if the file is absent, damaged or of another one."""
     try:
         content = json.loads(path.read_bytes())
-        if content["of"] == of:
+        if content["subject"] == subject:
             return {(int(i), int(j)): float(loss) for i, j, loss in content["points"]}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return {}
 
 
-def write_points(path: Path, of: Mapping[str, object], losses: Mapping[Point, float]) -> None:
-    """Whole, or as it was before."""
+def write_points(path: Path, subject: Mapping[str, object], losses: Mapping[Point, float]) -> None:
+    """Write the points atomically."""
     points = [[*point, loss] for point, loss in losses.items()]
-    write_atomically(path, json.dumps({"of": of, "points": points}).encode())
+    write_atomically(path, json.dumps({"subject": subject, "points": points}).encode())

@@ -4,6 +4,7 @@ Every failure that a user can mend ends here as one line on standard error and a
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from smollm2.config.vocabulary import suggest_key
 from smollm2.errors import EXIT_CODE_FILE, ConfigError, DataError, Interrupted, Smollm2Error
 
 if TYPE_CHECKING:
+    from smollm2.inference.evaluation import Comparison
     from smollm2.inference.generation import Piece
 
 LAUNCHER = "SMOLLM2_LAUNCHER"
@@ -81,13 +83,22 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     """`smollm2 evaluate`."""
-    text = "Score each token of a text once, in windows as long as the context, and print the loss."
+    text = "Score each token of a text once, in windows of the trained length, and print the loss. Several models are compared."
     parser = add_command(
-        commands, "evaluate", run_evaluation, "loss, perplexity and bits per byte of a model on a text", text
+        commands, "evaluate", run_evaluation, "loss, perplexity and bits per byte of models on a text", text
     )
-    add_model_flags(parser)
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a .pt file, a run folder (its newest checkpoint) or a Hugging Face folder; several are compared with the first",
+    )
+    parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
     add_device_flag(parser)
     parser.add_argument("--input_file", metavar="FILE", required=True, help="text file, UTF-8; - is standard input")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens of a window; default: as many as the model was trained on"
+    )
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between two windows; default: half the context")
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="windows in one forward pass; default: 8"
@@ -263,29 +274,66 @@ def run_evaluation(args: argparse.Namespace) -> None:
     check_range("--batch_size", args.batch_size, 1, 10**6)
     if args.document_separator == "":
         raise ConfigError("--document_separator is empty; give the text between two documents, or leave it out")
+    from smollm2.inference.evaluation import compare_evaluations
+
+    results = [evaluate_model(args, name) for name in args.models]
+    comparisons = [compare_evaluations(results[0], other) for other in results[1:]] if len(results) > 1 else []
+    for found in results:
+        found.pop("scores", None)
+    if args.json and not comparisons:
+        print(json.dumps(results[0]))
+        return
+    if args.json:
+        rows = [{"model": name, **found} for name, found in zip(args.models, results, strict=True)]
+        differences = [comparison and dataclasses.asdict(comparison) for comparison in comparisons]
+        print(json.dumps({"models": rows, "differences": differences}))
+        return
+    for name, found in zip(args.models, results, strict=True):
+        if comparisons:
+            print(f"{name}:")
+        print("\n".join(describe_evaluation(found)))
+    for name, comparison in zip(args.models[1:], comparisons, strict=True):
+        print(describe_comparison(args.models[0], name, comparison))
+
+
+def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Return the evaluation of one model, with documents read as it was trained."""
     from smollm2.config.schema import DataConfig
     from smollm2.inference.evaluation import evaluate
     from smollm2.inference.loading import load_source, read_config
 
     device = choose_device(args)
-    model, tokenizer, state = load_source(Path(args.model), best=args.best, say=remark)
-    data = read_config(state, Path(args.model)).data if state else DataConfig()
+    model, tokenizer, state = load_source(Path(name), best=args.best, report=remark)
+    data = read_config(state, Path(name)).data if state else DataConfig()
     separator = data.document_separator
-    del state  # the moments, two thirds of a checkpoint
+    del state  # the optimizer's moments are two thirds of a checkpoint
     if args.document_separator:
         separator = args.document_separator.replace("\\f", "\f").replace("\\n", "\n").replace("\\t", "\t")
-    found = evaluate(
+    return evaluate(
         model.to(device),
         tokenizer,
         Path(args.input_file),
+        context=args.context,
         batch_size=args.batch_size,
         stride=args.stride,
         separator=separator,
         per_document=args.per_document,
         document_mask=data.document_mask,
         report=remark,
+        keep_scores=len(args.models) > 1,
     )
-    print(json.dumps(found) if args.json else "\n".join(describe_evaluation(found)))
+
+
+def describe_comparison(first: str, second: str, comparison: "Comparison | None") -> str:
+    """Return the line that compares two models."""
+    if comparison is None:
+        return f"{second}: not comparable window by window with {first}: use the same --context and --stride, or --per_document"
+    if not comparison.difference:
+        return f"{second} and {first} are equal in bits per byte, over {comparison.parts:,} parts"
+    better = "better" if comparison.difference < 0 else "worse"
+    sure = f", 95 %: {comparison.interval[0]:+.4f} to {comparison.interval[1]:+.4f}" if comparison.interval else ""
+    chance = "" if comparison.is_significant else "; this may be chance"
+    return f"{second} is {better} than {first} by {abs(comparison.difference):.4f} bits per byte ({comparison.difference:+.4f}{sure}){chance}"
 
 
 def describe_evaluation(found: Mapping[str, Any]) -> Iterator[str]:
@@ -297,8 +345,8 @@ def describe_evaluation(found: Mapping[str, Any]) -> Iterator[str]:
     kind = "documents" if "documents" in found else "windows"
     yield f"{'tokens':<16}{found['tokens']:>12,}  in {found['parts']:,} {kind}, context {found['context']:,}, stride {found['stride']:,}"
     yield f"{'bytes':<16}{found['bytes']:>12,}"
-    if found["unexpressed_bytes"]:
-        yield f"{found['unexpressed_bytes']:,} bytes of the text are beyond this tokenizer and were not scored"
+    if found["unencodable_bytes"]:
+        yield f"{found['unencodable_bytes']:,} bytes of the text are beyond this tokenizer and were not scored"
     documents = found.get("documents", [])
     if documents:
         yield f"\n{'document':>8}{'loss':>12}{'perplexity':>14}{'bits_per_byte':>15}{'tokens':>12}"
@@ -331,7 +379,7 @@ def run_landscape(args: argparse.Namespace) -> None:
                 output,
                 side=args.points,
                 seed=source.config.training.seed if args.seed is None else args.seed,
-                say=console.report,
+                report=console.report,
                 show=lambda fraction: console.show_progress("landscape", fraction),
             )
     except KeyboardInterrupt:
@@ -431,7 +479,7 @@ def prepare_generation(args: argparse.Namespace) -> Write:
     requested = args.precision or ("float32" if device == "cpu" else "auto")
     features = device_features(torch.device(device))
     precision = choose_precision(requested, device, features, "--precision", "leave it out")
-    model, tokenizer, _ = load_source(Path(args.model), best=args.best, say=remark)
+    model, tokenizer, _ = load_source(Path(args.model), best=args.best, report=remark)
     model.to(device, precision.dtype)
 
     def write(prompts: Sequence[str], seeds: Sequence[int]) -> "Iterator[Piece]":
@@ -443,7 +491,7 @@ def prepare_generation(args: argparse.Namespace) -> Write:
             max_new_tokens=args.max_new_tokens,
             sampling=sampling,
             stop=args.stop,
-            say=remark,
+            report=remark,
         )
 
     return write

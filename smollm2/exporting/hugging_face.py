@@ -112,7 +112,7 @@ def check_options(format: str, dtype: str, shard_bytes: int) -> None:
 
 def read_source(path: Path, *, best: bool, report: Callable[[str], None]) -> Source:
     """Return the model to export. Raise CheckpointError."""
-    model, tokenizer, state = load_source(path, best=best, say=report)
+    model, tokenizer, state = load_source(path, best=best, report=report)
     if state is None:
         return Source(model, tokenizer, facts={})
     t = read_config(state, path).training

@@ -2,7 +2,7 @@
 
 A step of a small model is mostly the cost of calling torch, so the three matrices that read the same input are one product,
 and gate and up are another. Weights are laid out for that once per text, in the dtype of the computation: memory for a
-second copy of them. tests/test_generation.py compares it with the model.
+second copy of them. tests/inference/test_decoding.py compares it with the model.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Decoder:
         self.head = lay_out([model.lm_head.weight], dtype, rows)
 
     def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits (B, V) after one more token of each text: tokens (B,) int64."""
+        """Return the logits (B, V) after one more token of each text: tokens (B,) int64."""
         positions, slots = cache.advance(1)
         x = self.model.embed(tokens)
         cos, sin = self.rotary.cos[positions].to(x.dtype), self.rotary.sin[positions].to(x.dtype)  # B 1 D/2
@@ -38,8 +38,8 @@ class Decoder:
             block = layer.block
             qkv = layer.qkv(block.input_layernorm.forward(x)).view(len(x), -1, width)  # B H+2K D
             qk, v = torch.split(qkv, [sum(layer.heads[:2]), layer.heads[2]], dim=1)
-            turned = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin)
-            q, k = torch.split(turned, layer.heads[:2], dim=1)
+            rotated = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin)
+            q, k = torch.split(rotated, layer.heads[:2], dim=1)
             mixed = attend_cached(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), slot)
             x = x + layer.out(mixed.flatten(1))
             gate, up = layer.gate_up(block.post_attention_layernorm.forward(x)).chunk(2, -1)
@@ -48,7 +48,7 @@ class Decoder:
 
 
 class DecoderBlock:
-    """One block's products; `heads` are the numbers of query, key and value heads."""
+    """One block's matrices, laid out; `heads` are the numbers of query, key and value heads."""
 
     def __init__(self, block: Block, dtype: torch.dtype, rows: int) -> None:
         self.block, attention, mlp = block, block.self_attn, block.mlp

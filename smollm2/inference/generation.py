@@ -1,7 +1,7 @@
 """Text from a model: one token after the other, each drawn from the distribution after those before it.
 
-Prompts of different lengths are laid to end at the same column of one cache (model.extend). Each text has a generator
-of its own, so that what stands beside it does not change what is drawn for it.
+Prompts of different lengths are padded to end at the same column of one cache (model.extend). Each text has a generator of
+its own, so that the other texts of a batch do not change what is drawn for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +13,21 @@ from torch import Tensor
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.errors import DataError
 from smollm2.inference.decoding import Decoder
+from smollm2.inference.mode import evaluation_mode
 from smollm2.inference.sampling import Sampling, sample
 from smollm2.model.cache import COLUMN_STEP, KeyValueCache
 from smollm2.model.transformer import SmolLM2
 
+SEEDS = 2**63
+"""Seeds are below this."""
+
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new in one text: whole characters, and why it ended: `length`, `end_of_text`, `stop`, or "" if it goes on."""
+    """New text of one continuation, in whole characters.
+
+    `end` says why the continuation ended (`length`, `end_of_text` or `stop`); it is empty while more follows.
+    """
 
     index: int
     text: str
@@ -30,7 +37,7 @@ class Piece:
 def generate(
     model: SmolLM2,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
@@ -41,17 +48,19 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
-    """The continuation of each prompt, without the prompt, up to `max_new_tokens`, a stop string or the end of text.
+    """Return the continuation of each prompt, without the prompt, up to `max_new_tokens`, a stop string or the end of text.
 
-    An empty prompt starts a new document. Temperature 0 takes the likeliest token. A prompt and its continuation may be
-    longer than the context: the window slides. The result depends on (model, prompt, seed) alone, not on its neighbours
-    nor on torch's random state. Raises ConfigError for an impossible setting, DataError for a prompt without ids.
+    A single string is one prompt; the result is a list of one. An empty prompt starts a new document. Temperature 0 takes
+    the most likely token. A prompt and its continuation may be longer than the context: the window slides. Prompt number i
+    is drawn with `seed + i`; its text depends on the model, the prompt and that seed alone, not on the other prompts or
+    on torch's random state. Raise ConfigError for an impossible setting, DataError for a prompt without ids, TrainingError
+    if the model's logits are not finite.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    seeds = [(seed + index) % SEEDS for index in range(len(prompts))]
     texts = [""] * len(prompts)
-    for piece in stream(
-        model, tokenizer, prompts, [seed] * len(prompts), max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
-    ):
+    for piece in stream(model, tokenizer, prompts, seeds, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
         texts[piece.index] += piece.text
     return texts
 
@@ -65,43 +74,42 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str] = (),
-    say: Callable[[str], None] = lambda message: None,
+    report: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Piece]:
-    """The pieces of all texts as they come. `say` hears where a prompt is cut and where a window slides."""
-    rows = [
-        Row(index, tokenizer, read_prompt(model, tokenizer, prompt, say), seed, max_new_tokens, stop)
+    """Yield the pieces of all texts as they are drawn.
+
+    `report` receives a line if a prompt is longer than the context, and each time that a window slides.
+    """
+    texts = [
+        Continuation(index, tokenizer, read_prompt(model, tokenizer, prompt, report), seed, max_new_tokens, stop)
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    if not rows or max_new_tokens < 1:
+    if not texts or max_new_tokens < 1:
         return
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         with torch.inference_mode():
-            cache, logits = prefill(model, rows)
-            decoder = Decoder(model, compute_dtype(model.lm_head.weight), len(rows))
+            cache, logits = prefill(model, texts)
+            decoder = Decoder(model, compute_dtype(model.lm_head.weight), len(texts))
         while True:
             with torch.inference_mode():
-                tokens = sample(logits, sampling, [row.ids for row in rows], [row.generator for row in rows])
-            yield from (piece for row, token in zip(rows, tokens, strict=True) if (piece := row.append(token)))
-            if all(row.end for row in rows):
+                tokens = sample(logits, sampling, [text.ids for text in texts], [text.generator for text in texts])
+            yield from (piece for text, token in zip(texts, tokens, strict=True) if (piece := text.append(token)))
+            if all(text.end for text in texts):
                 return
             with torch.inference_mode():
-                if slide_windows(rows, model.config.max_position_embeddings, say) or cache.is_full:
-                    cache, logits = prefill(model, rows)
+                if slide_windows(texts, model.config.max_position_embeddings, report) or cache.is_full:
+                    cache, logits = prefill(model, texts)
                 else:
                     logits = decoder.step(torch.tensor(tokens, device=logits.device), cache)
-    finally:
-        model.train(was_training)
 
 
-class Row:
-    """One text in the making: `ids` of prompt and continuation, of which the model sees those from `first` on."""
+class Continuation:
+    """A text in the making: `ids` of prompt and continuation, of which the model reads those from `first` on."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, prompt: list[int], seed: int, max_new_tokens: int, stop: Sequence[str]
     ) -> None:
-        self.index, self.tokenizer, self.ids, self.prompt_length = index, tokenizer, list(prompt), len(prompt)
+        self.index, self.tokenizer, self.ids = index, tokenizer, list(prompt)
         self.limit = len(prompt) + max_new_tokens
         self.first, self.end = 0, ""
         self.generator = torch.Generator().manual_seed(seed)
@@ -109,11 +117,11 @@ class Row:
 
     @property
     def window(self) -> list[int]:
-        """What the model sees of it; of a text that has ended, no more than fills its place in the batch."""
+        """The tokens that the model reads; one token of a text that has ended, to keep its row in the batch."""
         return self.ids[-1:] if self.end else self.ids[self.first :]
 
     def append(self, token: int) -> Piece | None:
-        """Take the next token; what there is to show then."""
+        """Take the next token; return what can be shown now."""
         if self.end:
             return None
         self.ids.append(token)
@@ -128,29 +136,27 @@ class Row:
 
 
 class Writer:
-    """Tokens to text, in whole characters, and nothing from a stop string on."""
+    """Converts tokens to text, in whole characters, up to a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, [word for word in stop if word]
-        self.context: list[
-            int
-        ] = []  # tokens already written, which say how the next one reads: with a space or without
+        self.context: list[int] = []  # tokens already written: they decide whether the next one begins with a space
         self.unread: list[int] = []
         self.held = ""
         self.stopped = False
 
     def write(self, token: int | None, *, last: bool) -> str:
-        """What can be shown after this token; at the last one all of it, half characters as U+FFFD."""
+        """Return what can be shown after this token; after the last one everything, incomplete characters as U+FFFD."""
         self.unread += [] if token is None else [token]
         text = self.tokenizer.decode(self.context + self.unread)[len(self.tokenizer.decode(self.context)) :]
         if text.endswith("\ufffd") and not last:
-            return ""  # perhaps half a character
+            return ""  # perhaps an incomplete character
         if text:
             self.context, self.unread = self.unread, []
         return self.find_stop(self.held + text, last=last)
 
     def find_stop(self, text: str, *, last: bool) -> str:
-        """The text before the first stop string; an end that may become one is held back."""
+        """Return the text before the first stop string; keep back an end that may become one."""
         found = [place for word in self.stop if (place := text.find(word)) >= 0]
         if found:
             self.held, self.stopped = "", True
@@ -161,52 +167,50 @@ class Writer:
 
 
 def count_overlap(text: str, word: str) -> int:
-    """Characters at the end of `text` with which `word` begins."""
+    """Return how many characters at the end of `text` are the beginning of `word`."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
-def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: str, say: Callable[[str], None]) -> list[int]:
-    """The ids of a prompt, its start cut off where it is longer than the context."""
+def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: str, report: Callable[[str], None]) -> list[int]:
+    """Return the ids of a prompt, without its start if it is longer than the context."""
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max(ids) >= vocab_size:
-        raise DataError(
-            f"{tokenizer.name} - it gives id {max(ids)} and the model has {vocab_size} - use the model's own tokenizer"
-        )
+        what = f"encodes the prompt with id {max(ids)}, but the model has {vocab_size} ids"
+        raise DataError(tokenizer.name, what, "use the model's own tokenizer")
     if len(ids) > positions:
-        say(
-            f"the prompt has {len(ids)} tokens and the context {positions}: its first {len(ids) - positions} are left out"
-        )
+        excess = len(ids) - positions
+        report(f"the prompt has {len(ids)} tokens and the context {positions}: the first {excess} are ignored")
     return ids[-positions:]
 
 
-def slide_windows(rows: Sequence[Row], positions: int, say: Callable[[str], None]) -> bool:
-    """Drop the older half of each text that fills the context; whether there was one."""
-    full = [row for row in rows if not row.end and len(row.ids) - row.first > positions]
-    for row in full:
-        row.first = len(row.ids) - max(positions // 2, 1)
-        say(f"the context of {positions} tokens is full: from here on the model sees the last {positions // 2}")
+def slide_windows(texts: Sequence[Continuation], positions: int, report: Callable[[str], None]) -> bool:
+    """Drop the older half of each text that fills the context; return whether there was one."""
+    full = [text for text in texts if not text.end and len(text.ids) - text.first > positions]
+    for text in full:
+        text.first = len(text.ids) - max(positions // 2, 1)
+        report(f"the context of {positions} tokens is full: from now on the model reads the last {positions // 2}")
     return bool(full)
 
 
-def prefill(model: SmolLM2, rows: Sequence[Row]) -> tuple[KeyValueCache, Tensor]:
-    """Read all windows into a new cache, with room for what will follow; logits (B, V) after the last tokens."""
+def prefill(model: SmolLM2, texts: Sequence[Continuation]) -> tuple[KeyValueCache, Tensor]:
+    """Read all windows into a new cache, with columns for what follows; return it and the logits (B, V) at the end."""
     config, weight = model.config, model.lm_head.weight
     dtype = compute_dtype(weight)
-    windows = [row.window for row in rows]
+    windows = [text.window for text in texts]
     longest = max(map(len, windows))
     step = COLUMN_STEP if dtype != torch.float32 else 1
     width = -(-longest // step) * step
-    ahead = max(row.limit - len(row.ids) for row in rows if not row.end)
+    ahead = max(text.limit - len(text.ids) for text in texts if not text.end)
     columns = -(-(width + min(ahead, config.max_position_embeddings - longest)) // COLUMN_STEP) * COLUMN_STEP
     starts = torch.tensor([width - len(window) for window in windows], device=weight.device)
-    shape = (config.num_hidden_layers, len(rows), config.num_key_value_heads, columns, config.head_dim)
-    cache = KeyValueCache(starts, shape, dtype)
+    shape = (config.num_hidden_layers, len(texts), config.num_key_value_heads, columns, config.head_dim)
+    cache = KeyValueCache(starts, shape, dtype, config.max_position_embeddings)
     ids = torch.tensor([[0] * (width - len(window)) + window for window in windows], device=weight.device)
     return cache, model.lm_head(model.model.extend(ids, cache)[:, -1])
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of keys and values: that of autocast, else that of the weights."""
+    """Return the dtype of keys and values: that of autocast if it is on, else that of the weights."""
     device_type = weight.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype

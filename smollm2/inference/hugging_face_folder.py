@@ -1,26 +1,52 @@
-"""A model folder in Hugging Face's layout."""
+"""A model folder in Hugging Face's layout: Llama, or StableLM for LayerNorm.
+
+The parameter names are the same as ours. What a config asks for and this model does not compute is refused by name.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from smollm2.config.schema import ModelConfig
 from smollm2.errors import CheckpointError
-from smollm2.inference.weights import build_model, read_json, read_weights
+from smollm2.inference.weights import NOT_QUANTIZED, build_model, read_json, read_weights
 from smollm2.model.transformer import SmolLM2
 
-
-def load_hugging_face_model(folder: Path) -> SmolLM2:
-    """The model of a folder with config.json and model.safetensors, in one file or in shards with an index."""
-    config = read_hugging_face_config(folder)
-    weights = read_weights(folder)
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
-    return build_model(config, weights, folder)
-
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+    },
+    "stablelm": {
+        "vocab_size": 50304,
+        "hidden_size": 2560,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
+"""What transformers uses for a key that is absent or null, by model_type."""
 
 REQUIRED_VALUES: dict[str, dict[str, object]] = {
     "llama": {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"},
@@ -31,58 +57,57 @@ REQUIRED_VALUES: dict[str, dict[str, object]] = {
         "use_parallel_residual": False,
     },
 }
-"""Per model_type: what a config may say, where it says it; anything else is another function."""
+"""The only values that this model computes, which are also the defaults; any other value is another function."""
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def load_hugging_face_model(folder: Path) -> SmolLM2:
+    """Return the model of a folder with config.json and model.safetensors, in one file or in shards with an index."""
+    return build_model(read_hugging_face_config(folder), read_weights(folder), folder)
 
 
 def read_hugging_face_config(folder: Path) -> ModelConfig:
-    """config.json as ours. transformers 4 keeps rope_theta at top level, 5 inside rope_parameters; both are read.
+    """Return config.json as a ModelConfig. A key that is null or absent has transformers' default.
 
-    Raises CheckpointError for another architecture, or a setting that this model does not compute.
+    Raise CheckpointError for another architecture, a quantized model, or a setting that this model does not compute.
     """
     path = folder / "config.json"
-    found = read_json(path)
+    found = {name: value for name, value in read_json(path).items() if value is not None}
     kind = found.get("model_type")
-    if kind not in REQUIRED_VALUES:
-        raise CheckpointError(f"{path}: model_type {kind!r} is not supported; llama and stablelm are")
+    if kind not in DEFAULTS:
+        raise CheckpointError(path, f"model_type {kind!r} is not supported", f"use {' or '.join(DEFAULTS)}")
+    for name in QUANTIZATION_KEYS:
+        if name in found:
+            raise CheckpointError(path, f"{name}: quantized models are not supported", NOT_QUANTIZED)
     for name, value in REQUIRED_VALUES[kind].items():
         if found.get(name, value) != value:
-            raise CheckpointError(f"{path}: {name} {found[name]!r} is not supported; {value!r} is")
+            raise CheckpointError(path, f"{name} {found[name]!r} is not supported", f"only {value!r} is")
+    values = {**DEFAULTS[kind], **found, "rope_theta": read_rope_theta({**DEFAULTS[kind], **found}, path)}
+    values["norm"] = "rmsnorm" if kind == "llama" else "layernorm"
+    values["norm_eps"] = values["rms_norm_eps" if kind == "llama" else "layer_norm_eps"]
+    known = {name: values[name] for name in ModelConfig.model_fields if values[name] is not None}
     try:
-        return ModelConfig(
-            **{name: found[name] for name in SHARED_NAMES if found.get(name) is not None},
-            rope_theta=read_rope_theta(found, path),
-            norm="rmsnorm" if kind == "llama" else "layernorm",
-            norm_eps=found.get("rms_norm_eps", 1e-6) if kind == "llama" else found.get("layer_norm_eps", 1e-5),
-            tie_word_embeddings=found.get("tie_word_embeddings", False),
-        )
+        return ModelConfig(**known)
     except ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise CheckpointError(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "check the file") from None
 
 
-SHARED_NAMES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "initializer_range",
-)
+def read_rope_theta(found: Mapping[str, Any], path: Path) -> object:
+    """Return the rotary base; refuse scaled and partial rotary embeddings.
 
-
-def read_rope_theta(found: Mapping[str, Any], path: Path) -> float:
-    """The rotary base; refuses scaled and partial rotary embeddings."""
-    parameters = found.get("rope_parameters") or {}
-    scaling = parameters or found.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    transformers 4 keeps rope_theta at top level, 5 inside rope_parameters; both are read.
+    """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(found.get(name, {}), dict):
+            raise CheckpointError(path, f"{name} {found[name]!r} is not an object", "check the file")
+    parameters = {name: value for name, value in found.get("rope_parameters", {}).items() if value is not None}
+    scaling = parameters or found.get("rope_scaling", {})
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
-        raise CheckpointError(f"{path}: rope_type {kind!r} is not supported; default is")
-    partial = parameters.get("partial_rotary_factor", found.get("partial_rotary_factor"))
-    if partial is None:
-        partial = 0.25 if found["model_type"] == "stablelm" else 1.0
+        raise CheckpointError(path, f"rope_type {kind!r} is not supported", "only 'default' is")
+    partial = parameters.get("partial_rotary_factor", found["partial_rotary_factor"])
     if partial != 1.0:
-        raise CheckpointError(f"{path}: partial_rotary_factor {partial!r} is not supported; 1.0 is")
-    return float(parameters.get("rope_theta", found.get("rope_theta", 10000.0)))
+        raise CheckpointError(path, f"partial_rotary_factor {partial!r} is not supported", "only 1.0 is")
+    return parameters.get("rope_theta", found["rope_theta"])

@@ -1,8 +1,4 @@
-"""Open a trained model: a `.pt` of ours, a run folder, or a Hugging Face folder (Llama, or StableLM for LayerNorm).
-
-The parameter names are Hugging Face's, so that a folder is read as it is. What the config of a folder asks for and this
-model does not compute is refused by name, never ignored.
-"""
+"""Open a trained model: a `.pt` of ours, a run folder, or a Hugging Face folder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,28 +14,33 @@ from smollm2.errors import CheckpointError
 from smollm2.inference.hugging_face_folder import load_hugging_face_model
 from smollm2.inference.weights import build_model, read_json
 from smollm2.model.transformer import SmolLM2
+from smollm2.storage.run_folder import BEST
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SmolLM2, Tokenizer]:
-    """The model, in evaluation mode and float32, and its tokenizer: of a `.pt`, of a run folder's newest valid checkpoint
-    or of a Hugging Face folder. Raises CheckpointError or DataError."""
+    """Return the model, in evaluation mode and float32, and its tokenizer.
+
+    `path` is a `.pt`, a run folder (its newest valid checkpoint) or a Hugging Face folder. Raise CheckpointError or
+    DataError.
+    """
     model, tokenizer, _ = load_source(Path(path))
     return model.to(device), tokenizer
 
 
 def load_source(
-    path: Path, *, best: bool = False, say: Callable[[str], None] = lambda message: None
+    path: Path, *, best: bool = False, report: Callable[[str], None] = lambda message: None
 ) -> tuple[SmolLM2, Tokenizer, Mapping[str, Any] | None]:
-    """As `load_model` on the CPU, and the checkpoint's content, which a Hugging Face folder has not.
+    """Return what `load_model` does, on the CPU, and the checkpoint's content: None for a Hugging Face folder.
 
-    With `best` a run folder's checkpoint with the lowest validation loss. `say` hears of checkpoints that are passed over.
+    `best` takes a run folder's checkpoint with the lowest validation loss. `report` receives a line for each damaged
+    checkpoint that is skipped.
     """
     if best:
         path = path / read_best_name(path)
     if (path / "config.json").exists():
         return load_hugging_face_model(path).eval(), load_tokenizer(str(path)), None
     if path.is_dir():
-        found = find_resumable(path, say)
+        found = find_resumable(path, report)
         if found is None:
             raise CheckpointError(f"{describe_missing(path)} A Hugging Face folder would hold config.json.")
         path, state = found
@@ -49,27 +50,33 @@ def load_source(
 
 
 def restore_model(state: Mapping[str, Any], path: Path) -> tuple[SmolLM2, Tokenizer]:
-    """The model, in evaluation mode and float32, and the tokenizer of a checkpoint's content. Raises CheckpointError."""
-    model = build_model(read_config(state, path).model, state["model"], path)
+    """Return the model, in evaluation mode and float32, and the tokenizer of a checkpoint's content.
+
+    Raise CheckpointError if they do not fit the checkpoint's config.
+    """
+    config = read_config(state, path)
+    model = build_model(config.model, state["model"], path)
+    model.trained_length = config.training.sequence_length
     tokenizer = state["tokenizer"]
     return model.eval(), tokenizer_from_text(tokenizer["text"], tokenizer["end_of_text"])
 
 
 def read_config(state: Mapping[str, Any], path: Path) -> Config:
-    """The config of the run that made a checkpoint. Raises CheckpointError where this version does not understand it."""
+    """Return the config of the run that made a checkpoint. Raise CheckpointError if this version does not accept it."""
     try:
         return Config.model_validate_json(state["config"])
     except ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError(f"{path}: its config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(path, f"its config: {key}: {first['msg']}", "use the version that wrote it") from None
 
 
 def read_best_name(folder: Path) -> str:
-    """The file that a run folder's best.json names. Raises CheckpointError."""
-    path = folder / "best.json"
+    """Return the file that a run folder's best.json names. Raise CheckpointError."""
+    path = folder / BEST
     if not path.exists():
-        raise CheckpointError(f"{path} - there is no such file - name a run folder that has one, or leave out --best")
+        raise CheckpointError(path, "not found", "name a run folder with a best checkpoint, or leave out --best")
     name = read_json(path).get("file")
     if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{path} - it names no checkpoint of this folder - name the checkpoint yourself")
+        raise CheckpointError(path, f"names no checkpoint of this folder ({name!r})", "name the checkpoint itself")
     return name

@@ -1,4 +1,4 @@
-"""How a token is drawn from the logits."""
+"""How a token is drawn from the logits, with transformers' names, meanings and order of the settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smollm2.errors import ConfigError
+from smollm2.errors import ConfigError, TrainingError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn, with transformers' names, meanings and order. Raises ConfigError for an impossible value."""
+    """The settings of a draw. Raise ConfigError for an impossible value."""
 
     temperature: float = 0.8
     top_k: int | None = 50
@@ -21,25 +21,30 @@ class Sampling:
 
     def __post_init__(self) -> None:
         allowed = {
-            "temperature": (0 <= self.temperature < float("inf"), "0 (the likeliest token) or more"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+            "temperature": (0 <= self.temperature < float("inf"), "a number from 0 (the most likely token) on"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "a number from 1 on"),
+            "top_p": (0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "a number from 0 to 1"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100 (1: off)"),
         }
-        for name, (fits, range_) in allowed.items():
-            if not fits:
-                raise ConfigError(f"{name} - {getattr(self, name)} will not do - give {range_}")
+        for name, (is_allowed, range_) in allowed.items():
+            if not is_allowed:
+                raise ConfigError(name, f"{getattr(self, name)} is out of range", f"use {range_}")
 
 
 def sample(
     logits: Tensor, sampling: Sampling, ids: Sequence[Sequence[int]], generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """Return one token for each row of logits (B, V): the likeliest at temperature 0, else drawn by the row's generator.
+    """Return one token for each row of logits (B, V): the most likely at temperature 0, else drawn by its generator.
 
-    `ids` are the tokens of prompt and continuation, which the repetition penalty reads.
+    `ids` are the tokens of prompt and continuation, which the repetition penalty reads. Raise TrainingError if the logits
+    hold NaN or infinity: there is no token to draw.
     """
     logits = logits.float().cpu()
+    if not logits.amax(-1).isfinite().all():  # NaN and infinity are both the maximum
+        raise TrainingError(
+            "the model's logits", "NaN or infinite, so no token can be drawn", "use an earlier checkpoint"
+        )
     if sampling.repetition_penalty != 1:
         logits = torch.stack([penalize(row, seen, sampling) for row, seen in zip(logits, ids, strict=True)])
     if sampling.temperature == 0:
@@ -50,25 +55,36 @@ def sample(
 
 
 def penalize(logits: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
-    """Logits (V,) with those of tokens that prompt or continuation hold made smaller (arXiv 1909.05858)."""
+    """Return logits (V,) with those of tokens in the prompt or continuation made smaller (arXiv 1909.05858)."""
     seen = torch.tensor(sorted(set(ids)))
     found, penalty = logits[seen], sampling.repetition_penalty
     return logits.index_copy(0, seen, torch.where(found < 0, found * penalty, found / penalty))
 
 
 def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (B, V) over the temperature, -inf for what top_k, then top_p, then min_p leave out."""
-    logits = logits / sampling.temperature
+    """Return logits (B, V) over the temperature, with -inf for what top_k, then top_p, then min_p exclude."""
+    logits = divide_by_temperature(logits, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1)
         tail = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        tail[:, -1] = False  # the likeliest always stays
+        tail[:, -1] = False  # the most likely token always stays
         logits = logits.masked_fill(tail.scatter(-1, order, tail), float("-inf"))
     if sampling.min_p > 0:
         probabilities = logits.softmax(-1)
         limit = sampling.min_p * probabilities.amax(-1, keepdim=True)
         logits = logits.masked_fill(probabilities < limit, float("-inf"))
     return logits
+
+
+def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits (B, V) / temperature, with the largest moved to 0 if the quotient overflows float32.
+
+    So a tiny temperature gives what it converges to: the most likely token.
+    """
+    scaled = logits / temperature
+    if scaled.isfinite().all():
+        return scaled
+    return ((logits - logits.amax(-1, keepdim=True)).double() / temperature).float()

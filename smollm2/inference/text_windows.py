@@ -1,4 +1,7 @@
-"""A text of any length as windows that hold each target once."""
+"""A text of any length as a stream of windows that hold each target once.
+
+Only what the windows still need is kept in memory.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,8 +13,8 @@ from smollm2.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Row:
-    """Up to length + 1 tokens of a document; the first `context` targets were scored in the row before."""
+class TextWindow:
+    """Up to length + 1 tokens of a document; the first `context` targets are scored in the window before."""
 
     document: int
     ids: list[int]
@@ -19,22 +22,22 @@ class Row:
 
 
 class CountedEncoder:
-    """A tokenizer that remembers how many bytes it could not express."""
+    """A tokenizer that counts the bytes it cannot encode."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.unexpressed = tokenizer, 0
+        self.tokenizer, self.unencodable_bytes = tokenizer, 0
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a piece."""
+        """Return the ids of a text."""
         ids, lost = self.tokenizer.encode_counted(text)
-        self.unexpressed += lost
+        self.unencodable_bytes += lost
         return ids
 
 
-def open_pieces(
+def open_chunks(
     text_or_path: str | Path, separator: str | None, spool: Path, report: Callable[[str], None]
 ) -> Iterator[Chunk]:
-    """The documents of a text or a file, in pieces, as training reads them. Raises DataError."""
+    """Return the documents of a text or a file in chunks, as training reads them. Raise DataError."""
     if isinstance(text_or_path, Path):
         text = open_text(str(text_or_path), spool, separator)
         for note in text.notes:
@@ -43,17 +46,17 @@ def open_pieces(
     return split_documents(iter([text_or_path]), separator)
 
 
-def cut_rows(
-    pieces: Iterator[Chunk], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
-) -> Iterator[Row]:
-    """The text as rows that hold each target once: of one stream, or of each document by itself."""
+def cut_windows(
+    chunks: Iterator[Chunk], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
+) -> Iterator[TextWindow]:
+    """Yield the windows of the whole stream, or of each document on its own."""
     end = encoder.tokenizer.end_of_text
 
     def blocks(numbered: Iterator[tuple[int, Chunk]]) -> Iterator[list[int]]:
-        for _, piece in numbered:
-            yield encoder.encode(piece.text) + ([end] if piece.last else [])
+        for _, chunk in numbered:
+            yield encoder.encode(chunk.text) + ([end] if chunk.last else [])
 
-    numbered = number_pieces(pieces)
+    numbered = number_chunks(chunks)
     if not per_document:
         yield from slide(0, blocks(numbered), length, stride)
         return
@@ -61,24 +64,25 @@ def cut_rows(
         yield from slide(number, chain([[end]], blocks(document)), length, stride)
 
 
-def number_pieces(pieces: Iterator[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Each piece with the number of its document."""
+def number_chunks(chunks: Iterator[Chunk]) -> Iterator[tuple[int, Chunk]]:
+    """Yield each chunk with the number of its document."""
     number = 0
-    for piece in pieces:
-        yield number, piece
-        number += piece.last
+    for chunk in chunks:
+        yield number, chunk
+        if chunk.last:
+            number += 1
 
 
-def slide(document: int, blocks: Iterable[list[int]], length: int, stride: int) -> Iterator[Row]:
-    """A window of length + 1 tokens every `stride` tokens; only what the windows still need is held."""
+def slide(document: int, blocks: Iterable[list[int]], length: int, stride: int) -> Iterator[TextWindow]:
+    """Yield a window of length + 1 tokens every `stride` tokens."""
     held: list[int] = []
     context = 0
     for block in blocks:
         held += block
         start = 0
         while len(held) - start > length:
-            yield Row(document, held[start : start + length + 1], context)
+            yield TextWindow(document, held[start : start + length + 1], context)
             start, context = start + stride, length - stride
         del held[:start]
     if len(held) - 1 > context:
-        yield Row(document, held, context)
+        yield TextWindow(document, held, context)

@@ -1,4 +1,4 @@
-"""Stored tensors, checked against the model they are for."""
+"""Stored tensors: read from safetensors files, checked against the model that they are for, and loaded."""
 
 import json
 from collections.abc import Mapping
@@ -14,9 +14,27 @@ from smollm2.config.schema import ModelConfig
 from smollm2.errors import CheckpointError
 from smollm2.model.transformer import SmolLM2
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+ROTARY_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+"""Tables that old Llama folders store. They follow from rope_theta, so they are ignored."""
+
+LFS_POINTER = b"version https://git-lfs"
+
+SHOWN_PROBLEMS = 3
+
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> SmolLM2:
-    """A model of this shape with these weights, in float32. Raises CheckpointError naming what does not fit, or is not finite."""
+    """Return a model of this shape with these weights, in float32.
+
+    Raise CheckpointError naming the weights that do not fit, have another dtype or are not finite. With tied embeddings
+    the output head may be absent, or stored too if it is equal.
+    """
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(ROTARY_BUFFERS)}
+    check_dtypes(weights, path)
+    if config.tie_word_embeddings and EMBEDDING in weights:
+        check_tied(weights, path)
+        weights[HEAD] = weights[EMBEDDING]
     with torch.device("meta"):
         model = SmolLM2(config)
     check_shapes(model.state_dict(), weights, path)
@@ -26,12 +44,38 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
     for name, parameter in model.named_parameters():
         if not all(map(torch.isfinite, parameter.detach().aminmax())):  # NaN spreads to both
-            raise CheckpointError(f"{path} - {name} holds NaN or infinite values - take a copy that is sound")
+            raise CheckpointError(path, f"{name} holds NaN or infinite values", "use an intact copy")
     return model
 
 
+def check_dtypes(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError for integers and 8-bit floats: without their scales they are not the model's numbers."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(path, f"{name} has dtype {kind}: quantized weights are not supported", NOT_QUANTIZED)
+
+
+NOT_QUANTIZED = "use the folder of the original model, with float32 or 16-bit weights"
+
+
+def check_tied(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError if an output head is stored that is not the embedding to which the config ties it."""
+    head, embedding = weights.get(HEAD), weights[EMBEDDING]
+    if head is None or torch.equal(head, embedding):
+        return
+    difference = "the shapes differ"
+    if head.shape == embedding.shape:
+        difference = f"the largest difference is {(head.double() - embedding.double()).abs().max().item():.2g}"
+    raise CheckpointError(
+        path,
+        f"the config ties {HEAD} to {EMBEDDING}, but both are stored and {difference}",
+        "set tie_word_embeddings to false in the config to use the stored head",
+    )
+
+
 def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    """Raises CheckpointError where names or shapes differ, before anything is copied."""
+    """Raise CheckpointError if names or shapes differ, before anything is copied."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
@@ -40,35 +84,67 @@ def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], pa
         if name in found and found[name].shape != tensor.shape
     ]
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path}: the weights do not fit the model: {', '.join(problems[:3])}{more}")
+        more = f", and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        listed = ", ".join(problems[:SHOWN_PROBLEMS])
+        raise CheckpointError(
+            path, f"the weights do not fit the model: {listed}{more}", "use the config of these weights"
+        )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files. Raises CheckpointError."""
+    """Return every tensor of the folder's safetensors files: one file, or shards with an index. Raise CheckpointError."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = read_shard_names(index) if index.exists() else ["model.safetensors"]
     weights: dict[str, Tensor] = {}
     for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} lies outside the folder")
-        try:
-            weights |= load_file(folder / name)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder / name}: not found; a model folder holds model.safetensors") from None
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / name}: cannot be read as safetensors: {error}") from None
+        weights |= read_shard(folder / name)
     return weights
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+def read_shard_names(index: Path) -> list[str]:
+    """Return the files that an index names. Raise CheckpointError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(index, "weight_map is missing or does not name files", DOWNLOAD)
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(index, f"shard {name!r} is outside the folder", "use a folder that you trust")
+    return names
+
+
+DOWNLOAD = "download the model folder again"
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of one safetensors file. Raise CheckpointError."""
+    if not path.exists():
+        other = sorted(found.name for found in path.parent.glob("pytorch_model*.bin"))
+        what = f"not found; {other[0]} may run code when it is opened and is not read" if other else "not found"
+        raise CheckpointError(path, what, "convert the folder to safetensors" if other else DOWNLOAD)
+    refuse_pointer(path)
     try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(path, f"incomplete, or not a safetensors file ({error})", DOWNLOAD) from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if the file is a Git LFS pointer, which stands in for a file that was not downloaded."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(path, "a Git LFS pointer, not the file itself", "run git lfs pull in that folder")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raise CheckpointError."""
+    try:
+        refuse_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; a model is a .pt file or a folder with config.json") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+        raise CheckpointError(path, "not found", "name a .pt file, or a folder with config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"cannot be read as JSON ({error})", DOWNLOAD) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__}, not an object")
+        raise CheckpointError(path, f"holds a {type(value).__name__} instead of a JSON object", DOWNLOAD)
     return value

@@ -1,1 +1,5 @@
-"""The transformer: attention, element-wise functions, loss."""
+"""The transformer, from its parts to the loss. It knows no data, no device setup and no training.
+
+Read in this order: transformer.py (the whole network), functional.py (normalization, rotary embedding, SwiGLU),
+attention.py (the backends) with blocks.py (our own), loss.py, and cache.py (for generation).
+"""

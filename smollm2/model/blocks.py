@@ -1,4 +1,7 @@
-"""Causal attention as matrix products over blocks of queries, for CPUs in bf16."""
+"""Causal attention as matrix products over blocks of queries: for CPUs in bf16, where torch's own kernel is slow.
+
+Letters in shapes as in attention.py; G = H / K is the number of query heads that share a key-value head.
+"""
 
 import math
 
@@ -9,29 +12,28 @@ from smollm2.plan.arithmetic import LONGEST_KEPT, QUERY_BLOCK
 
 
 class BlockAttention(torch.autograd.Function):
-    """Query blocks against the keys up to their end, by `baddbmm`, softmax and `bmm`.
+    """Attention of each block of queries over the keys up to its end, by `baddbmm`, softmax and `bmm`.
 
-    The queries of one key-value head are laid under one another, so that grouped heads share a product: letters as in
-    the module, G = H / K. Of short sequences the probabilities are kept for the backward pass; of longer ones, where they
-    would take the most memory of all, they are computed again. `starts` (B, T) is where the document of each position
-    begins, or None.
+    The queries of one key-value head become rows of one matrix, so that grouped heads share a product. The probabilities of
+    short sequences are kept for the backward pass; those of longer ones would be the largest tensor of all and are
+    recomputed. `starts` (B, T) is the position where the document of each position begins, or None.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        """Output (B, H, T, D), with T and H laid out the other way round."""
+        """Return (B, H, T, D), stored as (B, T, H, D)."""
         batch, heads, length, width = q.shape
         groups = heads // k.shape[1]
         queries = q.reshape(-1, groups, length, width)
         keys, values = k.reshape(-1, length, width), v.reshape(-1, length, width)
         out = q.new_empty(batch, length, heads, width)
-        blocks = out.view(batch, length, -1, groups, width).permute(0, 2, 3, 1, 4)  # B K G T D
+        by_group = out.view(batch, length, -1, groups, width).permute(0, 2, 3, 1, 4)  # B K G T D
         kept = []
         for start, stop in _cut(length):
             first = _first_key(starts, start)
             probabilities = _probabilities(queries, keys, first, start, stop, starts)
             mixed = torch.bmm(probabilities, values[:, first:stop])
-            blocks[:, :, :, start:stop] = mixed.view(batch, -1, groups, stop - start, width)
+            by_group[:, :, :, start:stop] = mixed.view(batch, -1, groups, stop - start, width)
             if length <= LONGEST_KEPT:
                 kept.append(probabilities)
         ctx.save_for_backward(queries, keys, values, starts, *kept)
@@ -39,7 +41,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        """Gradients of q, k and v: with P the probabilities, dS = P * (dP - rowsum(P * dP))."""
+        """Return the gradients of q, k and v: with P the probabilities, dS = P * (dP - rowsum(P * dP))."""
         queries, keys, values, starts, *kept = ctx.saved_tensors
         batch, _, length, width = grad.shape
         scale, groups = width**-0.5, queries.shape[1]
@@ -59,32 +61,32 @@ class BlockAttention(torch.autograd.Function):
 
 
 def _cut(length: int) -> list[tuple[int, int]]:
-    """Where each block of queries begins and ends."""
+    """Return the start and end of each block of queries."""
     size = QUERY_BLOCK if length <= 1024 else 2 * QUERY_BLOCK
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _rows(queries: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop of (B K, G, T, D), the heads of one group under one another: (B K, G (stop - start), D)."""
+    """Return positions start..stop of (B K, G, T, D), with the heads of a group as rows: (B K, G (stop - start), D)."""
     return queries[:, :, start:stop].reshape(len(queries), -1, queries.shape[-1])
 
 
 def _first_key(starts: Tensor | None, start: int) -> int:
-    """The first key that the queries from `start` on need, in whole blocks: for each new shape oneDNN compiles its kernels
-    anew. A compiler, which knows no values, reads all keys."""
+    """Return the first key that the queries from `start` on need, rounded down to a block: few shapes occur, and oneDNN
+    compiles its kernels for each. A compiler knows no values, so compiled code reads all keys."""
     if starts is None or torch.compiler.is_compiling():
         return 0
     return int(starts[:, start].min()) // QUERY_BLOCK * QUERY_BLOCK
 
 
 def _probabilities(queries: Tensor, keys: Tensor, first: int, start: int, stop: int, starts: Tensor | None) -> Tensor:
-    """Softmax over the keys from `first` up to `stop`: (B K, G (stop - start), stop - first)."""
+    """Return the softmax over the keys from `first` to `stop`: (B K, G (stop - start), stop - first)."""
     groups, count = queries.shape[1], stop - first
     future = torch.ones(stop - start, count, dtype=torch.bool, device=keys.device).triu(start - first + 1)
     mask = torch.zeros(stop - start, count, dtype=keys.dtype, device=keys.device).masked_fill_(future, -math.inf)
     mask, rows = mask.repeat(groups, 1).unsqueeze(0), _rows(queries, start, stop)
     scores = torch.baddbmm(mask, rows, keys[:, first:stop].transpose(1, 2), alpha=keys.shape[-1] ** -0.5)
     if starts is not None:
-        foreign = torch.arange(first, stop, device=keys.device) < starts[:, start:stop, None]
-        scores.view(len(starts), -1, stop - start, count).masked_fill_(foreign.unsqueeze(1), -math.inf)
+        other_document = torch.arange(first, stop, device=keys.device) < starts[:, start:stop, None]
+        scores.view(len(starts), -1, stop - start, count).masked_fill_(other_document.unsqueeze(1), -math.inf)
     return scores.softmax(-1)

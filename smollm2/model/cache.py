@@ -1,4 +1,7 @@
-"""Keys and values of the tokens that a text already has."""
+"""The key-value cache: keys and values of the tokens that a text already has, so that each is computed once.
+
+Letters in shapes as in transformer.py; S is the number of columns of the cache.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLUMN_STEP = 64
-"""Columns of a cache are made, and looked at, in multiples of this. None that is empty costs much, and the shapes stay few:
-for each new one oneDNN compiles its kernels anew, 0.4 s in bf16."""
+"""Columns of a cache are allocated and read in multiples of this. An empty column costs little, and few shapes occur: oneDNN
+compiles its kernels for each new shape, 0.4 s in bf16."""
 
 
 class Slot(NamedTuple):
-    """One layer's place in a cache: keys and values (B, K, S, D), the first column to write, and the mask (B, 1, T, S)
-    to be added to the scores of the T queries."""
+    """One layer's part of a cache.
+
+    Keys and values are (B, K, S, D), `column` is the first to write, and `mask` (B, 1, T, S) is added to the scores of the
+    T queries.
+    """
 
     keys: Tensor
     values: Tensor
@@ -23,9 +29,9 @@ class Slot(NamedTuple):
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
-    """Write k and v behind those in the cache, then attend over all of it: (B, H, T, D).
+    """Append k and v to the cache, then return the attention of q over all of it: (B, H, T, D).
 
-    The queries of one key-value head are laid under one another: no key is copied for grouped heads.
+    The queries of one key-value head become rows of one matrix, so no key is copied for grouped heads.
     """
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     written = slice(slot.column, slot.column + length)
@@ -39,37 +45,43 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
 class KeyValueCache:
     """Keys and values of a batch of texts that end at the same column; `starts` (B,) are the columns where they begin.
 
-    `buffer_shape` is (layers, B, K, S, D); the buffers are made once.
+    `buffer_shape` is (layers, B, K, S, D); the buffers are allocated once. `positions` is the number of positions that the
+    model has.
     """
 
-    def __init__(self, starts: Tensor, buffer_shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
-        self.starts, self.length = starts.unsqueeze(1), 0
-        # Zeros: a column that is masked counts 0 times its value, which must be a number.
+    def __init__(
+        self, starts: Tensor, buffer_shape: tuple[int, int, int, int, int], dtype: torch.dtype, positions: int
+    ) -> None:
+        self.starts, self.length, self.positions = starts.unsqueeze(1), 0, positions
+        # Zeros: a masked column contributes 0 times its value, which must not be NaN.
         self.keys, self.values = torch.zeros(2, *buffer_shape, dtype=dtype, device=starts.device)
         self.columns = torch.arange(buffer_shape[3], device=starts.device)
         self.mask = torch.full((buffer_shape[1], 1, 1, buffer_shape[3]), -math.inf, dtype=dtype, device=starts.device)
 
     @property
     def is_full(self) -> bool:
-        """Whether no column is left, as where a text that has ended was the longest."""
+        """Whether no column is left, which happens if the longest text has ended."""
         return self.length == len(self.columns)
 
     def advance(self, count: int) -> tuple[Tensor, list[Slot]]:
-        """Positions (B, T) of the next `count` columns in their texts, and where each layer writes them."""
+        """Return the positions (B, T) of the next `count` columns in their texts, and each layer's slot.
+
+        The padding before a text, and what a text that has ended still computes, stay inside the model's positions.
+        """
         first, self.length = self.length, self.length + count
         new = self.columns[first : self.length]
         mask = self._open_column(first) if count == 1 and first else self._open_columns(new)
         seen = min(-(-self.length // COLUMN_STEP) * COLUMN_STEP, len(self.columns))
         keys, values, mask = self.keys[..., :seen, :], self.values[..., :seen, :], mask[..., :seen]
         slots = [Slot(*layer, first, mask) for layer in zip(keys, values, strict=True)]
-        return (new - self.starts).clamp(min=0), slots
+        return (new - self.starts).clamp(0, self.positions - 1), slots
 
     def _open_column(self, column: int) -> Tensor:
         self.mask[..., column] = 0
         return self.mask
 
     def _open_columns(self, new: Tensor) -> Tensor:
-        """Each column sees itself and those of its text before it. One of the padding sees itself: none would be NaN."""
+        """Let each column see itself and those of its text before it. Padding sees itself: seeing nothing would give NaN."""
         inside = (self.columns >= self.starts)[:, None, None]
         seen = (self.columns <= new[:, None]) & inside | (self.columns == new[:, None])
         mask = torch.zeros_like(seen, dtype=self.mask.dtype).masked_fill_(~seen, -math.inf)

@@ -1,12 +1,12 @@
-"""The transformer: Hugging Face's parameter names, so that its weights are a Llama's (or a StableLM's, with LayerNorm).
+"""The transformer, with Hugging Face's parameter names: its weights are a Llama's, or a StableLM's with LayerNorm.
 
 Letters in shapes: B sequences, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, I
-intermediate_size, V vocab_size. The model never asks where it runs: dtype comes from autocast, checkpointing and
-compilation are applied from outside.
+intermediate_size, V vocab_size. The model does not know its device: the dtype comes from autocast; attention backend,
+checkpointing and compilation are set from outside.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,18 @@ from smollm2.model.cache import KeyValueCache, Slot, attend_cached
 from smollm2.model.functional import layer_norm, rms_norm, rotary_tables, rotate, swiglu
 from smollm2.model.loss import next_token_loss
 
+Seen = Layout | Slot
+"""What a position attends to: the layout of a backend, or a slot of a cache."""
+
 
 class Linear(nn.Linear):
-    """A matrix without bias; `SmolLM2.initialize` draws it."""
+    """A linear layer without bias."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Leave the memory as it is."""
+        """Leave the drawing of the weights to SmolLM2.initialize."""
 
 
 class RMSNorm(nn.Module):
@@ -62,7 +65,7 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layern
 class Rotary(nn.Module):
     """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32 whatever the model is cast to.
 
-    They are made again after every move or cast: a table rounded to bf16 costs 0.68 in the logits.
+    They are recomputed after every move or cast: tables rounded to bf16 change the logits by 0.68.
     """
 
     cos: Tensor
@@ -90,13 +93,12 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
-        self.backend: Backend = "sdpa"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Layout | Slot = None) -> Tensor:
-        """(B, T, C) -> (B, T, C), each position over what it sees: by a layout, or all that a cache's slot holds too."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen = None, backend: Backend = "sdpa") -> Tensor:
+        """(B, T, C) -> (B, T, C). Each position attends to what a backend's layout allows, or to a slot of a cache too."""
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # B K T D
-        mixed = attend_cached(q, k, v, seen) if isinstance(seen, Slot) else attend(q, k, v, self.backend, seen)
+        mixed = attend_cached(q, k, v, seen) if isinstance(seen, Slot) else attend(q, k, v, backend, seen)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -133,15 +135,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = NORMS[config.norm](config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Layout | Slot = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen = None, backend: Backend = "sdpa") -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, backend)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, last normalization."""
+    """Embedding, blocks, final normalization. How attention is computed and what is checkpointed is set from outside."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -149,46 +151,49 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = NORMS[config.norm](config)
         self.rotary = Rotary(config)
+        self.attention_backend: Backend = "sdpa"
         self.checkpointing = False
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, C); document_ids as the language model takes them."""
+        """(B, T) int64 -> (B, T, C); document_ids as in SmolLM2.forward."""
         length = input_ids.shape[1]
         cos, sin = self.rotary.cos[:length], self.rotary.sin[:length]
-        seen = lay_out(document_ids, input_ids, cast(Block, self.layers[0]).self_attn.backend)
+        backend = self.attention_backend
+        seen = lay_out(document_ids, input_ids, backend)
         x = self.embed(input_ids)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, seen, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, seen, backend, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, seen)
+                x = layer(x, cos, sin, seen, backend)
         out: Tensor = self.norm(x)
         return out
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, C)."""
         x: Tensor = self.embed_tokens(input_ids)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream in 16 bits end to end, not op by op
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream stays in 16 bits
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def extend(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """`forward` for the tokens (B, T) that follow those in the cache: (B, T, C)."""
+        """Compute `forward` for the tokens (B, T) that follow those in the cache: (B, T, C)."""
         positions, slots = cache.advance(input_ids.shape[1])
         x = self.embed(input_ids)
         cos, sin = self.rotary.cos[positions].to(x.dtype), self.rotary.sin[positions].to(x.dtype)
         for layer, slot in zip(self.layers, slots, strict=True):
-            x = layer.forward(x, cos, sin, slot)  # not layer(...): one that was compiled for training would be again
+            x = layer.forward(x, cos, sin, slot)  # layer(...) would compile the block once more for these shapes
         out: Tensor = self.norm(x)
         return out
 
 
 class SmolLM2(nn.Module):
-    """The language model: logits, or the loss where labels are given."""
+    """The language model: logits, or the loss if labels are given."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.trained_length = config.max_position_embeddings  # loading a checkpoint sets the length of its windows
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -196,8 +201,8 @@ class SmolLM2(nn.Module):
         self.initialize()
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights as SmolLM2's pretraining did: normal(0, initializer_range), the two output projections of a
-        block divided by sqrt(2 x layers), norms at 1 and 0."""
+        """Draw the weights as for SmolLM2's pretraining: normal(0, initializer_range), the two output projections of a block
+        divided by sqrt(2 x layers), norms at 1 and 0."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if "norm" in name:
@@ -216,9 +221,9 @@ class SmolLM2(nn.Module):
         z_loss: float = 0.0,
         gradient_scale: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, V) for input_ids (B, T); with labels (B, T), where labels[t] is the token after input_ids[t]
-        and -100 no target: (sum of the loss over the targets, float32; their number). With document_ids (B, T), which
-        rise along T, a position sees those of its own document alone."""
+        """Return the logits (B, T, V) for input_ids (B, T); with labels (B, T), where labels[t] is the token after
+        input_ids[t] and -100 is no target, the loss as (sum over the targets, float32; number of targets). With document_ids
+        (B, T), which do not decrease along T, a position sees only its own document."""
         hidden = self.model(input_ids, document_ids)
         if labels is None:
             return self.lm_head(hidden)

@@ -1,7 +1,7 @@
-"""The machine: device, processes, number format, random state, signals. The only reader of the environment.
+"""The device and the processes of a run, and the collectives between them.
 
-Accelerate says which device and which rank this process is, and carries the collectives; precision and the loss scale
-are kept here, because the launcher's own setting must not outrank the config's.
+Accelerate finds the device and this process's rank and runs the collectives. Precision and loss scale are chosen here,
+because the launcher's own setting must not override the config's.
 """
 
 import contextlib
@@ -33,43 +33,43 @@ from smollm2.runtime.signals import StopSignal
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a run needs to know of its machine."""
+    """A run's device, precision and ranks."""
 
     accelerator: Accelerator
     precision: Precision
     scaler: torch.amp.GradScaler
     stop: StopSignal = field(default_factory=StopSignal)
     pulse: Pulse = field(default_factory=Pulse)
-    patient_group: Any = None  # for waits that may be long: while rank 0 reads the text, or saves
+    patient_group: Any = None  # for long waits: while rank 0 reads the text or saves
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """This rank's device."""
         device: torch.device = self.accelerator.device
         return device
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """The number of this process."""
         return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        """How many processes train together."""
+        """The number of processes that train together."""
         return int(self.accelerator.num_processes)
 
     @property
     def planned_device(self) -> str:
-        """The device as smollm2 plan names it."""
+        """The name of the device in the tables of `smollm2 plan`."""
         name = self.device.type
         return name if name != "cpu" else "cpu-bf16" if self.precision.name == "bf16" else "cpu-float32"
 
     def autocast(self) -> torch.autocast:
-        """The context in which the model computes."""
+        """Return the context in which the model computes."""
         return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype != torch.float32)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Return the sum over all ranks."""
         if self.world_size == 1:
             return values
         self.pulse.mark("a sum over the ranks", waits=True)
@@ -78,35 +78,36 @@ class Runtime:
         return total
 
     def all_agree(self, flag: bool) -> bool:
-        """Whether the flag is set on every rank: what one must not do, none does."""
+        """Return whether the flag is set on every rank."""
         return flag if self.world_size == 1 else self.sum(torch.tensor(not flag, device=self.device).long()).item() == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each rank, by rank. Waits as long as it takes."""
+        """Return the value of each rank, in order. This wait has no timeout."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        self.pulse.mark("a meeting of the ranks")
+        self.pulse.mark("a gather of all ranks")
         dist.all_gather_object(values, value, group=self.patient_group)
         return values
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that fails on every rank where it fails on one: nobody waits for a rank that is not coming.
+        """Run a block that fails on every rank if it fails on one, so that no rank waits for one that has failed.
 
-        The ranks meet behind the block, so there must be no other meeting in it. The lowest rank that failed says why.
+        The block must not contain a collective: the ranks exchange their results after it. The lowest rank that failed
+        reports why.
         """
         error: Exception | None = None
         try:
             yield
-        except Exception as caught:  # whatever it is, the others must hear of it before it goes on its way
+        except Exception as caught:  # whatever it is, the other ranks must learn of it first
             error = caught
         codes = self.gather(0 if error is None else getattr(error, "exit_code", 1))
         failed = [rank for rank, code in enumerate(codes) if code]
         if not failed:
             return
         if error is None:
-            code, sentence = codes[failed[0]], f"rank {failed[0]} ended and says why"
+            code, sentence = codes[failed[0]], f"rank {failed[0]} failed and reports why"
             error = Interrupted(sentence, code - 128) if code > 128 else Smollm2Error(sentence)
             error.exit_code = code
         if isinstance(error, Smollm2Error):
@@ -114,9 +115,9 @@ class Runtime:
         raise error
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """The model as it is called in training: itself, or wrapped so that ranks share their gradients."""
-        # The rotary tables are the same on every rank: sent around before each forward pass, they would make that a
-        # meeting of the ranks. `broadcast_buffers=False` is deprecated.
+        """Return the model as training calls it: itself, or wrapped so that ranks share their gradients."""
+        # The rotary tables are the same on every rank. Broadcast before each forward pass, they would make it a
+        # collective; `broadcast_buffers=False` is deprecated.
         tables = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)  # type: ignore[no-untyped-call]
         prepared: nn.Module = self.accelerator.prepare_model(model)
@@ -128,17 +129,16 @@ class Runtime:
         os._exit(code)
 
     def stop_requested(self, otherwise: int = 0) -> int:
-        """The number of the signal that some rank has received, else `otherwise`: the ranks agree, or some would wait
-        for ever."""
+        """Return the number of a signal that some rank has received, else `otherwise`; the same on all ranks."""
         return self.highest(self.stop.number or otherwise)
 
     def raise_if_stopped(self) -> None:
-        """For work between two updates that can be done again: raises Interrupted, on all ranks or on none."""
+        """Raise Interrupted, on all ranks or on none, in work between two steps that can be repeated."""
         if number := self.stop_requested():
             raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     def highest(self, number: int) -> int:
-        """The highest of the ranks' numbers; every rank must ask at the same place."""
+        """Return the highest of the ranks' numbers; a collective, so every rank must call it at the same point."""
         if self.world_size == 1:
             return number
         self.pulse.mark("the stop flag", waits=True)
@@ -147,7 +147,7 @@ class Runtime:
         return number
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """An int64 array as a tensor where this rank computes."""
+        """Return an int64 array as a tensor on this rank's device."""
         tensor = torch.from_numpy(array)
         return (
             tensor.pin_memory().to(self.device, non_blocking=True)
@@ -157,10 +157,13 @@ class Runtime:
 
 
 def start_runtime(config: TrainingConfig) -> Runtime:
-    """Find device and ranks, choose the precision, seed everything. Raises ConfigError for a precision without hardware."""
+    """Find device and ranks, choose the precision, seed every generator.
+
+    Raise ConfigError for a precision that the device does not compute.
+    """
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     handlers = [
-        # Behind the watch, which names the rank that is late; torch's own error names none.
+        # After the watch's timeout, because the watch names the rank that is late and torch's error does not.
         InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.rank_timeout + 30)),
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
@@ -170,13 +173,12 @@ def start_runtime(config: TrainingConfig) -> Runtime:
         patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     device = accelerator.device
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    runtime = Runtime(accelerator, Precision("float32", "until one is chosen"), scaler, patient_group=patient_group)
+    runtime = Runtime(accelerator, Precision("float32", "not chosen yet"), scaler, patient_group=patient_group)
     with runtime.together():
         precision = choose_precision(config.precision, device.type, device_features(device))
     if device.type == "cpu":
         keep_freed_memory()
-    if precision.name == "tf32":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if precision.name == "tf32" else "highest")  # also after another run
     if config.deterministic:
         # cuBLAS is deterministic only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -189,7 +191,7 @@ def start_runtime(config: TrainingConfig) -> Runtime:
 
 
 def leave_exit_code(code: int) -> None:
-    """Write rank 0's exit code where the launcher of run_training.sh looks for it."""
+    """Write rank 0's exit code to the file that the launcher of run_training.sh reads."""
     path = os.environ.get(EXIT_CODE_FILE)
     if path and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
@@ -197,21 +199,23 @@ def leave_exit_code(code: int) -> None:
 
 
 def compile_blocks(layers: nn.ModuleList) -> None:
-    """Compile each block in place: seconds instead of minutes, and names stay as they are.
+    """Compile each block in place: this takes seconds instead of minutes, and parameter names do not change.
 
-    Raises ConfigError where this machine has no compiler that torch can use, before the first update finds it out.
+    Raise ConfigError if torch has no usable compiler here, before the first step would fail.
     """
     try:
         torch.compile(torch.neg)(torch.ones(2, device=next(layers.parameters()).device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"training.compile: true - torch cannot compile here ({reason}) - set it to false") from None
+        raise ConfigError(
+            "training.compile", f"true: torch cannot compile here ({reason})", "set it to false"
+        ) from None
     for layer in layers:
         layer.compile()
 
 
 def machine_facts(runtime: Runtime) -> dict[str, str | int]:
-    """What bit-exactness depends on besides the config; a resume compares it, a checkpoint keeps it."""
+    """Return what bit-exactness depends on besides the config. A checkpoint stores it and a resume compares it."""
     device = runtime.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
@@ -226,5 +230,5 @@ def machine_facts(runtime: Runtime) -> dict[str, str | int]:
 
 
 def environment() -> MutableMapping[str, str]:
-    """The environment's variables, for the parts that are handed what they need of them."""
+    """Return the environment variables, for functions that take them as an argument."""
     return os.environ

@@ -10,8 +10,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next update; by default each update gives 100 MB back, and has every page of it
-    made anew: 10 % of its time (benchmarks/README.md). Who set MALLOC_* in the environment is left alone."""
+    """Let glibc keep freed memory for the next step, unless MALLOC_* is set in the environment.
+
+    By default each step returns 100 MB to the system and gets every page back: 10 % of its time (benchmarks/README.md).
+    """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, MAPPED)

@@ -1,4 +1,7 @@
-"""The number format of the products, and what a device computes."""
+"""The number format of the products, and the table of what a device computes.
+
+Every choice by a feature (precision, attention, decoding, Muon's dtype) reads `device_features`.
+"""
 
 import functools
 import os
@@ -12,7 +15,7 @@ from smollm2.errors import ConfigError
 
 @dataclass(frozen=True)
 class Precision:
-    """The number format of the products, and why it was taken."""
+    """The number format of the products, and why it was chosen."""
 
     name: str
     reason: str

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Signals that ask a run to stop: the first is remembered until a safe moment, the second ends the process."""
 
 import contextlib
 import os
@@ -11,25 +11,25 @@ from types import FrameType
 from smollm2.errors import Interrupted
 
 SAME_SIGNAL_SECONDS = 2.0
-"""A launcher passes on what the terminal already sent to every process: within this time it is the same request."""
+"""A launcher forwards a signal that the terminal already sent to every process: within this time both are one request."""
 
 
 class StopSignal:
-    """The first SIGINT, SIGTERM or SIGUSR1 is remembered until a safe moment; the second ends the process at once."""
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1 until a safe moment; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.number, self.came = 0, 0.0
+        self.number, self.received_at = 0, 0.0
         self.grace = SAME_SIGNAL_SECONDS if "LOCAL_RANK" in os.environ else 0.0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number and time.monotonic() - self.came >= self.grace:
+        if self.number and time.monotonic() - self.received_at >= self.grace:
             os._exit(128 + number)
         if not self.number:
-            self.number, self.came = number, time.monotonic()
+            self.number, self.received_at = number, time.monotonic()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block, in the main thread; elsewhere they stay the caller's."""
+        """Handle the signals inside the block, if this is the main thread; other threads keep the caller's handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -42,7 +42,7 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def raise_if_set(self) -> None:
-        """For work that keeps nothing: raises Interrupted."""
+        """Raise Interrupted if a signal was received, in work that has nothing to save."""
         if self.number:
             name = signal.Signals(self.number).name
             raise Interrupted(f"stopped by {name} before the first step; nothing was lost", self.number)

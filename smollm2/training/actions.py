@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smollm2.analysis.diagnostics import Look, measure_activations
+from smollm2.analysis.diagnostics import StepDiagnostics, measure_activations
 from smollm2.analysis.landscape import choose_side, choose_windows, list_points, measure_landscape
 from smollm2.errors import Interrupted, TrainingError
 from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks, spread
@@ -173,7 +173,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
         t, wandb = run.config.training, run.config.wandb
         needs_histograms = (wandb.enabled and wandb.log_gradients) or t.tensorboard
         self.run, self.problem = run, ""
-        self.look = Look(run.model, run.tracker.counted, histograms=needs_histograms)
+        self.look = StepDiagnostics(run.model, run.tracker.counted, histograms=needs_histograms)
 
     def __enter__(self) -> "Diagnostics":
         try:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import platform
-from typing import cast
 
 import torch
 
@@ -12,7 +11,6 @@ from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.config.schema import TrainingConfig
 from smollm2.errors import Interrupted, ResourceError, Smollm2Error
 from smollm2.formatting import format_bytes, format_estimate
-from smollm2.model.transformer import Block
 from smollm2.plan.describe import Plan, describe_origin, make_plan
 from smollm2.runtime.commands import shown_path, smollm2_command
 from smollm2.runtime.device import machine_facts
@@ -67,9 +65,9 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
 
 def describe_numerics(run: Run) -> str:
     """Return the precision, the attention backend and the compilation of the run."""
-    precision, block = run.runtime.precision, cast(Block, run.model.model.layers[0])
+    precision, backend = run.runtime.precision, run.model.model.attention_backend
     compiled = "each block, at the first step" if run.config.training.compile else "off"
-    return f"{precision.name}: {precision.reason}; attention: {block.self_attn.backend}; compile: {compiled}"
+    return f"{precision.name}: {precision.reason}; attention: {backend}; compile: {compiled}"
 
 
 def describe_validation(run: Run) -> str:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -24,10 +23,11 @@ from smollm2.data.windows import Windows
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.formatting import format_bytes
 from smollm2.model.attention import check_backend, choose_backend
-from smollm2.model.transformer import Block, SmolLM2
+from smollm2.model.transformer import SmolLM2
 from smollm2.plan.arithmetic import estimate_disk
 from smollm2.report.tracker import ReportTracker
 from smollm2.runtime.device import Runtime, compile_blocks, environment
+from smollm2.runtime.precision import device_features
 from smollm2.storage.atomic import write_atomically
 from smollm2.storage.run_folder import CONFIG, METRICS, REPORT, TOKENIZER
 from smollm2.tracking.base import Fanout, Fence, Tracker
@@ -151,14 +151,14 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
     model = SmolLM2(m).to(runtime.device)
     heads = (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     dtype, isolates = runtime.precision.dtype, config.data.document_mask
-    backend = choose_backend(t.attention, runtime.device.type, dtype, isolates=isolates)
+    features = device_features(runtime.device)
+    backend = choose_backend(t.attention, runtime.device.type, dtype, features, isolates=isolates)
     problem = check_backend(backend, runtime.device, dtype, heads, isolates=isolates)
     if problem:
         raise TrainingError(
             "training.attention", problem, f"use training.attention: {'eager' if backend == 'sdpa' else 'sdpa'}"
         )
-    for block in model.model.layers:
-        cast(Block, block).self_attn.backend = backend
+    model.model.attention_backend = backend
     model.model.checkpointing = t.gradient_checkpointing
     if t.compile:
         compile_blocks(model.model.layers)

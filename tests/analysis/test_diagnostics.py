@@ -15,7 +15,7 @@ from twins import small_model
 from two_ranks import run_ranks
 
 from smollm2.analysis import diagnostics
-from smollm2.analysis.diagnostics import Look, make_histograms, measure_activations
+from smollm2.analysis.diagnostics import StepDiagnostics, make_histograms, measure_activations
 from smollm2.checkpoint.discovery import load_checkpoint
 from smollm2.cli.main import main
 from smollm2.config.schema import TrainingConfig
@@ -41,9 +41,11 @@ def micro_batches() -> list[tuple[Tensor, Tensor]]:
     return [(ids[:4, :-1], ids[:4, 1:]), (ids[4:, :-1], ids[4:, 1:])]
 
 
-def update_under_a_look(runtime: Runtime, model: SmolLM2, *, histograms: bool = False) -> tuple[Look, StepResult]:
+def update_under_a_look(
+    runtime: Runtime, model: SmolLM2, *, histograms: bool = False
+) -> tuple[StepDiagnostics, StepResult]:
     optimizers = build_optimizers(model, TrainingConfig(optimizer="muon"))
-    look = Look(model, contextlib.nullcontext, histograms=histograms)
+    look = StepDiagnostics(model, contextlib.nullcontext, histograms=histograms)
     result = train_step(
         model, optimizers, micro_batches(), runtime, learning_rate=0.01, max_grad_norm=0.1, diagnostics=look
     )
@@ -86,7 +88,7 @@ def test_a_look_holds_no_copy_afterwards(runtime: Runtime) -> None:
 def test_what_a_look_takes_is_counted(runtime: Runtime) -> None:
     model, tracker = small_model(), Fanout([])
     accumulate_gradients(model, micro_batches(), runtime)
-    with Look(model, tracker.counted, histograms=False):
+    with StepDiagnostics(model, tracker.counted, histograms=False):
         entered = tracker.seconds
     assert 0 < entered < tracker.seconds
 

@@ -272,7 +272,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_landscape(
     assert not twice.exists()
     calls = itertools.count(100)
     assert draw(trained, "--output", str(twice)) == 0
-    assert "12 of them measured before" in capsys.readouterr().err
+    assert "12 of them measured earlier" in capsys.readouterr().err
     assert twice.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.partial"))
 

@@ -16,8 +16,9 @@ from smollm2.cli.main import main
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer
 from smollm2.data.windows import Windows
 from smollm2.errors import ConfigError, DataError
-from smollm2.inference.evaluation import Ratio, score_windows
-from smollm2.inference.text_windows import slide
+from smollm2.inference.evaluation import Comparison, Evaluation, compare_evaluations, score_text, score_windows
+from smollm2.inference.ratio import Ratio
+from smollm2.inference.text_windows import TextWindow, slide
 from smollm2.model.transformer import SmolLM2
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer naïve slings. "
@@ -169,7 +170,7 @@ def test_a_file_of_megabytes_is_read_in_bounded_memory(tokenizer: Tokenizer, tmp
 def test_what_a_tokenizer_cannot_express_is_counted(smollm2_tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2_tokenizer_folder))
     wide = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=16)
-    assert evaluate(wide, tokenizer, "a\x04b c")["unexpressed_bytes"] == 1
+    assert evaluate(wide, tokenizer, "a\x04b c")["unencodable_bytes"] == 1
 
 
 def test_a_text_without_a_target_is_refused(model: SmolLM2, tokenizer: Tokenizer) -> None:
@@ -179,8 +180,90 @@ def test_a_text_without_a_target_is_refused(model: SmolLM2, tokenizer: Tokenizer
 
 @pytest.mark.parametrize("stride", [0, 33])
 def test_a_stride_beyond_the_context_is_refused(stride: int, model: SmolLM2, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match=f"a stride of {stride} is not possible in a context of 32"):
+    with pytest.raises(ConfigError, match=f"stride: {stride} is out of range for a context of 32"):
         evaluate(model, tokenizer, TEXT, stride=stride)
+
+
+def test_the_default_context_is_the_trained_length_and_another_can_be_requested(tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=257, max_position_embeddings=64)
+    model.trained_length = 16
+    ids = [*tokenizer.encode(TEXT), tokenizer.end_of_text]
+    for requested, length in ((None, 16), (32, 32), (64, 64)):
+        found = evaluate(model, tokenizer, TEXT, context=requested)
+        assert (found["context"], found["stride"]) == (length, length // 2)
+        assert found["loss"] == pytest.approx(score_one_by_one(model, ids, length, length // 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("context", [0, 33])
+def test_a_context_beyond_the_models_positions_is_refused(context: int, model: SmolLM2, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=f"context: {context} is out of range: the model has 32 positions"):
+        evaluate(model, tokenizer, TEXT, context=context)
+
+
+def test_the_training_mode_comes_back_after_a_failed_evaluation(tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=257).train()
+    windows = iter([TextWindow(0, [1, 300, 2], 0)])
+    with pytest.raises((IndexError, RuntimeError)):
+        list(score_text(model, windows, tokenizer.bytes_per_token, None, batch_size=1))
+    assert model.training
+
+
+def test_the_training_mode_comes_back_after_an_evaluation_that_is_not_read_to_its_end(tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=257).train()
+    windows = iter([TextWindow(0, [1, 2, 3], 0)] * 9)
+    scored = score_text(model, windows, tokenizer.bytes_per_token, None, batch_size=1)
+    next(scored)
+    scored.close()  # type: ignore[attr-defined]
+    assert model.training
+
+
+def test_two_models_are_compared_by_the_paired_differences_of_their_windows(tokenizer: Tokenizer) -> None:
+    text = TEXT * 8
+    models = [small_model(seed, vocab_size=257, max_position_embeddings=32) for seed in (0, 1)]
+    first, second = (evaluate(model, tokenizer, text, keep_scores=True) for model in models)
+    found = compare_evaluations(first, second)
+    assert found is not None and found.interval is not None
+    assert found.difference == pytest.approx(second["bits_per_byte"] - first["bits_per_byte"])
+    assert found.interval[0] < found.difference < found.interval[1]
+    unpaired = first["bits_per_byte_interval"][1] - first["bits_per_byte_interval"][0]
+    assert found.interval[1] - found.interval[0] < 2 * unpaired
+    back = compare_evaluations(second, first)
+    assert back is not None and back.difference == pytest.approx(-found.difference)
+
+
+def test_a_model_does_not_differ_from_itself(model: SmolLM2, tokenizer: Tokenizer) -> None:
+    found = evaluate(model, tokenizer, TEXT, keep_scores=True)
+    same = compare_evaluations(found, found)
+    assert same == Comparison(0.0, (0.0, 0.0), found["parts"])
+    assert not same.is_significant
+
+
+def test_windows_that_do_not_hold_the_same_text_are_not_compared(model: SmolLM2, tokenizer: Tokenizer) -> None:
+    first, second = (evaluate(model, tokenizer, TEXT, context=n, keep_scores=True) for n in (32, 16))
+    assert compare_evaluations(first, second) is None
+
+
+def test_the_paired_interval_holds_the_true_difference_in_about_95_of_100_texts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(400):
+        sizes = torch.randint(20, 60, (80,), generator=generator).tolist()
+        hard = torch.randn(80, generator=generator) * 20  # what both models find hard
+        noise = torch.randn(2, 80, generator=generator)
+        scores = [
+            [
+                Evaluation((3 * size + float(h) + float(e) + extra * size) * math.log(2), size, size)
+                for size, h, e in rows
+            ]
+            for extra, rows in (
+                (0.0, zip(sizes, hard, noise[0], strict=True)),
+                (0.1, zip(sizes, hard, noise[1], strict=True)),
+            )
+        ]
+        found = compare_evaluations({"scores": scores[0]}, {"scores": scores[1]})
+        assert found is not None and found.interval is not None
+        hits += found.interval[0] <= 0.1 <= found.interval[1]
+    assert 0.92 <= hits / 400 <= 0.98
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +309,27 @@ def test_the_table_has_the_interval_and_a_row_for_each_document(
     assert lines[-1] == "and 20 more; --json lists all"
 
 
+def test_the_command_compares_several_models(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(run_folder / "checkpoints" / f"step_{step:04d}.pt") for step in (12, 4)]
+    flags = ["--input_file", str(run_folder / "input.txt")]
+    assert main(["evaluate", *names, *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in found["models"]] == names
+    losses = [row["bits_per_byte"] for row in found["models"]]
+    assert found["differences"][0]["difference"] == pytest.approx(losses[1] - losses[0])
+    assert main(["evaluate", *names, *flags, "--context", "16"]) == 0
+    out = capsys.readouterr().out
+    assert f"{names[1]} is worse than {names[0]} by " in out
+    assert out.count("context 16, stride 8") == 2
+
+
 MISTAKES = {
     "no checkpoint": (["absent.pt", "--input_file", "input.txt"], 4),
     "no text": (["checkpoints/step_0012.pt"], 2),
     "a text that is not there": (["checkpoints/step_0012.pt", "--input_file", "absent.txt"], 3),
     "a folder as text": (["checkpoints/step_0012.pt", "--input_file", "."], 3),
     "an empty separator": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--document_separator", ""], 2),
+    "a context that is too long": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--context", "9999"], 2),
     "a stride that is too long": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--stride", "99"], 2),
     "a run folder that is none": ([".", "--input_file", "input.txt"], 4),
     "no batch": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--batch_size", "0"], 2),

@@ -16,7 +16,7 @@ from twins import small_model, transformers_twin, without_bf16, write_hugging_fa
 
 from smollm2.cli.main import main
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer
-from smollm2.errors import ConfigError, DataError
+from smollm2.errors import ConfigError, DataError, TrainingError
 from smollm2.inference.decoding import Decoder
 from smollm2.inference.generation import Writer, generate, stream
 from smollm2.inference.sampling import Sampling, keep_likely, penalize, sample
@@ -72,18 +72,52 @@ def test_one_token_after_another_has_the_logits_of_the_whole_text(
     shape = (3, rows, model.config.num_key_value_heads, 128, model.config.head_dim)
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast:
-        cache, decoder = KeyValueCache(torch.zeros(rows).long(), shape, dtype), Decoder(model, dtype, rows)
+        cache = KeyValueCache(torch.zeros(rows).long(), shape, dtype, positions=128)
+        decoder = Decoder(model, dtype, rows)
         model.model.extend(ids[:, :60], cache)
         logits = torch.stack([decoder.step(token, cache) for token in ids[:, 60:].unbind(1)], 1)
         difference = (logits - model(ids)[:, 60:]).abs().max()
     assert difference < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
-def test_the_same_seed_gives_the_same_text_whatever_stands_beside_it(model: SmolLM2, tokenizer: Tokenizer) -> None:
+def test_a_text_depends_on_its_own_prompt_and_seed_not_on_the_rest_of_the_batch(
+    model: SmolLM2, tokenizer: Tokenizer
+) -> None:
     alone = generate(model, tokenizer, ["abc"], max_new_tokens=300, seed=3)
     torch.manual_seed(99)
-    assert generate(model, tokenizer, ["xyz" * 30, "abc", ""], max_new_tokens=300, seed=3)[1:2] == alone
+    assert generate(model, tokenizer, ["xyz" * 30, "abc", ""], max_new_tokens=300, seed=2)[1:2] == alone
     assert generate(model, tokenizer, ["abc"], max_new_tokens=300, seed=4) != alone
+
+
+def test_a_prompt_that_is_repeated_in_a_batch_gets_other_draws(model: SmolLM2, tokenizer: Tokenizer) -> None:
+    texts = generate(model, tokenizer, ["abc"] * 4, max_new_tokens=40, seed=3)
+    assert len(set(texts)) == 4
+
+
+def test_a_single_string_is_one_prompt(model: SmolLM2, tokenizer: Tokenizer) -> None:
+    assert generate(model, tokenizer, "abc", max_new_tokens=9) == generate(model, tokenizer, ["abc"], max_new_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("positions", "dtype"), [(100, torch.float32), (70, torch.float32), (128, torch.float32), (100, torch.bfloat16)]
+)
+def test_short_texts_continue_after_the_longest_of_the_batch_has_ended(
+    positions: int, dtype: torch.dtype, tokenizer: Tokenizer
+) -> None:
+    """The finished row keeps its place in the batch, at a position that the rotary table has."""
+    model = small_model(vocab_size=257, max_position_embeddings=positions)
+    prompts = ["x" * (positions - 8), "hello"]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        stop = [generate(model, tokenizer, prompts[0], max_new_tokens=8, temperature=0)[0][-2:]]
+        alone = [generate(model, tokenizer, [p], max_new_tokens=120, temperature=0, stop=stop)[0] for p in prompts]
+        assert generate(model, tokenizer, prompts, max_new_tokens=120, temperature=0, stop=stop) == alone
+
+
+def test_a_row_that_has_ended_stays_inside_the_positions_of_the_model() -> None:
+    cache = KeyValueCache(torch.tensor([0, 90]), (1, 2, 1, 128, 4), torch.float32, positions=100)
+    cache.advance(99)
+    found = [cache.advance(1)[0].flatten().tolist() for _ in range(4)]
+    assert found == [[99, 9], [99, 10], [99, 11], [99, 12]]
 
 
 def test_torchs_random_state_is_left_alone(model: SmolLM2, tokenizer: Tokenizer) -> None:
@@ -96,23 +130,25 @@ def test_a_prompt_longer_than_the_context_loses_its_start_and_that_is_said(
     model: SmolLM2, tokenizer: Tokenizer
 ) -> None:
     long, said = "word " * 60, []
-    pieces = stream(model, tokenizer, [long], [0], max_new_tokens=1, sampling=Sampling(temperature=0), say=said.append)
+    pieces = stream(
+        model, tokenizer, [long], [0], max_new_tokens=1, sampling=Sampling(temperature=0), report=said.append
+    )
     text = "".join(piece.text for piece in pieces)
-    assert said == ["the prompt has 300 tokens and the context 128: its first 172 are left out"]
+    assert said == ["the prompt has 300 tokens and the context 128: the first 172 are ignored"]
     assert [text] == generate(model, tokenizer, [long[-128:]], max_new_tokens=1, temperature=0)
 
 
 def test_a_full_context_slides_by_its_older_half(model: SmolLM2, tokenizer: Tokenizer) -> None:
     prompt, said = "x" * 120, []
     sampling = Sampling(temperature=0)
-    pieces = stream(model, tokenizer, [prompt], [0], max_new_tokens=10, sampling=sampling, say=said.append)
+    pieces = stream(model, tokenizer, [prompt], [0], max_new_tokens=10, sampling=sampling, report=said.append)
     ids = tokenizer.encode(prompt)
     for _ in range(10):
         window = ids if len(ids) <= 128 else ids[129 - 64 :]
         with torch.no_grad():
             ids.append(int(model(torch.tensor([window]))[0, -1].argmax()))
     assert "".join(piece.text for piece in pieces) == tokenizer.decode(ids[120:])
-    assert said == ["the context of 128 tokens is full: from here on the model sees the last 64"]
+    assert said == ["the context of 128 tokens is full: from now on the model reads the last 64"]
 
 
 def test_a_bf16_model_writes(model: SmolLM2, tokenizer: Tokenizer) -> None:
@@ -131,6 +167,22 @@ def test_sampling_follows_the_distribution_of_the_likeliest() -> None:
     sampling = Sampling(temperature=0.5, top_k=3)
     drawn = torch.tensor(sample(logits.expand(4000, -1), sampling, [[]] * 4000, generators))
     assert (drawn.bincount(minlength=4) / 4000 - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 1e-45, 1e-300])
+def test_a_temperature_that_underflows_draws_the_most_likely_token(temperature: float) -> None:
+    logits = torch.tensor([[2.0, 5.0, -1.0], [0.25, 0.0, 0.125]])
+    generators = [torch.Generator().manual_seed(0)] * 2
+    assert sample(logits, Sampling(temperature=temperature, top_k=None), [[], []], generators) == [1, 0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_reported_as_our_own_error(value: float, temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, value, 1.0]])
+    generators = [torch.Generator().manual_seed(0)] * 2
+    with pytest.raises(TrainingError, match="the model's logits: NaN or infinite"):
+        sample(logits, Sampling(temperature=temperature), [[], []], generators)
 
 
 SETTINGS = [
@@ -171,7 +223,15 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": float("nan")}]
+    "value",
+    [
+        {"temperature": -1},
+        {"top_k": 0},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"repetition_penalty": float("nan")},
+        {"repetition_penalty": 1e-40},
+    ],
 )
 def test_an_impossible_setting_is_refused_by_name(value: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(value))):
@@ -218,7 +278,7 @@ def test_text_ends_before_the_first_stop_string(
 
 
 def test_an_id_beyond_the_model_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="gives id 120 and the model has 100"):
+    with pytest.raises(DataError, match="encodes the prompt with id 120, but the model has 100 ids"):
         generate(small_model(vocab_size=100), tokenizer, ["x"])
 
 
@@ -323,8 +383,8 @@ def test_into_a_pipe_generated_text_goes_as_it_is(
 MISTAKES = {
     "no model": (["absent.pt"], 4, "absent.pt: does not exist"),
     "a folder without a model": (["."], 4, "holds no checkpoint"),
-    "no best": ([".", "--best"], 4, "best.json - there is no such file"),
-    "a cold temperature": (["x.pt", "--temperature", "-1"], 2, "temperature - -1.0 will not do"),
+    "no best": ([".", "--best"], 4, "best.json: not found"),
+    "a cold temperature": (["x.pt", "--temperature", "-1"], 2, "temperature: -1.0 is out of range"),
     "no tokens": (["x.pt", "--max_new_tokens", "0"], 2, "--max_new_tokens - 0 will not do"),
     "a seed below 0": (["x.pt", "--seed", "-1"], 2, "--seed - -1 will not do"),
     "a device that is not here": (["x.pt", "--device", "cuda"], 2, "--device - torch finds no cuda GPU here"),

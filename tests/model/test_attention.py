@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smollm2.model import attention
 
@@ -157,22 +158,57 @@ def test_the_check_leaves_the_random_state_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+class ProductsInTf32(TorchDispatchMode):
+    """Rounds the inputs of float32 products to 10 bits of mantissa, as a GPU does in tf32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default, torch.ops.aten.baddbmm.default):
+            args = tuple(round_to_tf32(x) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    return (((x.contiguous().view(torch.int32) + 0x1000) >> 13) << 13).view(torch.float32)
+
+
+@pytest.mark.parametrize("isolates", [False, True])
+@pytest.mark.parametrize("backend", ["blocks", "eager"])
+def test_the_check_accepts_the_rounding_of_tf32_where_it_was_requested_and_only_there(
+    backend: str, isolates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = (backend, torch.device("cpu"), torch.float32, (4, 2, 16))
+    with ProductsInTf32():
+        strict = attention.check_backend(*case, isolates=isolates)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        assert attention.check_backend(*case, isolates=isolates) is None
+    assert strict is not None and "differs from the reference" in strict
+
+
+MODERN, OLD = frozenset({"fp16", "bf16", "tf32", "varlen"}), frozenset({"fp16"})
+"""The features of GPUs of compute capability 8 and more, and of a T4 or V100."""
+
+
 @pytest.mark.parametrize(
-    ("requested", "device", "dtype", "isolates", "chosen"),
+    ("requested", "device", "dtype", "features", "isolates", "chosen"),
     [
-        ("auto", "cpu", torch.bfloat16, False, "blocks"),
-        ("auto", "cpu", torch.bfloat16, True, "blocks"),
-        ("auto", "cpu", torch.float32, False, "sdpa"),
-        ("auto", "cpu", torch.float32, True, "sdpa"),
-        ("auto", "cuda", torch.bfloat16, False, "sdpa"),
-        ("auto", "cuda", torch.bfloat16, True, "varlen"),
-        ("auto", "cuda", torch.float16, True, "varlen"),
-        ("auto", "cuda", torch.float32, True, "sdpa"),
-        ("auto", "mps", torch.float32, True, "sdpa"),
-        ("eager", "cpu", torch.bfloat16, True, "eager"),
-        ("sdpa", "cuda", torch.bfloat16, True, "sdpa"),
-        ("flex", "cuda", torch.bfloat16, False, "flex"),
+        ("auto", "cpu", torch.bfloat16, frozenset({"bf16"}), False, "blocks"),
+        ("auto", "cpu", torch.bfloat16, frozenset({"bf16"}), True, "blocks"),
+        ("auto", "cpu", torch.float32, frozenset(), False, "sdpa"),
+        ("auto", "cpu", torch.float32, frozenset(), True, "sdpa"),
+        ("auto", "cuda", torch.bfloat16, MODERN, False, "sdpa"),
+        ("auto", "cuda", torch.bfloat16, MODERN, True, "varlen"),
+        ("auto", "cuda", torch.float16, MODERN, True, "varlen"),
+        ("auto", "cuda", torch.float16, OLD, True, "sdpa"),
+        ("auto", "cuda", torch.float16, OLD, False, "sdpa"),
+        ("auto", "cuda", torch.float32, MODERN, True, "sdpa"),
+        ("auto", "mps", torch.float32, frozenset({"fp16", "bf16"}), True, "sdpa"),
+        ("auto", "mps", torch.bfloat16, frozenset({"fp16", "bf16"}), True, "sdpa"),
+        ("eager", "cpu", torch.bfloat16, frozenset({"bf16"}), True, "eager"),
+        ("sdpa", "cuda", torch.bfloat16, MODERN, True, "sdpa"),
+        ("flex", "cuda", torch.bfloat16, MODERN, False, "flex"),
     ],
 )
-def test_the_choice_is_a_table(requested: str, device: str, dtype: torch.dtype, isolates: bool, chosen: str) -> None:
-    assert attention.choose_backend(requested, device, dtype, isolates=isolates) == chosen
+def test_the_choice_is_a_table_over_device_dtype_and_features(
+    requested: str, device: str, dtype: torch.dtype, features: frozenset[str], isolates: bool, chosen: str
+) -> None:
+    assert attention.choose_backend(requested, device, dtype, features, isolates=isolates) == chosen

@@ -80,8 +80,7 @@ def test_order_reaches_the_first_attention_output() -> None:
 
 def model_on(backend: str) -> SmolLM2:
     model = small_model().eval()
-    for block in model.model.layers:
-        block.self_attn.backend = backend
+    model.model.attention_backend = backend
     return model
 
 
@@ -137,8 +136,7 @@ def test_compiled_blocks_compute_the_same_with_documents_and_checkpointing() -> 
         results = []
         for model in (plain, compiled):
             model.model.checkpointing = True
-            for block in model.model.layers:
-                block.self_attn.backend = backend
+            model.model.attention_backend = backend
             model.zero_grad()
             losses = [model(tokens(0), tokens(1), document_ids)[0] for document_ids in (None, TWO_DOCUMENTS)]
             sum(losses).backward()

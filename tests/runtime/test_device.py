@@ -12,6 +12,9 @@ def test_a_machine_without_a_compiler_is_told_before_the_first_update() -> None:
     layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     without = {"cpp.cxx": (None, "/absent/compiler"), "force_disable_caches": True}
     torch.compiler.reset()
-    with torch._inductor.config.patch(without), pytest.raises(ConfigError, match=r"training\.compile: true .* set it"):
+    with (
+        torch._inductor.config.patch(without),
+        pytest.raises(ConfigError, match=r"training\.compile: true: torch cannot compile .* Set it"),
+    ):
         compile_blocks(layers)
     torch.compiler.reset()

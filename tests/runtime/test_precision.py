@@ -1,14 +1,21 @@
 """The precision is a table; what this machine lacks is refused."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config
-from twins import without_bf16
+from torch.utils._python_dispatch import TorchDispatchMode
+from twins import small_model, without_bf16
 
+from smollm2.analysis.diagnostics import make_histograms, measure_activations
 from smollm2.cli.main import main
+from smollm2.config.schema import TrainingConfig
+from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import ConfigError
+from smollm2.inference.generation import generate
+from smollm2.runtime.device import start_runtime
 from smollm2.runtime.precision import choose_precision, has_bf16_units, packs_weights
 
 
@@ -92,3 +99,41 @@ def test_weights_are_packed_only_in_a_dtype_that_onednn_multiplies_here() -> Non
             rows = torch.ones(2, 8, dtype=dtype)
             assert (torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "") == 8).all()
     assert not packs_weights(torch.int64)
+
+
+@pytest.mark.parametrize("name", ["float32", "tf32"])
+def test_a_run_sets_the_precision_of_float32_products_whatever_an_earlier_run_set(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr("smollm2.runtime.device.device_features", lambda device: frozenset({"tf32"}))
+    try:
+        for earlier in ("highest", "high"):
+            torch.set_float32_matmul_precision(earlier)
+            start_runtime(TrainingConfig.model_validate({"precision": name}))
+            assert torch.get_float32_matmul_precision() == ("high" if name == "tf32" else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
+def test_an_apple_gpu_measures_a_model_without_float64() -> None:
+    model = small_model().to("mps")
+    found = measure_activations(model, torch.zeros(1, 32, dtype=torch.int64, device="mps"))
+    assert all(math.isfinite(value) for block in found.values() for value in block.values())
+    assert sum(make_histograms({"a": torch.randn(1000, device="mps")})["a"].counts) == 1000
+    assert generate(small_model(vocab_size=257).to("mps"), load_tokenizer("bytes"), "ab", max_new_tokens=4)
+
+
+def test_diagnostics_make_no_float64_tensor() -> None:
+    """MPS has no float64; any that is made on the model's device would end a run there."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), func
+            return out
+
+    with NoFloat64():
+        measure_activations(small_model(), torch.zeros(1, 32, dtype=torch.int64))
+        make_histograms({"a": torch.randn(1000)})

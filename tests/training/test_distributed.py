@@ -343,7 +343,7 @@ def test_out_of_memory_where_the_ranks_meet_ends_all_with_one_sentence_of_that_r
     ended = run_ranks(on_rank_1_before_step(6, have_no_room_for_gradients, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [6, 6], ended
     assert "error: rank 1: training.batch_size: 4: out of memory. Lower it" in ended[1].err
-    assert "rank 1 ended with exit code 6 and says why" in ended[0].err
+    assert "rank 1 ended with exit code 6 and reports why" in ended[0].err
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
@@ -381,7 +381,7 @@ def test_a_rank_that_stalls_is_named_and_the_run_ends(tmp_path: Path) -> None:
     work = on_rank_1_before_step(6, lambda model: time.sleep(60), training_with("--training.rank_timeout", "5"))
     ended = run_ranks(work, tmp_path)
     assert [rank.code for rank in ended] == [5, 5], ended
-    assert "rank 1 is behind: it stands at step 6, " in ended[0].err
+    assert "rank 1 is behind, at step 6, " in ended[0].err
     assert ended[0].seconds < 5 + 10
     assert ended[1].seconds < 25
 
@@ -401,7 +401,7 @@ def test_a_rank_that_takes_long_over_a_save_is_named_and_waited_for(tmp_path: Pa
 
     ended = run_ranks(slow, tmp_path)
     assert [rank.code for rank in ended] == [0, 0], ended
-    assert "rank 0 is behind: it stands at step 12, a save" in ended[1].err
+    assert "rank 0 is behind, at step 12, a save" in ended[1].err
 
 
 def wait_for_step(folder: Path, ranks: Ranks) -> None:
