@@ -226,8 +226,8 @@ def out_of_memory(*arguments: object, **named: object) -> None:
     ("owner", "name", "said"),
     [
         (actions, "generate", "step 6: skipped the sample after 'a' (RuntimeError: DefaultCPU"),
-        (actions.Look, "__enter__", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
-        (actions.Look, "__exit__", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
+        (actions.StepDiagnostics, "__enter__", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
+        (actions.StepDiagnostics, "__exit__", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
         (actions, "measure_activations", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
         (actions, "measure_landscape", "step 12: skipped the loss landscape (RuntimeError: DefaultCPU"),
     ],
