@@ -27,7 +27,7 @@ from smollm2.training.loop import train
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return load_tokenizer("bytes", report=print)
+    return load_tokenizer("bytes")
 
 
 @pytest.fixture(scope="module")

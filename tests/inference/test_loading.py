@@ -40,7 +40,7 @@ def test_a_folder_with_theta_at_top_level_as_transformers_4_wrote_it(tmp_path: P
 
 
 def test_a_folder_brings_its_tokenizer(tmp_path: Path) -> None:
-    load_tokenizer("bytes", report=print).save(tmp_path)
+    load_tokenizer("bytes").save(tmp_path)
     write_hugging_face_folder(small_model(), tmp_path)
     _, tokenizer = load_model(tmp_path)
     assert tokenizer.decode(tokenizer.encode("naïve")) == "naïve"
@@ -107,7 +107,7 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
-    load_tokenizer("bytes", report=print).save(tmp_path)
+    load_tokenizer("bytes").save(tmp_path)
     model = small_model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = value
