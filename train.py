@@ -1,7 +1,7 @@
 """The user's entry: `python train.py ...` is `smollm2 train ...`.
 
-It is read by any Python 3. Where the Python at hand is too old or lacks the package's dependencies, the same command
-starts again with the one in .venv beside this file; where that cannot help either, one line says what to do.
+Any Python 3 can parse this file. If the Python that runs it is too old or lacks the package's dependencies, the same
+command starts again with the Python in .venv beside this file; if that cannot train either, one line says what to do.
 """
 
 import os
@@ -26,18 +26,18 @@ DEPENDENCIES = [
 ]
 
 
-def name_what_is_missing() -> str:
-    """What this Python lacks, in words; empty where it can train. Nothing is imported for the answer."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - the file is also started by older ones
-        return "it is older than 3.11"
+def describe_missing() -> str:
+    """Return what this Python lacks, or an empty string if it can train. No dependency is imported."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - older Pythons start this file too
+        return "is older than 3.11"
     from importlib.util import find_spec
 
     missing = [name for name in DEPENDENCIES if find_spec(name) is None]
-    return "it has no " + ", ".join(missing) if missing else ""
+    return "lacks " + ", ".join(missing) if missing else ""
 
 
 def start_again(python: str) -> int:
-    """The same command with another Python; returns only on Windows, where a process cannot become another."""
+    """Run the same command with another Python; return only on Windows, where a process cannot be replaced."""
     os.environ[STARTED_AGAIN] = "1"
     command = [python, str(HERE / "train.py")] + sys.argv[1:]  # noqa: RUF005 - older Pythons read this
     if os.name == "nt":
@@ -48,9 +48,9 @@ def start_again(python: str) -> int:
 
 
 def run() -> int:
-    """Train here, or with .venv's Python, or say why neither is possible."""
+    """Train here or with the Python in .venv, or print why neither is possible; return the exit code."""
     is_second_start = os.environ.pop(STARTED_AGAIN, "") != ""
-    problem = name_what_is_missing()
+    problem = describe_missing()
     if not problem:
         from smollm2.cli.main import main
 
@@ -60,7 +60,7 @@ def run() -> int:
         if python.exists() and not is_second_start:
             return start_again(str(python))
     script = str(HERE / "scripts" / "environment.sh")
-    sys.stderr.write(sys.executable + " - this Python cannot train: " + problem + " - run " + script + " once\n")
+    sys.stderr.write(sys.executable + ": " + problem + ". Run " + script + " once.\n")
     return 2
 
 

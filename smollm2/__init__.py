@@ -1,6 +1,6 @@
 """SmolLM2 Training: text goes in, a model that the world can load comes out.
 
-The public names are loaded when they are first used, so that `import smollm2` costs no torch.
+Public names are imported when they are first used, so that `import smollm2` does not import torch.
 """
 
 from importlib import import_module
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from smollm2.config.reading import load_config
+    from smollm2.config.schema import Config
+    from smollm2.errors import Interrupted, Smollm2Error
     from smollm2.exporting.hugging_face import export
     from smollm2.inference.evaluation import evaluate
     from smollm2.inference.generation import generate
@@ -15,9 +17,22 @@ if TYPE_CHECKING:
     from smollm2.training.loop import train
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "export", "generate", "load_config", "load_model", "train"]
+__all__ = [
+    "Config",
+    "Interrupted",
+    "Smollm2Error",
+    "evaluate",
+    "export",
+    "generate",
+    "load_config",
+    "load_model",
+    "train",
+]
 
-_HOME_OF = {
+_MODULES = {
+    "Config": "smollm2.config.schema",
+    "Interrupted": "smollm2.errors",
+    "Smollm2Error": "smollm2.errors",
     "evaluate": "smollm2.inference.evaluation",
     "export": "smollm2.exporting.hugging_face",
     "generate": "smollm2.inference.generation",
@@ -28,6 +43,6 @@ _HOME_OF = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module 'smollm2' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

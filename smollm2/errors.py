@@ -1,12 +1,12 @@
-"""Everything that can go wrong for a reason that a user can mend.
+"""Everything that can fail for a reason that a user can correct, with the exit codes.
 
     Smollm2Error
     ├── ConfigError      2   a key, a value, a flag, a missing extra
     ├── DataError        3   the text, the tokenizer, the token cache
     ├── CheckpointError  4   a checkpoint or an export that is absent, damaged or foreign
-    ├── TrainingError    5   a run that cannot go on: numbers, a failed check, ranks that disagree
+    ├── TrainingError    5   a run that cannot continue: numbers, a failed check, ranks that disagree
     ├── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
-    └── Interrupted      130, 143 or 138: SIGINT, SIGTERM or SIGUSR1 asked the run to end; 0: its time limit did
+    └── Interrupted      130, 143 or 138 after SIGINT, SIGTERM or SIGUSR1; 75 at training.time_limit: the run is saved and can be resumed
 
 A message has three parts, given as three arguments and laid out here: `where: what is wrong (with the value). What to do.`
 """
@@ -14,11 +14,14 @@ A message has three parts, given as three arguments and laid out here: `where: w
 from pathlib import Path
 
 EXIT_CODE_FILE = "SMOLLM2_EXIT_CODE_FILE"
-"""The variable that names the file in which rank 0 leaves its exit code: torchrun returns 1 whatever the ranks return."""
+"""The variable that names the file to which rank 0 writes its exit code: torchrun returns 1 whatever the ranks return."""
+
+TIME_LIMIT_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: a job system can tell a run that reached its time limit from one that is done."""
 
 
 class Smollm2Error(Exception):
-    """A failure that a user can cause and mend; `exit_code` is what the command returns.
+    """A failure that a user can cause and correct; `exit_code` is what the command returns.
 
     If several processes fail for the same reason, only the one with the number `rank` reports it.
     """
@@ -61,7 +64,7 @@ class CheckpointError(Smollm2Error):
 
 
 class TrainingError(Smollm2Error):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
     exit_code = 5
 
@@ -73,9 +76,9 @@ class ResourceError(Smollm2Error):
 
 
 class Interrupted(Smollm2Error):
-    """A signal, or the time limit (number 0), asked for the end; work in progress was put away."""
+    """A signal, or the time limit (number 0), ended the run; it is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
-        self.exit_code = 128 + signal_number if signal_number else 0
+        self.exit_code = 128 + signal_number if signal_number else TIME_LIMIT_EXIT_CODE

@@ -94,7 +94,7 @@ def test_without_an_environment_one_line_says_what_to_run(checkout: Path, bare_p
     code, shown, said = run(bare_python, checkout / "train.py", cwd=tmp_path)
     assert (code, shown) == (2, "")
     assert said.count("\n") == 1
-    assert f"run {checkout / 'scripts' / 'environment.sh'} once" in said
+    assert f"Run {checkout / 'scripts' / 'environment.sh'} once." in said
 
 
 def test_an_environment_that_lacks_the_dependencies_is_tried_once(

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from smollm2.cli import main as cli
+from smollm2.cli.run_flags import load_run_config
+from smollm2.cli.train import LAUNCHER
 from smollm2.config.reading import load_config
 from smollm2.errors import EXIT_CODE_FILE, ConfigError, Smollm2Error
 from smollm2.formatting import format_estimate
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     sys.argv = ["train.py", *flags]
-    os.environ[cli.LAUNCHER] = describe_launcher(os.environ)
+    os.environ[LAUNCHER] = describe_launcher(os.environ)
     code = train_together(processes, flags) if processes > 1 else cli.main(["train", *flags])
     if code == 0 and not {"-h", "--help"} & set(given):
         print(describe_next_steps())
@@ -96,7 +98,7 @@ def choose_config(flags: list[str], machine: Machine, processes: int) -> list[st
 
 def estimate_here(flags: Sequence[str], machine: Machine) -> float:
     """Return the seconds of a run with these flags, from an earlier run here or from a measurement of the products."""
-    config = cli.load_run_config(cli.build_parser().parse_args(["train", *flags]))[0]
+    config = load_run_config(cli.build_parser().parse_args(["train", *flags]))[0]
     throughput = find_throughput(config, machine)
     if machine.is_cpu and not throughput.measured:
         import torch  # which training needs anyway

@@ -105,7 +105,7 @@ def load_config_with_origins(
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag `--section.key` for each key, with its sentence, what it takes and its default."""
     for name, section in SECTIONS.items():
-        group = parser.add_argument_group(f"{name}: {(section.__doc__ or '').strip()}")
+        group = parser.add_argument_group(name, section.__doc__)
         for key in (key for key in KEYS if key.startswith(f"{name}.")):
             text = f"{describe_key(key)} ({describe_kind(key)}; default: {describe_default(key)})"
             group.add_argument(f"--{key}", metavar="VALUE", dest=key, help=text.replace("%", "%%"))

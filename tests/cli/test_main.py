@@ -1,4 +1,4 @@
-"""The command line: what it costs to ask, one line for each mistake, exit codes, and the command to go on with."""
+"""The command line: CPU time of a question, one line for each mistake, exit codes, and the command that resumes."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from runs import TINY, WORDS, metrics, outcome, write_tiny
 
-from smollm2.cli.main import main, resume_command
+from smollm2.cli.main import main
+from smollm2.cli.train import resume_command
 
 
 def run(*arguments: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -28,6 +29,7 @@ def run(*arguments: str, folder: Path, **options: object) -> subprocess.Complete
 
 ASKING = {
     "help": (["--help"], 0),
+    "version": (["--version"], 0),
     "help of train": (["train", "--help"], 0),
     "plan": (["plan", "--preset", "smollm2-135m"], 0),
     "a config error": (["train", "--training.learning_rate", "fast"], 2),
@@ -59,20 +61,30 @@ def test_asking_loads_neither_torch_nor_numpy_and_takes_under_0_6_s_of_cpu(
 
 
 MISTAKES = {
-    "an unknown flag": (["--training.learnin_rate", "1"], 2, "did you mean training.learning_rate?"),
+    "an unknown flag": (["--training.learnin_rate", "1"], 2, "Did you mean --training.learning_rate?"),
+    "a flag without its section": (["--eval_interval", "20"], 2, "Did you mean --training.eval_interval?"),
+    "a flag of another project": (["--lr=1"], 2, "--lr: unknown option. Did you mean --training.learning_rate?"),
+    "a short flag with a typing error": (["--resum", "auto"], 2, "--resum: unknown option. Did you mean --resume?"),
+    "a flag that resembles none": (["--zzz"], 2, "--zzz: unknown option. See smollm2 train --help."),
+    "a text without its flag": (["input.txt"], 2, "Did you mean --input_file input.txt?"),
     "an unknown key in the file": (
         ["--config", "wrong.yaml"],
         2,
-        "wrong.yaml:2: training.lr: unknown key; did you mean",
+        "wrong.yaml:2: training.lr: unknown key. Did you mean",
     ),
-    "a value that is no number": (
+    "a value that is not a number": (
         ["--train_steps", "many"],
         2,
-        "--train_steps: training.train_steps: many will not do",
+        "--train_steps: must be a whole number from 1 to 1,000,000,000 (got 'many')",
     ),
-    "a preset that does not exist": (["--preset", "nanno"], 2, "did you mean nano?"),
-    "two places to resume from": (["--resume", "auto", "--checkpoint_path", "x"], 2, "give one of them"),
-    "one key twice": (["--save_dir", "a", "--training.save_dir", "b"], 2, "set the same key training.save_dir"),
+    "a preset that does not exist": (["--preset", "nanno"], 2, "Did you mean nano?"),
+    "two places to resume from": (["--resume", "auto", "--checkpoint_path", "x"], 2, "Use one of the two."),
+    "one key twice": (
+        ["--save_dir", "a", "--training.save_dir", "b"],
+        2,
+        "--save_dir: --training.save_dir sets the same",
+    ),
+    "the root folder as run folder": (["--save_dir", "/"], 2, "--save_dir: must be a path (got '/')"),
     "an input that is not there": (["--input_file", "absent.txt"], 3, "absent.txt: file not found"),
     "the default input asked for by name": (["--input_file", "nowhere/input.txt"], 3, "nowhere/input.txt"),
     "a folder as input": (["--input_file", "."], 3, "it is a folder"),
@@ -94,7 +106,7 @@ MISTAKES = {
     ),
     "a checkpoint that is none": (["--checkpoint_path", "input.txt"], 4, "input.txt - "),
     "a file in the run folder's place": (["--save_dir", "input.txt"], 6, "input.txt: cannot be written"),
-    "fp16 on a CPU": (["--training.precision", "fp16"], 2, "fp16 needs a CUDA GPU"),
+    "fp16 on a CPU": (["--training.precision", "fp16"], 2, "training.precision: fp16: a CPU computes fp16"),
 }
 FILES = {
     "wrong.yaml": b"training:\n  lr: 1e-4\n",
@@ -176,7 +188,7 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: 
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"stopped by {name} after step " in error
-    assert "Go on with: smollm2 train --resume auto" in error
+    assert "Resume with: smollm2 train --resume auto" in error
     assert run("train", "--resume", "auto", folder=tmp_path).returncode == 0
     assert run("train", "--save_dir", "whole", folder=tmp_path).returncode == 0
     assert outcome(tmp_path / "checkpoints", 150) == outcome(tmp_path / "whole", 150)
@@ -234,5 +246,5 @@ def test_with_wandb_and_no_key_the_run_is_mirrored_offline_and_says_how_to_uploa
     said = [line for line in done.stdout.splitlines() if "W&B" in line]
     assert len(said) == 3
     assert "offline, no key for" in said[0] and "will be uploaded" in said[1]
-    folder = said[2].partition("upload it with: wandb sync ")[2]
+    folder = said[2].partition("Upload it with: wandb sync ")[2]
     assert list((tmp_path / folder).glob("*.wandb"))

@@ -312,8 +312,8 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines(load: Loader) -> 
         ["config.yaml:5:", "model.norm:", "must"],
         ["config.yaml:6:", "model.norm:", "is"],
         ["argument", "data.inputt:", "unknown"],
-        ["--training.seed:", "must", "be"],
         ["--train_steps:", "must", "be"],
+        ["--training.seed:", "must", "be"],
     ]
 
 

@@ -1,0 +1,135 @@
+"""`smollm2 evaluate`: loss, perplexity and bits per byte of a model on a text."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smollm2.cli.flags import (
+    Commands,
+    Parser,
+    add_command,
+    add_device_flag,
+    choose_device,
+    path,
+    print_note,
+    separator,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from smollm2.inference.evaluation import Comparison
+
+SHOWN_DOCUMENTS = 20
+"""Rows of the table of `--per_document`."""
+
+
+def add_parser(commands: "Commands[Parser]") -> None:
+    """Add `smollm2 evaluate`."""
+    text = "Score each token of a text once, in windows of the trained length, and print the loss. Several models are compared."
+    summary = "loss, perplexity and bits per byte of models on a text"
+    parser = add_command(commands, "evaluate", run, summary, text)
+    text = (
+        "a .pt file, a run folder (its newest checkpoint) or a Hugging Face folder; several are compared with the first"
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", type=path, help=text)
+    parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
+    add_device_flag(parser)
+    text = "text file, UTF-8; - is standard input"
+    parser.add_argument("--input_file", metavar="FILE", required=True, type=path, help=text)
+    text = "tokens of a window; default: as many as the model was trained on"
+    parser.add_argument("--context", type=whole_number(1, 2**24), metavar="N", help=text)
+    text = "tokens between two windows; default: half the context"
+    parser.add_argument("--stride", type=whole_number(1, 2**24), metavar="N", help=text)
+    text = "windows in one forward pass; default: 8"
+    parser.add_argument("--batch_size", type=whole_number(1, 10**6), default=8, metavar="N", help=text)
+    text = r"text between two documents, such as \f or \n\n; default: as the checkpoint was trained"
+    parser.add_argument("--document_separator", metavar="TEXT", type=separator, help=text)
+    parser.add_argument("--per_document", action="store_true", help="score each document alone, and list them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score the text with each model and print the tables and comparisons, or one JSON object."""
+    from smollm2.inference.evaluation import compare_evaluations
+
+    results = [evaluate_model(args, name) for name in args.models]
+    comparisons = [compare_evaluations(results[0], other) for other in results[1:]] if len(results) > 1 else []
+    for found in results:
+        found.pop("scores", None)
+    if args.json and not comparisons:
+        print(json.dumps(results[0]))
+        return
+    if args.json:
+        rows = [{"model": name, **found} for name, found in zip(args.models, results, strict=True)]
+        differences = [comparison and dataclasses.asdict(comparison) for comparison in comparisons]
+        print(json.dumps({"models": rows, "differences": differences}))
+        return
+    for name, found in zip(args.models, results, strict=True):
+        if comparisons:
+            print(f"{name}:")
+        print("\n".join(describe_evaluation(found)))
+    for name, comparison in zip(args.models[1:], comparisons, strict=True):
+        print(describe_comparison(args.models[0], name, comparison))
+
+
+def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Return the evaluation of one model, with documents read as it was trained."""
+    from smollm2.config.schema import DataConfig
+    from smollm2.inference.evaluation import evaluate
+    from smollm2.inference.loading import load_source, read_config
+
+    device = choose_device(args)
+    model, tokenizer, state = load_source(Path(name), best=args.best, report=print_note)
+    data = read_config(state, Path(name)).data if state else DataConfig()
+    del state  # the optimizer's moments are two thirds of a checkpoint
+    return evaluate(
+        model.to(device),
+        tokenizer,
+        Path(args.input_file),
+        batch_size=args.batch_size,
+        context=args.context,
+        stride=args.stride,
+        separator=args.document_separator or data.document_separator,
+        per_document=args.per_document,
+        document_mask=data.document_mask,
+        report=print_note,
+        keep_scores=len(args.models) > 1,
+    )
+
+
+def describe_comparison(first: str, second: str, comparison: "Comparison | None") -> str:
+    """Return the line that compares two models."""
+    if comparison is None:
+        return f"{second}: not comparable window by window with {first}: use the same --context and --stride, or --per_document"
+    if not comparison.difference:
+        return f"{second} and {first} are equal in bits per byte, over {comparison.parts:,} parts"
+    better = "better" if comparison.difference < 0 else "worse"
+    bounds = f", 95 %: {comparison.interval[0]:+.4f} to {comparison.interval[1]:+.4f}" if comparison.interval else ""
+    chance = "" if comparison.is_significant else "; this may be chance"
+    return (
+        f"{second} is {better} than {first} by {abs(comparison.difference):.4f} bits per byte "
+        f"({comparison.difference:+.4f}{bounds}){chance}"
+    )
+
+
+def describe_evaluation(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table."""
+    for name, unit in (("loss", "nats per token"), ("perplexity", ""), ("bits_per_byte", "")):
+        interval = found[f"{name}_interval"]
+        bounds = f"  95 %: {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+        yield f"{name:<16}{found[name]:>12.4f}{bounds}{f'  {unit}' if unit else ''}"
+    kind = "documents" if "documents" in found else "windows"
+    yield f"{'tokens':<16}{found['tokens']:>12,}  in {found['parts']:,} {kind}, context {found['context']:,}, stride {found['stride']:,}"
+    yield f"{'bytes':<16}{found['bytes']:>12,}"
+    if found["unencodable_bytes"]:
+        yield f"{found['unencodable_bytes']:,} bytes of the text cannot be encoded by this tokenizer and were not scored"
+    documents = found.get("documents", [])
+    if documents:
+        yield f"\n{'document':>8}{'loss':>12}{'perplexity':>14}{'bits_per_byte':>15}{'tokens':>12}"
+    for number, row in enumerate(documents[:SHOWN_DOCUMENTS], 1):
+        yield f"{number:>8}{row['loss']:>12.4f}{row['perplexity']:>14.4f}{row['bits_per_byte']:>15.4f}{row['tokens']:>12,}"
+    if len(documents) > SHOWN_DOCUMENTS:
+        yield f"and {len(documents) - SHOWN_DOCUMENTS:,} more; --json lists all"

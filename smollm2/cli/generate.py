@@ -1,0 +1,207 @@
+"""`smollm2 generate`: text from a checkpoint or an exported folder."""
+
+import argparse
+import io
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smollm2.cli.flags import (
+    Commands,
+    Parser,
+    add_command,
+    add_device_flag,
+    add_model_flags,
+    choose_device,
+    number,
+    path,
+    print_note,
+    unescape,
+    whole_number,
+)
+from smollm2.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from smollm2.inference.generation import Piece
+
+Write = Callable[[Sequence[str], Sequence[int]], "Iterator[Piece]"]
+"""Prompts and their seeds -> pieces of text."""
+
+NUMBERS: list[tuple[str, Callable[[str], float], float, str]] = [
+    ("max_new_tokens", whole_number(1, 10**9), 256, "tokens to write at most"),
+    # Below 0.001 the scaled logits of a float32 model overflow.
+    ("temperature", number(1e-3, 1e3, or_zero=True), 0.8, "0 takes the likeliest token"),
+    ("top_k", whole_number(0, 10**9), 50, "draw among the K likeliest tokens, 0: among all"),
+    ("top_p", number(1e-6, 1), 1.0, "draw among the likeliest tokens that make up this probability"),
+    ("min_p", number(0, 1), 0.0, "leave out tokens below this share of the likeliest one's probability"),
+    ("repetition_penalty", number(0.01, 100), 1.0, "above 1: fewer repetitions"),
+    ("samples", whole_number(1, 10**6), 1, "texts per prompt; the second has the next seed, and so on"),
+    ("seed", whole_number(0, 2**62), 0, "the same model, prompt and seed give the same text"),
+    ("batch_size", whole_number(1, 10**6), 8, "texts that are written together"),
+]
+
+
+def add_parser(commands: "Commands[Parser]") -> None:
+    """Add `smollm2 generate`."""
+    text = (
+        "Continue a prompt; without one, start a new document. Text goes to standard output, notes to standard error."
+    )
+    parser = add_command(commands, "generate", run, "text from a checkpoint or an exported folder", text)
+    add_model_flags(parser)
+    add_device_flag(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    text = 'JSON Lines, "text" or {"prompt": "text", ...}; - is standard input; writes JSON Lines'
+    source.add_argument("--prompts_file", metavar="FILE", type=path, help=text)
+    source.add_argument("--interactive", action="store_true", help="ask for prompts until the end of input")
+    parser.add_argument("--json", action="store_true", help="write JSON Lines")
+    for name, kind, default, text in NUMBERS:
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default: {default}")
+    text = r"end before this text, such as \n; repeatable"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", type=unescape, help=text)
+    parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], help="default: float32; bf16 on a GPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write text after each prompt."""
+    rows = read_prompts(args.prompts_file) if args.prompts_file else [{"prompt": args.prompt or ""}]
+    if problem := find_bad_character(args.prompt or ""):
+        raise ConfigError("--prompt", problem, "write it in UTF-8")
+    write = prepare_generation(args)
+    if args.interactive:
+        continue_prompts(args, write)
+    elif args.prompts_file or args.json:
+        write_json_lines(args, rows, write)
+    else:
+        write_texts(args, rows[0]["prompt"], write)
+
+
+def prepare_generation(args: argparse.Namespace) -> Write:
+    """Load the model; return the function that writes with it."""
+    import torch
+
+    from smollm2.inference.generation import stream
+    from smollm2.inference.loading import load_source
+    from smollm2.inference.sampling import Sampling
+    from smollm2.runtime.precision import choose_precision, device_features
+
+    sampling = Sampling(args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty)
+    device = choose_device(args)
+    requested = args.precision or ("float32" if device == "cpu" else "auto")
+    features = device_features(torch.device(device))
+    precision = choose_precision(requested, device, features, "--precision", "leave it out")
+    model, tokenizer, _ = load_source(Path(args.model), best=args.best, report=print_note)
+    model.to(device, precision.dtype)
+
+    def write(prompts: Sequence[str], seeds: Sequence[int]) -> "Iterator[Piece]":
+        return stream(
+            model,
+            tokenizer,
+            prompts,
+            seeds,
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            stop=args.stop,
+            report=print_note,
+        )
+
+    return write
+
+
+def read_prompts(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file, each with its `prompt`. Raise DataError, which names the line."""
+    shown = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise DataError(name, f"cannot be read ({error.strerror})", "name a JSON Lines file") from None
+    convert = "convert it: iconv -f latin1 -t utf-8" + ("" if name == "-" else f" {shlex.quote(name)} > NEW")
+    rows = []
+    for count, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        where = f"{shown}:{count}"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            what = f"byte {error.start + 1} of the line is {line[error.start]:#04x}, which is not UTF-8"
+            raise DataError(where, what, convert) from None
+        if text.strip():
+            rows.append(read_row(where, text))
+    return rows
+
+
+def read_row(where: str, text: str) -> dict[str, Any]:
+    """Return the row of one line. Raise DataError if it holds no prompt."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        row = None
+    row = {"prompt": row} if isinstance(row, str) else row
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise DataError(where, "is not a prompt", 'write "text" or {"prompt": "text"} on each line')
+    if problem := find_bad_character(row["prompt"]):
+        raise DataError(where, problem, "write the whole character")
+    return row
+
+
+def find_bad_character(text: str) -> str:
+    """Return what is wrong with a prompt that is not valid Unicode, or an empty string."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # how Python represents a byte of the command line that it cannot decode
+            return f"byte {code - 0xDC00:#04x} after {text[: error.start][-20:]!r} is not UTF-8"
+        return f"\\u{code:04x} is half of a surrogate pair"
+    return ""
+
+
+def write_json_lines(args: argparse.Namespace, rows: Sequence[dict[str, Any]], write: Write) -> None:
+    """Print one object for each prompt and sample, in order: the row, with its `text`, its `end` and its `seed`."""
+    tasks = [{**row, "seed": args.seed + sample} for row in rows for sample in range(args.samples)]
+    for start in range(0, len(tasks), args.batch_size):
+        batch = [{**task, "text": "", "end": ""} for task in tasks[start : start + args.batch_size]]
+        for piece in write([task["prompt"] for task in batch], [task["seed"] for task in batch]):
+            batch[piece.index]["text"] += piece.text
+            batch[piece.index]["end"] = piece.end
+        for done in batch:
+            print(json.dumps(done), flush=True)
+
+
+def write_texts(args: argparse.Namespace, prompt: str, write: Write) -> None:
+    """Print the prompt and its continuation as it is written; several samples one after the other."""
+    for sample in range(args.samples):
+        if args.samples > 1:
+            print_note(f"sample {sample + 1}, seed {args.seed + sample}:")
+        show(prompt)
+        for piece in write([prompt], [args.seed + sample]):
+            show(piece.text)
+        show("\n")
+
+
+def continue_prompts(args: argparse.Namespace, write: Write) -> None:
+    """Ask for prompts; each turn has the next seeds. Ctrl-C ends a text, Ctrl-D the loop."""
+    print_note("Type a prompt and Enter. Ctrl-C ends a text, Ctrl-D the program.")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if problem := find_bad_character(prompt):
+            raise DataError("standard input", problem, "write the prompts in UTF-8")
+        try:
+            write_texts(args, prompt, write)
+        except KeyboardInterrupt:
+            show("\n")
+        args.seed = (args.seed + args.samples) % 2**62
+
+
+def show(text: str) -> None:
+    """Print text of a model or a prompt; on a terminal its control characters are escaped, which it would obey."""
+    from smollm2.tracking.base import escape_controls
+
+    print(escape_controls(text) if sys.stdout.isatty() else text, end="", flush=True)

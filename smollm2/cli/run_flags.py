@@ -1,0 +1,131 @@
+"""The flags of `train` and `plan`: the user's own, then one for each key; and the config that they result in."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from smollm2.cli.flags import Parser, path, print_note, unescape
+from smollm2.config.reading import (
+    add_config_flags,
+    changed_on_resume,
+    load_config_with_origins,
+    read_config_flags,
+)
+from smollm2.config.schema import Config
+from smollm2.config.sources import list_presets
+from smollm2.config.vocabulary import find_key, suggest_key
+from smollm2.errors import lay_out
+from smollm2.storage.run_folder import CONFIG
+
+SHORT_FLAGS = {"input_file": "data.input", "save_dir": "training.save_dir", "train_steps": "training.train_steps"}
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Add the user's own flags, then one for each key."""
+    parser.usage = f"{parser.prog} [--config FILE | --preset NAME] [--FLAG VALUE ...]"
+    run = parser.add_argument_group("the run")
+    run.add_argument("--config", metavar="FILE", type=path, help="config file; default: config.yaml")
+    run.add_argument("--preset", metavar="NAME", help=f"a shipped config: {', '.join(list_presets())}")
+    run.add_argument("--input_file", metavar="FILE", help="data.input: text file; - is standard input")
+    run.add_argument("--save_dir", metavar="FOLDER", help="training.save_dir: the run folder")
+    run.add_argument("--train_steps", metavar="N", help="training.train_steps: optimizer steps in the whole run")
+    run.add_argument(
+        "--resume", choices=["auto"], help="auto: resume from the newest valid checkpoint in save_dir, if there is one"
+    )
+    run.add_argument("--checkpoint_path", metavar="FILE", type=path, help="resume from this checkpoint")
+    run.add_argument("--disable_wandb", action="store_true", help="wandb.enabled: false; wandb is not imported")
+    add_config_flags(parser)
+
+
+def load_run_config(args: argparse.Namespace, unknown: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """Return the config of file and flags, and the origin of each value; `unknown` are words that argparse did not know.
+
+    Raise ConfigError with every problem.
+    """
+    problems = [lay_out(*problem) for problem in describe_unknown(args.parser, unknown)]
+    if args.resume and args.checkpoint_path:
+        problems.append(lay_out("--resume", "--checkpoint_path names a checkpoint too", "use one of the two"))
+    flags = read_flags(args, problems)
+    own = None if problems else find_own_config(args, flags)
+    if own:
+        print_note(f"config: {own}, that of the run being resumed (--config chooses another)")
+    return load_config_with_origins(own or args.config, preset=args.preset, flags=flags, found=problems)
+
+
+def read_flags(args: argparse.Namespace, problems: list[str]) -> dict[str, tuple[str, str]]:
+    """Return the flags that set a key: dotted key -> (flag as typed, text). A key that is set twice is a problem."""
+    values = {key: (f"--{name}", getattr(args, name)) for name, key in SHORT_FLAGS.items()}
+    flags = {key: given for key, given in values.items() if given[1] is not None}
+    if args.disable_wandb:
+        flags["wandb.enabled"] = ("--disable_wandb", "false")
+    for key, given in read_config_flags(args).items():
+        if key in flags:
+            problems.append(lay_out(flags[key][0], f"{given[0]} sets the same key", "use one of the two"))
+        flags.setdefault(key, given)
+    if "data.document_separator" in flags:
+        flag, text = flags["data.document_separator"]
+        flags["data.document_separator"] = (flag, unescape(text))
+    return flags
+
+
+def find_own_config(args: argparse.Namespace, flags: dict[str, tuple[str, str]]) -> Path | None:
+    """Return the config in the run folder if `--resume auto --save_dir FOLDER` names one and no config is chosen.
+
+    ./config.yaml still comes first if the run in the folder could be resumed with it.
+    """
+    if args.resume != "auto" or args.config or args.preset or "training.save_dir" not in flags:
+        return None
+    own = Path(path(flags["training.save_dir"][1] or ".")) / CONFIG
+    if not own.is_file():
+        return None
+    if not Path("config.yaml").exists():
+        return own
+    run, _ = load_config_with_origins(own, flags=flags)
+    current, _ = load_config_with_origins(flags=flags)
+    changes = changed_on_resume(run, current)
+    # The tokenizer has set the run's vocab_size.
+    is_other_run = any(change.rule == "refused" and change.key != "model.vocab_size" for change in changes)
+    return own if is_other_run else None
+
+
+def describe_unknown(parser: Parser, words: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return (where, what, advice) for each word that is not a flag of the command, or of a value without one."""
+    problems: list[tuple[str, str, str]] = []
+    after_flag = False
+    for word in words:
+        if word.startswith("-") and len(word) > 1:
+            flag = word.split("=")[0]
+            problems.append((flag, "unknown option", suggest_option(parser, flag)))
+            after_flag = "=" not in word
+        elif after_flag:  # the value of an unknown flag
+            after_flag = False
+        else:
+            problems.append((word, "unexpected argument", advise_on_argument(parser, word)))
+    return problems
+
+
+def advise_on_argument(parser: Parser, word: str) -> str:
+    """Return what was probably meant by a value without a flag."""
+    command = parser.prog.split()[-1]
+    if command == "generate":
+        return f"did you mean --prompt {shlex.quote(word)}?"
+    if command in ("train", "plan") and Path(word).is_file():
+        flag = "--config" if word.endswith((".yaml", ".yml")) else "--input_file"
+        return f"did you mean {flag} {shlex.quote(word)}?"
+    return f"see {parser.prog} --help"
+
+
+def suggest_option(parser: Parser, flag: str) -> str:
+    """Return what to do about an unknown flag: a flag of this command with almost that name, or the key that was meant."""
+    see_help = f"see {parser.prog} --help"
+    options = parser.option_names()
+    name = flag.lstrip("-")
+    near = get_close_matches(flag, [option for option in options if "." not in option], 1, 0.75)
+    exact = find_key(name)
+    if near and exact.rpartition(".")[2] != name.rpartition(".")[2]:
+        return f"did you mean {near[0]}?"
+    if "--config" not in options:
+        return see_help
+    return suggest_key(name, prefix="--", otherwise=see_help)
