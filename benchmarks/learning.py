@@ -8,6 +8,7 @@ same shape, taken before and after each of our runs. Validation is in nobody's s
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -20,30 +21,44 @@ from results import machine, publish
 TARGET, STEPS, BATCH, LENGTH = 1.905, 2000, 12, 64
 SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPE |= {"max_position_embeddings": LENGTH, "norm": "rmsnorm"}
-RECIPES = {"AdamW 1e-3": ("adamw", 1e-3, 1e-4), "Muon 3e-3": ("muon", 3e-3, 3e-4)}
+RECIPES: dict[str, dict[str, Any]] = {
+    "AdamW 1e-3": {
+        "training": {"optimizer": "adamw", "learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 100}
+    },
+    "Muon 6e-3": {
+        "model": {"initializer_range": 0.05},
+        "training": {
+            "optimizer": "muon",
+            "learning_rate": 6e-3,
+            "schedule": "linear",
+            "warmup_steps": 30,
+            "betas": [0.8, 0.99],
+        },
+    },
+}
+"""What was tried before these: docs/decisions/0006-muon-of-our-own.md."""
 
 
-def learn(text: Path, folder: Path, recipe: tuple[str, float, float], steps: int, every: int) -> list[dict[str, Any]]:
-    """The rows of a run that validates on the whole split every so many updates."""
+def learn(text: Path, folder: Path, recipe: dict[str, Any], seed: int, steps: int, every: int) -> list[dict[str, Any]]:
+    """Return the records of a run that validates on the whole split every `every` steps."""
     from smollm2.config.reading import load_config
     from smollm2.training.loop import train
 
-    optimizer, rate, floor = recipe
     path = folder / "config.yaml"
     path.write_text("{}\n")
     config = load_config(
         path,
-        model=SHAPE,
+        model={**SHAPE, **recipe.get("model", {})},
         training={
-            **{"train_steps": steps, "batch_size": BATCH, "gradient_accumulation_steps": 1, "warmup_steps": 100},
-            **{"weight_decay": 0.1, "betas": [0.9, 0.99], "optimizer": optimizer, "learning_rate": rate},
-            **{"min_learning_rate": floor, "eval_interval": every, "eval_windows": 10**9, "log_interval": every},
-            **{"save_interval": 0, "sample_tokens": 0, "save_dir": str(folder / optimizer)},
+            **{"train_steps": steps, "batch_size": BATCH, "gradient_accumulation_steps": 1, "seed": seed},
+            **{"weight_decay": 0.1, "betas": [0.9, 0.99], "eval_interval": every, "eval_windows": 10**9},
+            **{"log_interval": every, "save_interval": 0, "sample_tokens": 0, "save_dir": str(folder / "run")},
+            **recipe["training"],
         },
         data={"input": str(text), "tokenizer": "bytes", "validation_fraction": 0.1},
     )
     train(config)
-    return [json.loads(line) for line in (folder / optimizer / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 def pace_of_nanogpt(turns: int = 5, steps: int = 20) -> float:
@@ -82,26 +97,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     beside = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
     parser.add_argument("--input_file", type=Path, default=beside)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--every", type=int, default=50, help="updates between two validations")
     args = parser.parse_args()
     found = machine("transformers")
     rows, results = [], []
-    for name, recipe in RECIPES.items():
+    for (name, recipe), seed in itertools.product(RECIPES.items(), args.seeds):
         before = pace_of_nanogpt()
         with tempfile.TemporaryDirectory() as folder:
-            log = learn(args.input_file.resolve(), Path(folder), recipe, args.steps, args.every)
+            log = learn(args.input_file.resolve(), Path(folder), recipe, seed, args.steps, args.every)
         theirs = STEPS * statistics.mean((before, pace_of_nanogpt()))
         losses = {row["step"]: row["validation_loss"] for row in log if "validation_loss" in row}
         rates = [row["tokens_per_second"] for row in log if row.get("tokens_per_second")]
         pace = BATCH * LENGTH / statistics.median(rates)
         reached = next((step for step, loss in losses.items() if loss <= TARGET), None)
         seconds = reached * pace if reached else None
-        results.append({"recipe": name, "validation_loss": losses, "seconds_per_step": pace, "nanogpt_seconds": theirs})
+        results.append(
+            {
+                "recipe": name,
+                "seed": seed,
+                "validation_loss": losses,
+                "seconds_per_step": pace,
+                "nanogpt_seconds": theirs,
+            }
+        )
         last = max(losses)
         rows.append(
             [
                 name,
+                seed,
                 reached or "never",
                 f"{reached / STEPS:.2f}" if reached else "-",
                 f"{seconds:.0f}" if seconds else "-",
@@ -112,6 +137,7 @@ def main() -> None:
         )
     columns = [
         "recipe",
+        "seed",
         f"step that reaches {TARGET}",
         "of nanoGPT's steps",
         "seconds",
