@@ -8,7 +8,8 @@ from torch import Tensor
 
 from smollm2.config.schema import Config
 from smollm2.model.transformer import SmolLM2
-from smollm2.runtime.device import Precision, Runtime, device_features, start_runtime
+from smollm2.runtime.device import Runtime, start_runtime
+from smollm2.runtime.precision import Precision, device_features
 from smollm2.training.setup import build_model
 from smollm2.training.step import MicroBatch
 

@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from smollm2.checkpoint.discovery import load_checkpoint
 from smollm2.checkpoint.format import content_hash
@@ -31,14 +34,14 @@ def write_tiny(folder: Path, *, text: str = WORDS * 40, config: str = TINY) -> P
     return path
 
 
-def tiny_config(folder: Path, save_dir: str = "checkpoints", **flags: object) -> Config:
+def tiny_config(folder: Path, save_dir: str = "checkpoints", /, **flags: object) -> Config:
     """The config of a tiny run in `folder`, which must exist; flags as dotted keys with `__` for the dot."""
     given = {"data.input": str(folder / "input.txt"), "training.save_dir": str(folder / save_dir)}
     given |= {name.replace("__", "."): str(value) for name, value in flags.items()}
     return load_config(folder / "config.yaml", flags={key: (f"--{key}", value) for key, value in given.items()})
 
 
-def outcome(folder: Path, step: int) -> tuple[str, list[dict[str, object]]]:
+def outcome(folder: Path, step: int) -> tuple[str, list[dict[str, Any]]]:
     """What must be bit-identical: a hash of weights, moments and position after `step`, and the metrics rows."""
     state = load_checkpoint(folder / f"step_{step:04d}.pt")
     kept = {
@@ -47,7 +50,13 @@ def outcome(folder: Path, step: int) -> tuple[str, list[dict[str, object]]]:
     return content_hash(kept), metrics(folder)
 
 
-def metrics(folder: Path) -> list[dict[str, object]]:
+def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without the clock's columns."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in CLOCK_COLUMNS} for row in rows]
+
+
+def weights(folder: Path, step: int = 12) -> dict[str, Tensor]:
+    """Return the weights of a run's checkpoint by name."""
+    found: dict[str, Tensor] = load_checkpoint(folder / f"step_{step:04d}.pt")["model"]
+    return found

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from smollm2.config.schema import ModelConfig
-from smollm2.model.transformer import SmolLM2
+from smollm2.model.transformer import Block, SmolLM2
 from smollm2.runtime.precision import device_features
 
 needs_bf16 = pytest.mark.skipif(
@@ -33,10 +35,10 @@ def small_config(**changes: object) -> ModelConfig:
         "norm": "rmsnorm",
         "initializer_range": 0.1,
     }
-    return ModelConfig(**{**values, **changes})
+    return ModelConfig.model_validate({**values, **changes})
 
 
-def small_model(seed: int = 0, **changes: object) -> SmolLM2:
+def small_model(seed: int = 0, /, **changes: object) -> SmolLM2:
     """A model whose norms are not at their first values, so that a lost weight or bias shows."""
     model = SmolLM2(small_config(**changes))
     generator = torch.Generator().manual_seed(seed)
@@ -48,22 +50,37 @@ def small_model(seed: int = 0, **changes: object) -> SmolLM2:
     return model
 
 
-def transformers_twin(model: SmolLM2) -> torch.nn.Module:
+def blocks_of(model: SmolLM2) -> list[Block]:
+    """Return the model's blocks with their type, which a ModuleList does not tell."""
+    return [cast(Block, layer) for layer in model.model.layers]
+
+
+def gradient_of(model: torch.nn.Module) -> Tensor:
+    """Return the gradient of all parameters in one vector."""
+    gradients = [p.grad for p in model.parameters()]
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
+def transformers_twin(model: SmolLM2) -> Any:
     """transformers' LlamaForCausalLM or StableLmForCausalLM with the same weights, loaded strictly by name."""
     import transformers
 
+    # The configs accept more than their annotations say: attn_implementation.
+    llama_config: Any = transformers.LlamaConfig
+    stable_lm_config: Any = transformers.StableLmConfig
     config = model.config
-    shared = {name: getattr(config, name) for name in type(config).model_fields}
+    twin: Any
+    shared: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     rope = {"rope_theta": shared.pop("rope_theta"), "rope_type": "default"}
     norm, eps = shared.pop("norm"), shared.pop("norm_eps")
     if norm == "rmsnorm":
         twin = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**shared, rms_norm_eps=eps, rope_parameters=rope, attn_implementation="sdpa")
+            llama_config(**shared, rms_norm_eps=eps, rope_parameters=rope, attn_implementation="sdpa")
         )
     else:
         rope["partial_rotary_factor"] = 1.0
         twin = transformers.StableLmForCausalLM(
-            transformers.StableLmConfig(
+            stable_lm_config(
                 **shared, layer_norm_eps=eps, rope_parameters=rope, use_qkv_bias=False, attn_implementation="sdpa"
             )
         )

@@ -98,7 +98,7 @@ class WandbServer:
             artifact = {"id": f"a{len(self.artifacts)}", "state": "PENDING", "artifactSequence": {"id": "s"}}
             return {"createArtifact": {"artifact": artifact}}
         if operation == "CreateArtifactManifest" or operation == "UpdateArtifactManifest":
-            file = {
+            file: dict[str, Any] = {
                 "id": "f",
                 "name": v.get("name"),
                 "uploadUrl": f"{self.url}/upload/manifest-{len(self.requests)}",

@@ -5,13 +5,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from runs import metrics, tiny_config, write_tiny
+from runs import metrics, tiny_config, weights, write_tiny
 from torch import Tensor
-from twins import small_model
+from twins import blocks_of, small_model
 from two_ranks import run_ranks
 
 from smollm2.analysis import diagnostics
@@ -61,7 +62,7 @@ def test_the_norms_are_those_of_a_loop_over_the_parameters(runtime: Runtime) -> 
     found = look.diagnosis
     assert list(found.gradient_norms) == [name for name, _ in model.named_parameters()]
     for (name, before), after in zip(twin.named_parameters(), model.parameters(), strict=True):
-        assert found.gradient_norms[name] == pytest.approx(before.grad.double().norm().item(), rel=1e-6)
+        assert found.gradient_norms[name] == pytest.approx(cast(Tensor, before.grad).double().norm().item(), rel=1e-6)
         assert found.weight_norms[name] == pytest.approx(after.double().norm().item(), rel=1e-6)
         moved = (after.double() - before.double()).norm() / after.double().norm()
         assert found.update_ratios[name] == pytest.approx(moved.item(), rel=1e-4)
@@ -70,8 +71,8 @@ def test_the_norms_are_those_of_a_loop_over_the_parameters(runtime: Runtime) -> 
 
 def test_an_update_that_is_not_finite_is_looked_at_too(runtime: Runtime) -> None:
     model = small_model()
-    weight = model.model.layers[1].mlp.up_proj.weight
-    weight.register_hook(lambda gradient: gradient * math.nan)
+    weight = blocks_of(model)[1].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
     look, result = update_under_a_look(runtime, model, histograms=True)
     assert result.skipped
     bad = "model.layers.1.mlp.up_proj.weight"
@@ -98,8 +99,9 @@ def read_plainly(model: SmolLM2, input_ids: Tensor) -> dict[str, dict[str, float
     model = model.double()
     inner, length = model.model, input_ids.shape[1]
     cos, sin = (table[:length].double() for table in (inner.rotary.cos, inner.rotary.sin))
-    x, found = inner.embed_tokens(input_ids), {}
-    for number, layer in enumerate(inner.layers):
+    found: dict[str, dict[str, float]] = {}
+    x = inner.embed_tokens(input_ids)
+    for number, layer in enumerate(blocks_of(model)):
         normed = layer.input_layernorm(x)
         heads = (*normed.shape[:2], -1, layer.self_attn.head_dim)
         q = rotate(layer.self_attn.q_proj(normed).view(heads), cos, sin).transpose(1, 2)
@@ -125,7 +127,7 @@ def test_the_activations_are_those_of_the_definitions(held_at_once: int, monkeyp
     monkeypatch.setattr(diagnostics, "SCORES", held_at_once)
     model, input_ids = small_model(), micro_batches()[0][0]
     with torch.no_grad():
-        model.model.layers[1].mlp.gate_proj.weight[:16] = 0
+        blocks_of(model)[1].mlp.gate_proj.weight[:16] = 0
     found = measure_activations(model, input_ids)
     with torch.no_grad():
         expected = read_plainly(model, input_ids)
@@ -181,11 +183,7 @@ def test_a_histogram_counts_beyond_what_float32_can(monkeypatch: pytest.MonkeyPa
     assert sum(make_histograms({"a": torch.arange(1001.0)})["a"].counts) == 1001
 
 
-def weights(folder: Path, step: int = 12) -> dict[str, Tensor]:
-    return load_checkpoint(folder / f"step_{step:04d}.pt")["model"]
-
-
-def diagnoses(folder: Path) -> list[dict[str, object]]:
+def diagnoses(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "diagnostics.jsonl").read_text().splitlines()]
 
 

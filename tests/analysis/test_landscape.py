@@ -6,13 +6,13 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
-from runs import WORDS, metrics, tiny_config, write_tiny
-from test_diagnostics import weights
+from runs import WORDS, metrics, tiny_config, weights, write_tiny
 from torch import Tensor
-from twins import small_model
+from twins import blocks_of, small_model
 from two_ranks import run_ranks
 
 from smollm2 import load_model
@@ -52,7 +52,7 @@ def loss_of(model: SmolLM2) -> float:
     ids = torch.arange(200).view(4, 50) % 320
     with torch.no_grad():
         total, count = model(ids[:, :-1], ids[:, 1:])
-    return (total / count).item()
+    return float(total / count)
 
 
 def test_each_row_of_a_direction_has_the_norm_of_its_row_of_the_weights() -> None:
@@ -122,7 +122,7 @@ def test_weights_are_the_same_bits_where_it_is_interrupted(stop_at: int) -> None
     """Promise C12."""
     model = small_model()
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, :3] = torch.tensor([-0.0, 1e-42, 3e38])
+        blocks_of(model)[0].mlp.up_proj.weight[0, :3] = torch.tensor([-0.0, 1e-42, 3e38])
     before, calls = copy_of(model), itertools.count()
 
     def measure_loss() -> float:
@@ -141,7 +141,7 @@ def test_weights_are_the_same_bits_where_it_is_interrupted(stop_at: int) -> None
     [("nano", 1000, 9), ("micro", 1000, 9), ("nano", 330, 5), ("nano", 300, 0), ("smollm2-135m", 2000, 25)],
 )
 def test_a_run_affords_as_many_points_as_its_arithmetic_allows(preset: str, steps: int, side: int) -> None:
-    config = load_config(preset=preset, **{"training.train_steps": steps})
+    config = load_config(preset=preset, training={"train_steps": steps})
     assert choose_side(config, "cpu-bf16", config.training.batch_size) == side
     if side:
         work = len(list_points(side)) * 8 / 3 / (config.global_batch_size * steps)
@@ -169,8 +169,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def landscape_of(folder: Path) -> dict[str, object]:
-    return json.loads((folder / "landscape.json").read_text())
+def landscape_of(folder: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads((folder / "landscape.json").read_text()))
 
 
 def test_a_run_leaves_the_landscape_of_its_last_weights(trained: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_run_that_is_stopped_within_its_landscape_is_saved_and_draws_it_when_i
     (run / "step_0100.pt").unlink()
     (run / "landscape.json").unlink()
 
-    def stopping(*arguments: object, runtime: Runtime, **named: object) -> object:
+    def stopping(*arguments: Any, runtime: Runtime, **named: Any) -> object:
         if next(calls) == 20:
             runtime.stop.number = signal.SIGTERM
         return evaluate_on_ranks(*arguments, runtime=runtime, **named)
@@ -260,7 +260,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_landscape(
     assert draw(trained, "--output", str(whole)) == 0
     calls = itertools.count()
 
-    def stopping(*arguments: object, **named: object) -> object:
+    def stopping(*arguments: Any, **named: Any) -> object:
         if next(calls) == 12:
             raise KeyboardInterrupt
         return score_windows(*arguments, **named)
@@ -284,7 +284,7 @@ def test_a_run_without_memory_for_its_landscape_says_so_and_ends_well(
     (tmp_path / "run" / "checkpoints" / "step_0100.pt").unlink()
     calls = itertools.count()
 
-    def without_memory(*arguments: object, **named: object) -> object:
+    def without_memory(*arguments: Any, **named: Any) -> object:
         if next(calls) == 5:
             raise torch.OutOfMemoryError
         return evaluate_on_ranks(*arguments, **named)
@@ -355,5 +355,5 @@ def test_two_ranks_measure_the_landscape_of_one(trained: Path, tmp_path: Path) -
     assert mine.targets == theirs["targets"]
 
 
-def without_step(row: dict[str, object]) -> dict[str, object]:
+def without_step(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "step"}

@@ -134,7 +134,7 @@ class Retention(RuleBasedStateMachine):
         self.valid.add(self.step)
         if loss is not None:
             record_best(self.folder, self.path(self.step), loss)
-            if self.best not in self.valid | self.damaged or loss < self.losses[self.best]:  # type: ignore[index]
+            if self.best not in self.valid | self.damaged or loss < self.losses[self.best]:
                 self.best = self.step
                 self.losses[self.step] = loss
 

@@ -1,5 +1,6 @@
 """Checkpoints that are written while training continues, and what a disk may do to a save."""
 
+import functools
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from smollm2.errors import ResourceError
 from smollm2.storage.atomic import IO_OPS, IoOps
 from smollm2.training import loop
 from smollm2.training.loop import train
+from smollm2.training.step import train_step
 
 
 def test_latest_names_the_newest_save_with_its_size_and_sum(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_a_crash_at_any_operation_of_a_save_loses_nothing(tmp_path: Path, two_st
         folder = tmp_path / str(position)
         shutil.copytree(two_steps, folder)
         io_ops = dying_at(position)
-        assert exit_code_in_a_fork(lambda folder=folder, io_ops=io_ops: save_third(folder, io_ops)) == 9
+        assert exit_code_in_a_fork(functools.partial(save_third, folder, io_ops)) == 9
         assert_nothing_is_lost(folder)
     assert operations > 50
 
@@ -167,18 +170,18 @@ def test_training_continues_bit_identically_while_a_checkpoint_is_written(
         patch.setattr(saving, "available_memory", lambda: 1000)  # the run to compare with waits for its saves
         train(tiny_config(tmp_path, "whole"))
     came, updates = threading.Event(), 0
-    original, train_step = saving.save_checkpoint, loop.train_step
+    original = saving.save_checkpoint
 
     def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
         assert step > 4 or came.wait(60)
         return original(folder, state, step=step)
 
-    def count(*arguments: object, **named: object) -> object:
+    def count(*arguments: Any, **named: Any) -> object:
         nonlocal updates
         updates += 1
         if updates == 6:
             came.set()
-        return train_step(*arguments, **named)  # type: ignore[arg-type]
+        return train_step(*arguments, **named)
 
     monkeypatch.setattr(saving, "save_checkpoint", save)
     monkeypatch.setattr(loop, "train_step", count)

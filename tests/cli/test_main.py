@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import TINY, WORDS, metrics, outcome, write_tiny
@@ -15,7 +16,7 @@ from smollm2.cli.main import main
 from smollm2.cli.train import resume_command
 
 
-def run(*arguments: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """`smollm2 ...` in a folder, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "smollm2", *arguments],

@@ -7,6 +7,7 @@ import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from smollm2.config.reading import (
     load_config_with_origins,
     read_config_flags,
 )
-from smollm2.config.schema import FIELDS, SECTIONS, Config
+from smollm2.config.schema import FIELDS, SECTIONS, Config, Resume
 from smollm2.config.sources import list_presets
 from smollm2.config.vocabulary import KEYS, describe_kind, to_yaml
 from smollm2.errors import ConfigError
@@ -38,7 +39,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
     """Load a text as ./config.yaml."""
     monkeypatch.chdir(tmp_path)
 
-    def load_text(text: str, **given: object) -> Config:
+    def load_text(text: str, **given: Any) -> Config:
         Path("config.yaml").write_text(text, encoding="utf-8", newline="")
         return load_config(**given)
 
@@ -528,7 +529,7 @@ def test_help_shows_each_key_with_its_sentence_and_default(key: str) -> None:
     text = " ".join(parser.format_help().split())
     assert f"--{key} VALUE" in text
     if key in FIELDS:
-        sentence = " ".join(FIELDS[key].description.split())
+        sentence = " ".join((FIELDS[key].description or "").split())
         assert sentence.replace("-", "") in text.replace("- ", "").replace("-", "")
 
 
@@ -579,7 +580,8 @@ def with_values(config: Config, **values: object) -> Config:
 
 @pytest.mark.parametrize("key", FIELDS)
 def test_what_becomes_of_a_changed_key_on_a_resume(key: str) -> None:
-    old, rule = value_of(Config(), key), "refused" if key in REFUSED else "noted" if key in NOTED else "free"
+    old = value_of(Config(), key)
+    rule: Resume = "refused" if key in REFUSED else "noted" if key in NOTED else "free"
     new = old + 1 if isinstance(old, int) else ("another", old)
     assert changed_on_resume(Config(), with_values(Config(), **{key: new})) == [Change(key, old, new, rule)]
 
@@ -635,6 +637,7 @@ USERS_VALUES = {
 
 def test_config_yaml_holds_the_users_sections_and_values_as_they_were_written() -> None:
     root = yaml.compose((ROOT / "config.yaml").read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    assert root is not None
     texts = {f"{s.value}.{k.value}": getattr(v, "value", "") for s, section in root.value for k, v in section.value}
     assert [section.value for section, _ in root.value] == ["model", "training", "wandb", "data"]
     assert {key: texts.get(key) for key in USERS_VALUES} == USERS_VALUES

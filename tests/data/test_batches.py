@@ -92,14 +92,14 @@ def test_prefetched_batches_are_the_same_batches() -> None:
     for n in range(3, 12):
         for got, wanted in zip(next(coming)[:2], batches.read(n, 1, 3)[:2], strict=True):
             assert np.array_equal(got, wanted)
-    coming.close()  # type: ignore[attr-defined]
+    coming.close()
 
 
 def test_closing_ends_the_thread() -> None:
     coming = prefetched(make_batches(), 0, 0, 4)
     next(coming)
     assert any(thread.name.startswith("batches") for thread in threading.enumerate())
-    coming.close()  # type: ignore[attr-defined]
+    coming.close()
     assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_another_text_tokenizer_separator_or_fraction_is_another_cache(
     assert len({store.fingerprint for store in stores}) == 5
 
 
-DAMAGE = {
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "header cut": ("header.json", lambda data: data[:20]),
     "header empty": ("header.json", lambda data: b""),
     "header not JSON": ("header.json", lambda data: b"\xff" + data),

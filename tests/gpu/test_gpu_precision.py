@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_runs import has_feature, loss_and_gradient, make_batch, make_config, start
 
-from smollm2.runtime.device import choose_precision, device_features
+from smollm2.runtime.precision import choose_precision, device_features
 from smollm2.training.optim import build_optimizers
 from smollm2.training.setup import build_model
 from smollm2.training.step import train_step

@@ -41,7 +41,7 @@ def model() -> SmolLM2:
 def score_one_by_one(model: SmolLM2, ids: list[int], length: int, stride: int, end: int | None = None) -> float:
     """The mean loss of ids[1:], each from the first window that reaches it, the definition as a loop; where `end` ends
     documents that are isolated, without the first of each, and from its own document alone."""
-    losses = []
+    losses: list[float] = []
     for target in range(1, len(ids)):
         if ids[target - 1] == end:
             continue

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,8 @@ def test_torchs_random_state_is_left_alone(model: SmolLM2, tokenizer: Tokenizer)
 def test_a_prompt_longer_than_the_context_loses_its_start_and_that_is_said(
     model: SmolLM2, tokenizer: Tokenizer
 ) -> None:
-    long, said = "word " * 60, []
+    said: list[str] = []
+    long = "word " * 60
     pieces = stream(
         model, tokenizer, [long], [0], max_new_tokens=1, sampling=Sampling(temperature=0), report=said.append
     )
@@ -139,7 +141,8 @@ def test_a_prompt_longer_than_the_context_loses_its_start_and_that_is_said(
 
 
 def test_a_full_context_slides_by_its_older_half(model: SmolLM2, tokenizer: Tokenizer) -> None:
-    prompt, said = "x" * 120, []
+    said: list[str] = []
+    prompt = "x" * 120
     sampling = Sampling(temperature=0)
     pieces = stream(model, tokenizer, [prompt], [0], max_new_tokens=10, sampling=sampling, report=said.append)
     ids = tokenizer.encode(prompt)
@@ -205,11 +208,12 @@ def test_what_may_be_drawn_is_what_transformers_leaves(settings: dict[str, float
     )
 
     sampling = Sampling(**{"temperature": 1.0, "top_k": None, **settings})  # type: ignore[arg-type]
-    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers: Any = [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p), MinPLogitsWarper(sampling.min_p)]
     logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(1)) * 3
-    theirs = LogitsProcessorList(warpers)(torch.zeros(8, 1, dtype=torch.long), logits)
+    ids: Any = torch.zeros(8, 1, dtype=torch.long)
+    theirs = LogitsProcessorList(warpers)(ids, logits)
     assert torch.equal(keep_likely(logits, sampling), theirs)
 
 

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from twins import small_model, transformers_twin, write_hugging_face_folder
+from twins import blocks_of, small_model, transformers_twin, write_hugging_face_folder
 
 from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import CheckpointError
@@ -110,7 +111,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path:
     load_tokenizer("bytes").save(tmp_path)
     model = small_model()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+        blocks_of(model)[1].mlp.up_proj.weight[3, 5] = value
     write_hugging_face_folder(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
         load_model(tmp_path)
@@ -121,7 +122,7 @@ def test_a_key_that_is_null_or_absent_means_what_transformers_makes_of_it(kind: 
     from transformers import LlamaConfig, StableLmConfig
 
     names = [name for name in DEFAULTS[kind] if name not in ("rope_theta", "partial_rotary_factor", "head_dim")]
-    theirs = (LlamaConfig if kind == "llama" else StableLmConfig)()
+    theirs: Any = (LlamaConfig if kind == "llama" else StableLmConfig)()
     assert [DEFAULTS[kind][name] or theirs.num_attention_heads for name in names if "num_key" in name] == [32]
     expected = {name: getattr(theirs, name) for name in names if "num_key" not in name}
     assert {name: DEFAULTS[kind][name] for name in expected} == expected

@@ -1,6 +1,7 @@
 """The forms that save memory against the plain ones, in value and gradient, and against finite differences."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +25,20 @@ def plain_rotate(x: Tensor) -> Tensor:
     return functional.plain_rotate(x, *tables(x.shape[1], x.shape[-1], x.dtype))
 
 
+def apply(function: Any, *arguments: object) -> Tensor:
+    """Apply an autograd function, which torch leaves without annotations."""
+    out: Tensor = function.apply(*arguments)
+    return out
+
+
 def saving_rotate(x: Tensor) -> Tensor:
-    return functional.RotateSavingMemory.apply(x, *tables(x.shape[1], x.shape[-1], x.dtype))
+    return apply(functional.RotateSavingMemory, x, *tables(x.shape[1], x.shape[-1], x.dtype))
 
 
 PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "rms_norm": (
         lambda x, w: functional.plain_rms_norm(x, w, 1e-5),
-        lambda x, w: functional.RMSNormSavingMemory.apply(x, w, 1e-5),
+        lambda x, w: apply(functional.RMSNormSavingMemory, x, w, 1e-5),
         [(2, 5, 16), (16,)],
     ),
     "rotate": (plain_rotate, saving_rotate, [(2, 5, 3, 8)]),

@@ -128,12 +128,12 @@ def test_an_apple_gpu_measures_a_model_without_float64() -> None:
 def test_diagnostics_make_no_float64_tensor() -> None:
     """MPS has no float64; any that is made on the model's device would end a run there."""
 
-    class NoFloat64(TorchDispatchMode):
+    class NoFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = func(*args, **(kwargs or {}))
             assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), func
             return out
 
-    with NoFloat64():
+    with NoFloat64():  # type: ignore[no-untyped-call]
         measure_activations(small_model(), torch.zeros(1, 32, dtype=torch.int64))
         make_histograms({"a": torch.randn(1000)})

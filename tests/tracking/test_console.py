@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,17 @@ def printed(use: Callable[[ConsoleTracker], object]) -> str:
     stream = io.StringIO()
     use(ConsoleTracker(1000, 0, stream))
     return stream.getvalue()
+
+
+def log_each(console: ConsoleTracker, rows: Sequence[tuple[Mapping[str, float], int]]) -> None:
+    """Log rows, each with its step, through one fanout each."""
+    for row, step in rows:
+        Fanout([console]).log(row, step)
+
+
+def show_progress(console: ConsoleTracker, fractions: Iterable[float]) -> None:
+    for fraction in fractions:
+        console.show_progress("tokenizing", fraction)
 
 
 def show_a_run(console: ConsoleTracker) -> None:
@@ -73,13 +84,13 @@ def test_no_control_character_is_written_to_a_pipe(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_time_left_is_printed_from_the_second_report_on() -> None:
-    first, second = printed(lambda console: [Fanout([console]).log(REPORT, step) for step in (10, 20)]).splitlines()
+    first, second = printed(lambda console: log_each(console, [(REPORT, step) for step in (10, 20)])).splitlines()
     assert "time_left" not in first and re.search(r"time_left \d:\d\d:\d\d$", second)
 
 
 def test_the_smoothed_loss_is_the_exponential_mean_without_bias() -> None:
     losses = [5.0, 4.0, math.nan, 3.0]
-    text = printed(lambda console: [Fanout([console]).log({"loss": loss}, 1) for loss in losses])
+    text = printed(lambda console: log_each(console, [({"loss": loss}, 1) for loss in losses]))
     weights = [0.1 * 0.9**age for age in (2, 1, 0)]
     expected = sum(weight * loss for weight, loss in zip(weights, (5, 4, 3), strict=True)) / sum(weights)
     assert text.splitlines()[-1].endswith(f"smoothed_loss {expected:.4f}")
@@ -87,7 +98,7 @@ def test_the_smoothed_loss_is_the_exponential_mean_without_bias() -> None:
 
 def test_the_smoothed_loss_continues_after_a_resume() -> None:
     losses = [5.0, 4.0, 3.0, 2.5]
-    whole = printed(lambda console: [Fanout([console]).log({"loss": loss}, 1) for loss in losses])
+    whole = printed(lambda console: log_each(console, [({"loss": loss}, 1) for loss in losses]))
 
     def resume(console: ConsoleTracker) -> None:
         console.restore_smoothing(losses[:2])
@@ -108,7 +119,7 @@ def test_a_sample_is_one_line_with_its_prompt_in_brackets() -> None:
 
 
 def test_the_progress_of_quick_work_is_printed_once() -> None:
-    text = printed(lambda console: [console.show_progress("tokenizing", n / 100) for n in range(101)] * 2)
+    text = printed(lambda console: show_progress(console, [n / 100 for n in range(101)]))
     assert text == "tokenizing 100%\n"
 
 
@@ -116,7 +127,7 @@ def test_the_progress_of_slow_work_is_printed_by_tenths(monkeypatch: pytest.Monk
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     fractions = (0.0, 0.05, 0.25, 0.3, 0.5, 0.75, 0.8, 1.0)
-    text = printed(lambda console: [console.show_progress("tokenizing", fraction) for fraction in fractions])
+    text = printed(lambda console: show_progress(console, fractions))
     assert text.splitlines() == ["tokenizing 25%", "tokenizing 50%", "tokenizing 75%", "tokenizing 100%"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from runs import ROOT, TINY, WORDS, metrics, outcome, write_tiny
-from test_wandb import history, records
+from wandb_records import history, records
 from wandb_server import Answer, Request, wandb_server
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -221,7 +221,7 @@ def await_service(whole: WholeRun) -> psutil.Process:
         assert whole.process is not None
         children = psutil.Process(whole.process.pid).children(recursive=True)
         found = [child for child in children if child.name().startswith("wandb-core")]
-        if found and list(whole.folder.glob("wandb/*run-*/*.wandb")):
+        if found and any(whole.folder.glob("wandb/*run-*/*.wandb")):
             return found[0]
         time.sleep(0.05)
     raise AssertionError(whole.output())

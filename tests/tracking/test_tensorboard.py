@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from runs import tiny_config, write_tiny
-from test_wandb import DIAGNOSIS
+from wandb_records import DIAGNOSIS
 
 from smollm2.tracking.base import Fanout, Sample
 from smollm2.tracking.tensorboard import start_tensorboard

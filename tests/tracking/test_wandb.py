@@ -17,11 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
+from wandb_records import DIAGNOSIS, history, records, select
 from wandb_server import WandbServer, wandb_server
 
 from smollm2.config.schema import Config, WandbConfig
 from smollm2.tracking import wandb as tracker_module
-from smollm2.tracking.base import Diagnosis, Fanout, Histogram, Landscape, Sample
+from smollm2.tracking.base import Fanout, Landscape, Sample
 from smollm2.tracking.wandb import describe_upload, list_code, start_wandb
 from smollm2.tracking.wandb_environment import (
     DEFAULT_HOST,
@@ -87,26 +88,6 @@ def mirror_one_row(folder: Path, reported: list[str], run_id: str = "run1", **ke
     assert tracker is not None
     tracker.log({"loss": 2.5}, 1)
     tracker.close()
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """All records of all offline runs in the folder, by wandb's own reader."""
-    found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found += [json.loads(line) for line in output.splitlines()]
-    return found
-
-
-def select(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [record[kind] for record in found if record["type"] == kind]
-
-
-def history(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The logged rows, without wandb's own columns."""
-    items = [row["item"] for row in select(found, "history")]
-    return [{name: value for name, value in item.items() if not name.startswith("_")} for item in items]
 
 
 @pytest.mark.parametrize(
@@ -195,16 +176,6 @@ def test_run_ids_differ_and_change_no_random_state() -> None:
     assert len({make_run_id() for _ in range(100)}) == 100 and random.getstate() == before
 
 
-NAMES = ("model.embed_tokens.weight", "model.layers.0.q.weight", "model.layers.0.k.weight", "model.norm.weight")
-DIAGNOSIS = Diagnosis(
-    gradient_norms=dict(zip(NAMES, (1.0, 3.0, 4.0, 0.5), strict=True)),
-    weight_norms=dict(zip(NAMES, (10.0, 6.0, 8.0, 1.0), strict=True)),
-    update_ratios=dict(zip(NAMES, (0.01, 0.5, 0.0, 0.02), strict=True)),
-    activations={"layers.0": {"rms": 1.5, "dead_units": 0.25}},
-    clipped=0.75,
-    gradient_histograms={"model.norm.weight": Histogram((3, 1), (-1.0, 0.0, 2.0))},
-    weight_histograms={"model.norm.weight": Histogram((5, 6), (0.0, 0.5, 1.0))},
-)
 LANDSCAPE = Landscape(2.0, (-1, 0, 1), (3.0, 2.0, math.inf), (-1, 1), ((4.0, 5.0), (6.0, 7.0)), seed=0, targets=8)
 CHECKPOINT = bytes(range(256)) * 4096
 
@@ -250,7 +221,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Record:
     with pytest.MonkeyPatch.context() as patch:
         empty_machine(root / "home", patch)
         folder = make_run_folder(root)
-        keys = {"tags": ("a", "b"), "name": "first", "project": "proj", "log_checkpoints": "all", "log_code": True}
+        keys: dict[str, Any] = {
+            "tags": ("a", "b"),
+            "name": "first",
+            "project": "proj",
+            "log_checkpoints": "all",
+            "log_code": True,
+        }
         tracker = start(folder, reported, **keys)
         assert tracker is not None
         send_everything(tracker, folder)

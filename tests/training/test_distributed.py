@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import ROOT, metrics, outcome, write_tiny
+from torch.utils.hooks import RemovableHandle
 from twins import needs_bf16
 from two_ranks import Ended, Ranks, run_ranks, start_ranks
 
@@ -20,9 +22,12 @@ from smollm2.checkpoint import saving
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.cli.main import main
 from smollm2.data.batches import Batches
+from smollm2.data.tokenizer import Tokenizer, train_tokenizer
+from smollm2.data.windows import Batch
 from smollm2.errors import DataError, ResourceError
 from smollm2.runtime.ranks import Position, find_disagreement, find_late, find_odd_replica
 from smollm2.training import agreement, corpus, loop, setup
+from smollm2.training.step import train_step
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
 
@@ -80,13 +85,13 @@ def note_windows() -> None:
     """From here on this process writes every window that it reads for training to a file."""
 
     class Noting(Batches):
-        def read(self, n: int, start: int, stop: int) -> tuple[object, object]:
+        def read(self, n: int, start: int, stop: int) -> Batch:
             ids = self.window_ids(n)[start:stop].tolist()
             with Path("windows.txt").open("a") as file:
                 file.write("".join(f"{n} {start + row} {window}\n" for row, window in enumerate(ids)))
             return super().read(n, start, stop)
 
-    setup.Batches = Noting
+    setup.Batches = Noting  # type: ignore[attr-defined]
 
 
 def noting_windows(work: Work) -> Work:
@@ -167,7 +172,7 @@ def change_seed(rank: int) -> list[str]:
 
 def change_code(rank: int) -> list[str]:
     if rank:
-        loop.fingerprint_code = lambda: "0123"
+        loop.fingerprint_code = lambda: "0123"  # type: ignore[attr-defined]
     return []
 
 
@@ -178,9 +183,11 @@ def change_tokens(rank: int) -> list[str]:
 
 
 def change_tokenizer(rank: int) -> list[str]:
-    whole = corpus.tokenizer_from_text
+    def another(text: str, end_of_text: int | None = None) -> Tokenizer:
+        return train_tokenizer(["a b c"] * 9, 300)
+
     if rank:
-        corpus.tokenizer_from_text = lambda text, end: whole(corpus.train_tokenizer(["a b c"] * 9, 300).text)
+        corpus.tokenizer_from_text = another  # type: ignore[attr-defined]
     return []
 
 
@@ -208,7 +215,7 @@ def test_the_text_on_standard_input_is_read_by_one_rank(tmp_path: Path) -> None:
     write_tiny(tmp_path)
 
     def work(rank: int) -> int:
-        sys.stdin = (tmp_path / "input.txt").open() if rank == 0 else None  # type: ignore[assignment]
+        sys.stdin = (tmp_path / "input.txt").open() if rank == 0 else None
         return main(train_words("--input_file", "-", "--train_steps", "2"))
 
     assert [rank.code for rank in run_ranks(work, tmp_path)] == [0, 0]
@@ -252,17 +259,17 @@ def test_a_last_save_that_fails_on_rank_0_ends_all_with_its_code(tmp_path: Path)
 
 def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], work: Work) -> Work:
     """`work`, with something done on rank 1 before an update."""
-    whole, done = loop.train_step, []
+    done: list[torch.nn.Module] = []
 
-    def step_or_act(model: torch.nn.Module, *arguments: object, **named: object) -> object:
+    def step_or_act(model: torch.nn.Module, *arguments: Any, **named: Any) -> object:
         done.append(model)
         if len(done) == step:
             act(model)
-        return whole(model, *arguments, **named)  # type: ignore[arg-type]
+        return train_step(model, *arguments, **named)
 
     def acting(rank: int) -> int:
         if rank == 1:
-            loop.train_step = step_or_act  # type: ignore[assignment]
+            loop.train_step = step_or_act  # type: ignore[assignment, attr-defined]
         return work(rank)
 
     return acting
@@ -271,7 +278,12 @@ def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], w
 def spoil_one_gradient(model: torch.nn.Module) -> None:
     """The next gradient of one parameter is not finite on this rank, before the ranks share it."""
     parameter = next(model.parameters())
-    handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float("nan"))[1])
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        return gradient * float("nan")
+
+    handle: RemovableHandle = parameter.register_hook(spoil)  # type: ignore[no-untyped-call]
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:

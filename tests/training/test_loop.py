@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from runs import ROOT, WORDS, metrics, tiny_config, write_tiny
 
 from smollm2 import evaluate, generate, load_model
@@ -16,7 +17,6 @@ from smollm2.config.reading import load_config
 from smollm2.config.schema import TrainingConfig
 from smollm2.data.windows import Batch
 from smollm2.errors import ResourceError, TrainingError
-from smollm2.model import attention
 from smollm2.runtime.device import start_runtime
 from smollm2.training import actions
 from smollm2.training.loop import split, train
@@ -135,7 +135,12 @@ def test_no_two_prompts_of_a_round_are_drawn_with_the_same_seed(
 ) -> None:
     write_tiny(tmp_path)
     seeds: list[int] = []
-    monkeypatch.setattr(actions, "generate", lambda *arguments, seed, **rest: seeds.append(seed) or [""])
+
+    def draw(*arguments: object, seed: int, **rest: object) -> list[str]:
+        seeds.append(seed)
+        return [""]
+
+    monkeypatch.setattr(actions, "generate", draw)
     train(tiny_config(tmp_path, training__sample_prompts="[a, b, a]"))
     assert len(seeds) == 2 * 4 == len(set(seeds))
 
@@ -168,9 +173,9 @@ def test_a_backend_that_mixes_documents_stops_the_run_before_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny(tmp_path, text="\f".join([WORDS] * 40))
-    real = attention.F.scaled_dot_product_attention
+    real = F.scaled_dot_product_attention
     leaking = lambda q, k, v, mask, is_causal, **rest: real(q, k, v, is_causal=True, **rest)  # noqa: E731
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", leaking)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", leaking)
     isolated = {"data__document_separator": "\f", "data__document_mask": "true"}
     with pytest.raises(TrainingError, match=r"sdpa differs from the reference.*. Use training\.attention: eager"):
         train(tiny_config(tmp_path, **isolated))

@@ -157,7 +157,7 @@ def old_states(
     theirs = torch.optim.Muon(parameters, lr=0.01)
     for _, p in parameters:
         p.grad = torch.ones_like(p)
-    theirs.step()
+    theirs.step()  # type: ignore[no-untyped-call]
     return {**states, "muon": {"parameters": [name for name, _ in parameters], "state": theirs.state_dict()}}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from twins import small_model
 
 from smollm2.config.schema import TrainingConfig
 from smollm2.training.optim import build_optimizers, learning_rate_at, load_optimizer_states, optimizer_states
+
+
+def make_config(**keys: object) -> TrainingConfig:
+    return TrainingConfig.model_validate(keys)
 
 
 def formula(step: int, schedule: str) -> float:
@@ -24,7 +29,7 @@ def formula(step: int, schedule: str) -> float:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_the_rate_is_the_closed_formula_at_every_step(schedule: str) -> None:
-    config = TrainingConfig(
+    config = make_config(
         train_steps=100, warmup_steps=10, schedule=schedule, learning_rate=1.0, min_learning_rate=0.1, decay_steps=20
     )
     for step in range(100):
@@ -33,7 +38,7 @@ def test_the_rate_is_the_closed_formula_at_every_step(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_a_warmup_longer_than_the_run_ends_inside_it(schedule: str) -> None:
-    config = TrainingConfig(train_steps=5, warmup_steps=100, schedule=schedule, learning_rate=1.0)
+    config = make_config(train_steps=5, warmup_steps=100, schedule=schedule, learning_rate=1.0)
     assert [learning_rate_at(step, config) for step in range(5)] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
 
 
@@ -41,7 +46,7 @@ def test_a_warmup_longer_than_the_run_ends_inside_it(schedule: str) -> None:
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_every_parameter_is_held_once_and_matrices_alone_decay(optimizer: str, norm: str) -> None:
     model = small_model(norm=norm, tie_word_embeddings=False)
-    optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer, weight_decay=0.3))
+    optimizers = build_optimizers(model, make_config(optimizer=optimizer, weight_decay=0.3))
     held = [(p, group) for o in optimizers.values() for group in o.param_groups for p in group["params"]]
     assert sorted(id(p) for p, _ in held) == sorted(id(p) for p in model.parameters())
     assert all(group["weight_decay"] == (0.3 if p.ndim == 2 else 0.0) for p, group in held)
@@ -55,7 +60,8 @@ def test_decay_all_reaches_norms_too() -> None:
 def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     model = small_model()
     optimizers = build_optimizers(model, TrainingConfig(optimizer="muon"))
-    names = optimizer_states(optimizers)["muon"]["parameters"]
+    states: dict[str, Any] = optimizer_states(optimizers)
+    names = states["muon"]["parameters"]
     assert len(names) == 3 * 7
     assert all(name.startswith("model.layers.") and "norm" not in name for name in names)
 
@@ -69,7 +75,7 @@ def test_a_loaded_state_keeps_the_rate_and_decay_of_the_config() -> None:
 
 
 def test_parameters_in_another_order_are_refused() -> None:
-    saved = optimizer_states(build_optimizers(small_model(), TrainingConfig()))
+    saved: dict[str, Any] = optimizer_states(build_optimizers(small_model(), TrainingConfig()))
     saved["adamw"]["parameters"] = list(reversed(saved["adamw"]["parameters"]))
     with pytest.raises(ValueError, match="another order"):
         load_optimizer_states(build_optimizers(small_model(), TrainingConfig()), saved)

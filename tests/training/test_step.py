@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from twins import small_model
+from twins import blocks_of, gradient_of, small_model
 
 from smollm2.config.schema import TrainingConfig
 from smollm2.errors import ConfigError, TrainingError
@@ -15,7 +15,7 @@ from smollm2.runtime.device import Runtime, start_runtime
 from smollm2.training.memory import micro_batch_size
 from smollm2.training.optim import build_optimizers
 from smollm2.training.progress import too_many_skips
-from smollm2.training.step import accumulate_gradients, adjust_loss_scale, train_step
+from smollm2.training.step import StepResult, accumulate_gradients, adjust_loss_scale, train_step
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def batch(rows: int = 16, length: int = 24) -> tuple[Tensor, Tensor]:
 
 def split(size: int) -> list[tuple[Tensor, Tensor]]:
     input_ids, labels = batch()
-    return list(zip(input_ids.split(size), labels.split(size), strict=True))
+    return list(zip(torch.split(input_ids, size), torch.split(labels, size), strict=True))
 
 
 def gradient(runtime: Runtime, size: int) -> tuple[Tensor, Tensor]:
     model = small_model()
     loss, _ = accumulate_gradients(model, split(size), runtime)
-    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+    return loss, gradient_of(model)
 
 
 @pytest.mark.parametrize("size", [16, 8, 7, 4, 1])
@@ -49,8 +49,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(runtime: Runtime, si
     input_ids, labels = batch()
     logits = model(input_ids)
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    mean.backward()
-    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.autograd.backward(mean)
+    expected = gradient_of(model)
     loss, found = gradient(runtime, size)
     assert loss.item() == pytest.approx(mean.item(), rel=1e-6)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -64,20 +64,20 @@ def test_documents_are_isolated_however_the_batch_is_cut(runtime: Runtime) -> No
         for row in range(16)
         for part in (slice(row + 4), slice(row + 4, None))
     ]
-    whole = list(zip(*(x.split(8) for x in (input_ids, labels, document_ids)), strict=True))
+    whole = list(zip(*(torch.split(x, 8) for x in (input_ids, labels, document_ids)), strict=True))
     results = []
     for micro_batches in (pieces, whole):
         model = small_model()
         loss, count = accumulate_gradients(model, micro_batches, runtime)
-        results.append((loss.item(), count, torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (loss, count, gradient), (packed_loss, packed_count, packed) = results
-    assert (packed_loss, packed_count) == (pytest.approx(loss, rel=1e-6), count)
+        results.append((loss.item(), count, gradient_of(model)))
+    (whole_loss, whole_count, gradient), (packed_loss, packed_count, packed) = results
+    assert packed_loss == pytest.approx(whole_loss, rel=1e-6) and packed_count == whole_count
     assert (packed - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def run_update(
     runtime: Runtime, model: SmolLM2, micro_batches: Sequence[tuple[Tensor, Tensor]], max_grad_norm: float = 1.0
-) -> tuple[object, dict[str, object]]:
+) -> tuple[StepResult, dict[str, torch.optim.Optimizer]]:
     optimizers = build_optimizers(model, TrainingConfig(learning_rate=0.1))
     result = train_step(model, optimizers, micro_batches, runtime, learning_rate=0.1, max_grad_norm=max_grad_norm)
     return result, optimizers
@@ -95,9 +95,7 @@ def test_clipping_scales_to_the_limit_and_never_up(runtime: Runtime, limit: floa
     model = small_model()
     seen: list[Tensor] = []
     optimizers = build_optimizers(model, TrainingConfig())
-    optimizers["adamw"].register_step_pre_hook(
-        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
-    )
+    optimizers["adamw"].register_step_pre_hook(lambda *_: seen.append(gradient_of(model).norm()))
     result = train_step(model, optimizers, split(16), runtime, learning_rate=0.1, max_grad_norm=limit)
     assert seen[0].item() == pytest.approx(norm or result.grad_norm, rel=1e-4)
 
@@ -114,7 +112,8 @@ def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(
     if place == "loss":
         model.register_forward_hook(lambda module, args, out: (out[0] * value, out[1]))
     else:
-        model.model.layers[1].mlp.up_proj.weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), value))
+        weight = blocks_of(model)[1].mlp.up_proj.weight
+        weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), value))  # type: ignore[no-untyped-call]
     result = train_step(model, optimizers, split(8), runtime, learning_rate=0.1, max_grad_norm=1.0)
     assert result.skipped
     assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizers), strict=True))
@@ -151,7 +150,7 @@ def test_the_loss_scale_stops_the_run_before_it_reaches_zero() -> None:
 
     def overflow_for_ever() -> None:
         while True:
-            scaler.scale(parameter.sum() * math.inf).backward()
+            torch.autograd.backward(scaler.scale(parameter.sum() * math.inf))
             scaler.unscale_(optimizer)
             adjust_loss_scale(scaler)
             scales.append(scaler.get_scale())
