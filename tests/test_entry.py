@@ -55,7 +55,7 @@ def test_it_parses_on_an_old_python_3() -> None:
     ast.parse((ROOT / "train.py").read_text(encoding="ascii"), feature_version=(3, 4))
 
 
-def test_it_looks_for_every_dependency_of_the_package() -> None:
+def test_it_checks_every_dependency_of_the_package() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in declared}
     source = ast.parse((ROOT / "train.py").read_text())
@@ -80,7 +80,7 @@ def test_its_exit_code_is_the_trainers(tmp_path: Path) -> None:
     assert "--no_such_flag" in said
 
 
-def test_a_python_without_the_dependencies_hands_over_to_the_environment(
+def test_a_python_without_the_dependencies_starts_the_one_of_the_environment(
     checkout: Path, bare_python: Path, tmp_path: Path
 ) -> None:
     make_python(checkout / ".venv")
@@ -90,7 +90,9 @@ def test_a_python_without_the_dependencies_hands_over_to_the_environment(
     assert "--checkpoint_path" in shown
 
 
-def test_without_an_environment_one_line_says_what_to_run(checkout: Path, bare_python: Path, tmp_path: Path) -> None:
+def test_without_an_environment_one_line_names_the_script_to_run(
+    checkout: Path, bare_python: Path, tmp_path: Path
+) -> None:
     code, shown, said = run(bare_python, checkout / "train.py", cwd=tmp_path)
     assert (code, shown) == (2, "")
     assert said.count("\n") == 1
@@ -106,7 +108,7 @@ def test_an_environment_that_lacks_the_dependencies_is_tried_once(
     assert said.count("scripts/environment.sh") == 1
 
 
-def test_a_python_that_is_too_old_is_told_so(checkout: Path, tmp_path: Path) -> None:
+def test_a_python_that_is_too_old_is_reported(checkout: Path, tmp_path: Path) -> None:
     code, _, said = run(find_old_python(), checkout / "train.py", cwd=tmp_path)
     assert (code, said.count("\n")) == (2, 1)
     assert "older than 3.11" in said

@@ -28,7 +28,7 @@ def run(*arguments: str, folder: Path, **options: Any) -> subprocess.CompletedPr
     )
 
 
-ASKING = {
+QUESTIONS = {
     "help": (["--help"], 0),
     "version": (["--version"], 0),
     "help of train": (["train", "--help"], 0),
@@ -38,8 +38,8 @@ ASKING = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "code"), ASKING.values(), ids=ASKING.keys())
-def test_asking_loads_neither_torch_nor_numpy_and_takes_under_0_6_s_of_cpu(
+@pytest.mark.parametrize(("arguments", "code"), QUESTIONS.values(), ids=QUESTIONS.keys())
+def test_help_plan_and_config_errors_import_neither_torch_nor_numpy_and_take_under_0_6_s_of_cpu(
     arguments: list[str], code: int, tmp_path: Path
 ) -> None:
     write_tiny(tmp_path)
@@ -49,16 +49,16 @@ def test_asking_loads_neither_torch_nor_numpy_and_takes_under_0_6_s_of_cpu(
         "heavy = [name for name in ('torch', 'numpy', 'transformers', 'accelerate') if name in sys.modules]\n"
         "print(json.dumps([code, heavy, time.process_time()]))"
     )
-    answers = []
+    measured = []
     for _ in range(3):  # CPU seconds, but of a shared machine: the best of three
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        answers.append(json.loads(done.stdout.splitlines()[-1]))
-        if answers[-1][2] < 0.6:
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
+        if measured[-1][2] < 0.6:
             break
-    assert answers[-1][:2] == [code, []]
-    assert min(answer[2] for answer in answers) < 0.6
+    assert measured[-1][:2] == [code, []]
+    assert min(answer[2] for answer in measured) < 0.6
 
 
 MISTAKES = {
@@ -120,11 +120,11 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "code", "said"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_gets_one_line_its_exit_code_and_leaves_nothing(
+@pytest.mark.parametrize(("arguments", "code", "words"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_with_its_exit_code_and_leaves_no_file(
     arguments: list[str],
     code: int | None,
-    said: str,
+    words: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -140,7 +140,7 @@ def test_a_mistake_gets_one_line_its_exit_code_and_leaves_nothing(
         return
     assert found == code
     error = capsys.readouterr().err
-    assert said in error
+    assert words in error
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -170,7 +170,7 @@ def test_the_output_off_a_terminal_is_one_plain_line_per_report(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
     long = TINY.replace("train_steps: 12", "train_steps: 150").replace("save_interval: 4", "save_interval: 0")
     long = long.replace("eval_interval: 5", "eval_interval: 0").replace("sample_interval: 6", "sample_interval: 0")
     write_tiny(tmp_path, config=long)
@@ -188,7 +188,7 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: 
     os.kill(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"stopped by {name} after step " in error
+    assert f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}; step " in error
     assert "Resume with: smollm2 train --resume auto" in error
     assert run("train", "--resume", "auto", folder=tmp_path).returncode == 0
     assert run("train", "--save_dir", "whole", folder=tmp_path).returncode == 0
@@ -203,11 +203,11 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_no_bit(name: str, tmp_path: 
         (["train.py", "--checkpoint_path", "a.pt", "--resume=auto"], "python train.py --resume auto"),
     ],
 )
-def test_the_command_to_go_on_with_is_the_same_one_with_resume(argv: list[str], command: str) -> None:
+def test_the_resume_command_is_the_same_command_with_resume(argv: list[str], command: str) -> None:
     assert resume_command(argv) == command
 
 
-def test_a_launcher_that_lost_its_processes_is_refused(tmp_path: Path) -> None:
+def test_a_launcher_that_started_one_process_instead_of_two_is_refused(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     lost = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}
     done = run("train", folder=tmp_path, env=lost)
@@ -215,7 +215,7 @@ def test_a_launcher_that_lost_its_processes_is_refused(tmp_path: Path) -> None:
     assert "accelerate launch --multi_gpu --num_processes 2" in done.stderr
 
 
-def test_the_sample_corpus_is_made_where_nothing_names_a_text(tmp_path: Path) -> None:
+def test_the_sample_corpus_is_made_if_no_text_is_named(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     (tmp_path / "input.txt").unlink()
     done = run("train", "--train_steps", "1", folder=tmp_path)
@@ -237,15 +237,15 @@ def test_with_wandb_disabled_it_is_not_imported_and_no_connection_is_opened(tmp_
     assert done.stdout.splitlines()[-1] == "[0, [], False]"
 
 
-def test_with_wandb_and_no_key_the_run_is_mirrored_offline_and_says_how_to_upload_it(tmp_path: Path) -> None:
+def test_with_wandb_and_no_key_the_run_is_recorded_offline_and_the_upload_command_is_printed(tmp_path: Path) -> None:
     write_tiny(tmp_path, config=TINY + "wandb: {enabled: true}\n")
     without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
         "HOME": str(tmp_path)
     }
     done = run("train", "--train_steps", "2", folder=tmp_path, env=without)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if "W&B" in line]
-    assert len(said) == 3
-    assert "offline, no key for" in said[0] and "will be uploaded" in said[1]
-    folder = said[2].partition("Upload it with: wandb sync ")[2]
+    lines = [line for line in done.stdout.splitlines() if "W&B" in line]
+    assert len(lines) == 3
+    assert "offline, no key for" in lines[0] and "will be uploaded" in lines[1]
+    folder = lines[2].partition("Upload it with: wandb sync ")[2]
     assert list((tmp_path / folder).glob("*.wandb"))

@@ -134,7 +134,7 @@ def test_inline_sections_a_byte_order_mark_and_empty_sections_are_read(load: Loa
         ("model: {flash_attention: false}\ntraining: {attention: eager}", "eager", False),
     ],
 )
-def test_an_alias_sets_the_key_it_stands_for(load: Loader, text: str, attention: str, checkpointing: bool) -> None:
+def test_an_alias_sets_its_key(load: Loader, text: str, attention: str, checkpointing: bool) -> None:
     training = load(text).training
     assert (training.attention, training.gradient_checkpointing) == (attention, checkpointing)
 
@@ -273,7 +273,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("text", "message"), MISTAKES.items(), ids=range(len(MISTAKES)))
-def test_a_mistake_is_shown_with_its_line_and_what_to_do(load: Loader, text: str, message: str) -> None:
+def test_a_mistake_is_reported_with_its_line_and_advice(load: Loader, text: str, message: str) -> None:
     assert refusal(load, text) == f"config.yaml:{message}"
 
 
@@ -292,7 +292,7 @@ def test_an_empty_file_is_reported_as_empty(load: Loader, text: str) -> None:
          "(got 5). Use a divisor of model.num_attention_heads."),
     ],
 )  # fmt: skip
-def test_a_contradiction_has_the_line_of_a_key_that_takes_part(load: Loader, text: str, message: str) -> None:
+def test_a_contradiction_has_the_line_of_one_of_its_keys(load: Loader, text: str, message: str) -> None:
     assert refusal(load, text) == message
 
 
@@ -391,7 +391,7 @@ def test_an_impossible_path_gets_one_line(path: str) -> None:
         ("../config", "Use one of micro, nano, smollm2-1.7b, smollm2-135m, smollm2-360m."),
     ],
 )
-def test_an_unknown_preset_names_those_that_exist(preset: str, words: str) -> None:
+def test_for_an_unknown_preset_the_known_ones_are_listed(preset: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(preset=preset)
     assert str(caught.value) == f"--preset: unknown preset '{preset}'. {words}"
@@ -493,7 +493,7 @@ def test_any_text_survives_the_effective_config(load: Loader) -> None:
 
 
 @pytest.mark.parametrize("value", [*NASTY, 1e-4, 1e-8, 1e22, 0.1, 12, True, None])
-def test_other_readers_of_yaml_type_our_values_as_we_do(value: object) -> None:
+def test_other_yaml_readers_give_our_values_the_same_types(value: object) -> None:
     assert yaml.safe_load(to_yaml(value)) == value
 
 
@@ -579,7 +579,7 @@ def with_values(config: Config, **values: object) -> Config:
 
 
 @pytest.mark.parametrize("key", FIELDS)
-def test_what_becomes_of_a_changed_key_on_a_resume(key: str) -> None:
+def test_each_key_has_its_rule_on_a_resume(key: str) -> None:
     old = value_of(Config(), key)
     rule: Resume = "refused" if key in REFUSED else "noted" if key in NOTED else "free"
     new = old + 1 if isinstance(old, int) else ("another", old)
@@ -675,7 +675,7 @@ def test_smollm2_presets_hold_the_published_hyperparameters(
     assert m.initializer_range == pytest.approx(std, rel=1e-12)
 
 
-def test_nano_and_micro_are_what_they_are_said_to_be() -> None:
+def test_nano_and_micro_have_the_documented_sizes() -> None:
     nano, micro = load_config(preset="nano"), load_config(preset="micro")
     assert 1e6 <= count_parameters(nano.model) <= 2e6
     assert 10e6 <= count_parameters(micro.model) <= 12e6
