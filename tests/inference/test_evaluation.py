@@ -79,6 +79,24 @@ def test_documents_are_scored_alone_behind_an_end_of_text(model: SmolLM2, tokeni
     )
 
 
+@pytest.mark.parametrize("per_document", [False, True])
+def test_blank_documents_are_not_scored(per_document: bool, model: SmolLM2, tokenizer: Tokenizer) -> None:
+    with_blank, without = (
+        evaluate(model, tokenizer, text, separator="\f", per_document=per_document)
+        for text in ("some text\f \n\t\f\fmore", "some text\fmore")
+    )
+    assert with_blank == without and len(without.get("documents", "ab")) == 2
+
+
+def test_a_separator_that_never_occurs_in_the_file_is_reported(
+    model: SmolLM2, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_bytes(b"one\r\n\r\ntwo")
+    notes: list[str] = []
+    evaluate(model, tokenizer, tmp_path / "text.txt", separator="\n\n", report=notes.append)
+    assert len(notes) == 1 and r"'\r\n\r\n' does: use that." in notes[0]
+
+
 def test_one_stream_of_documents_has_an_end_of_text_after_each(model: SmolLM2, tokenizer: Tokenizer) -> None:
     found = evaluate(model, tokenizer, "ab\fcd", separator="\f", stride=16)
     end = tokenizer.end_of_text
