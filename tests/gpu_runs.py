@@ -30,15 +30,17 @@ MODEL = {
 def make_config(*, document_mask: bool = False, **training: Any) -> Config:
     """Return a config of the small model; float32 unless `precision` is given."""
     given = {"precision": "float32", "learning_rate": 1e-2, "sequence_length": 64, **training}
-    return Config.model_validate({"model": MODEL, "training": given, "data": {"document_mask": document_mask}})
+    data = {"document_mask": True, "document_separator": "\f"} if document_mask else {}
+    return Config.model_validate({"model": MODEL, "training": given, "data": data})
 
 
 def start(config: Config) -> Runtime:
-    """Return the runtime of the device under test. A CPU, in a rehearsal, gets fp16 with its loss scale all the same."""
-    if config.training.precision == "fp16" and not torch.cuda.is_available():
+    """Return the runtime of the device under test. A CPU, in a rehearsal, emulates 16 bits, which a run would refuse."""
+    precision = config.training.precision
+    if precision in ("bf16", "fp16") and not torch.cuda.is_available():
         runtime = start_runtime(make_config().training)
-        scaler = torch.amp.GradScaler("cpu", enabled=True)
-        return replace(runtime, precision=Precision("fp16", "a rehearsal"), scaler=scaler)
+        scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+        return replace(runtime, precision=Precision(precision, "a rehearsal"), scaler=scaler)
     return start_runtime(config.training)
 
 

@@ -31,5 +31,5 @@ def user_config(**model: object) -> Config:
 
 def in_folder(config: Config, folder: Path) -> Config:
     """Return the config with input and cache in `folder`."""
-    data = {"input": str(folder / "input.txt"), "cache_dir": str(folder), "stride": 2048}
+    data = {"input": str(folder / "input.txt"), "cache_dir": str(folder), "stride": config.training.sequence_length}
     return Config.model_validate({**config.model_dump(), "data": data})
