@@ -8,6 +8,7 @@ from pathlib import Path
 
 from smollm2.cli.flags import Parser, path, print_note, unescape
 from smollm2.config.reading import (
+    EFFECTIVE_HEADERS,
     add_config_flags,
     changed_on_resume,
     load_config_with_origins,
@@ -16,7 +17,7 @@ from smollm2.config.reading import (
 from smollm2.config.schema import Config
 from smollm2.config.sources import list_presets
 from smollm2.config.vocabulary import find_key, suggest_key
-from smollm2.errors import lay_out
+from smollm2.errors import ConfigError, lay_out
 from smollm2.storage.run_folder import CONFIG
 
 SHORT_FLAGS = {"input_file": "data.input", "save_dir": "training.save_dir", "train_steps": "training.train_steps"}
@@ -51,7 +52,19 @@ def load_run_config(args: argparse.Namespace, unknown: Sequence[str] = ()) -> tu
     own = None if problems else find_own_config(args, flags)
     if own:
         print_note(f"config: {own}, that of the run being resumed (--config chooses another)")
-    return load_config_with_origins(own or args.config, preset=args.preset, flags=flags, found=problems)
+    config, origins = load_config_with_origins(own or args.config, preset=args.preset, flags=flags, found=problems)
+    if not args.preset:
+        keep_config(Path(own or args.config or CONFIG), Path(config.training.save_dir))
+    return config, origins
+
+
+def keep_config(source: Path, folder: Path) -> None:
+    """Raise ConfigError if the run would replace the config that it was given, which a person has written."""
+    if source.resolve() != (folder / CONFIG).resolve():
+        return
+    if not source.read_text(encoding="utf-8-sig").startswith(EFFECTIVE_HEADERS):
+        what = f"the run would write its own config over {source}"
+        raise ConfigError("training.save_dir", what, "use another folder")
 
 
 def read_flags(args: argparse.Namespace, problems: list[str]) -> dict[str, tuple[str, str]]:

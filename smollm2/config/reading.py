@@ -32,6 +32,12 @@ from smollm2.config.yaml_nodes import compose, is_null, quote, show, show_node
 from smollm2.errors import ConfigError, lay_out
 
 SECTIONS_ADVICE = "a config has the sections model, training, data and wandb"
+EFFECTIVE_HEADERS = (
+    "# The config of this run: every value, and where it came from.",
+    "# What this run was started with: every value, and where it came from.",
+)
+"""First lines of a config that a run has written, the current one first."""
+
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -133,7 +139,7 @@ def changed_on_resume(old: Config, new: Config) -> list[Change]:
 
 def effective_config_yaml(config: Config, origins: Mapping[str, str]) -> str:
     """Return every value as YAML, with its origin as a comment; it loads to the same config."""
-    lines = ["# The config of this run: every value, and where it came from."]
+    lines = [EFFECTIVE_HEADERS[0]]
     for section in SECTIONS:
         lines += ["", f"{section}:"]
         for key in (key for key in FIELDS if key.startswith(f"{section}.")):

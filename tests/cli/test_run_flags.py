@@ -7,6 +7,7 @@ from runs import TINY, write_tiny
 
 from smollm2.cli.main import build_parser, main
 from smollm2.cli.run_flags import load_run_config
+from smollm2.config.reading import EFFECTIVE_HEADERS
 from smollm2.config.schema import Config
 from smollm2.storage.run_folder import CONFIG
 
@@ -62,7 +63,7 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "a"
     folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(TINY + "wandb: {name: own}\n")
+    (folder / CONFIG).write_text(f"{EFFECTIVE_HEADERS[0]}\n{TINY}wandb: {{name: own}}\n")
     return folder
 
 
@@ -97,6 +98,30 @@ def test_a_chosen_config_is_used(words: list[str], run_folder: Path) -> None:
 def test_without_resume_the_config_of_a_run_is_not_used(run_folder: Path) -> None:
     Path("config.yaml").write_text(TINY)
     assert load("--save_dir", "runs/a").wandb.name is None
+
+
+def test_a_run_in_the_current_folder_names_a_free_one_at_the_second_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_tiny(tmp_path)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    flags = ["train", "--config", str(config), "--input_file", "../input.txt", "--train_steps", "1", "--save_dir", "."]
+    assert main(flags) == 0
+    assert (tmp_path / "cache").is_dir()
+    assert main(flags) == 4
+    assert f"--save_dir {folder}-2" in capsys.readouterr().err
+
+
+def test_a_run_does_not_write_its_config_over_the_one_that_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--save_dir", "."]) == 2
+    assert capsys.readouterr().err.startswith("error: training.save_dir: the run would write its own config over")
+    assert config.read_text() == TINY
 
 
 @pytest.mark.parametrize("command", ["plan", "train"])
