@@ -128,7 +128,7 @@ class Watch:
         first = ended[0]
         how = "was killed or crashed" if first.code is None else f"ended with exit code {first.code} and reports why"
         error = TrainingError(
-            f"rank {first.rank}", f"it {how}, at {first.place}; the run cannot continue without it", ADVICE
+            "the ranks", f"rank {first.rank} {how}, at {first.place}; the run cannot continue without it", ADVICE
         )
         error.exit_code = first.code or TrainingError.exit_code
         gone = {position.rank for position in ended}

@@ -372,7 +372,7 @@ def kill_itself(model: torch.nn.Module) -> None:
     ("act", "codes", "said"),
     [
         (raise_a_data_error, [3, 3], ("error: rank 1: a window cannot be read", "rank 1 ended with exit code 3")),
-        (kill_itself, [5, -9], ("rank 1 was killed, or crashed",)),
+        (kill_itself, [5, -9], ("rank 1 was killed or crashed",)),
     ],
 )
 def test_a_rank_that_ends_ends_the_run_and_is_named(
