@@ -8,6 +8,7 @@ same file with an fsync, the fair peer. A duration is taken with no training bes
 """
 
 import argparse
+import math
 import os
 import statistics
 import tempfile
@@ -44,7 +45,7 @@ def build_state(parameters: int) -> dict[str, Any]:
         "scaler": {},
         "data": {**data, "tokens_fingerprint": "", "tokens": 1, "windows": 1},
         "rng": random_state(),
-        "stability": {"skipped": [], "losses": [], "spikes": [], "pending": []},
+        "stability": {"skipped": [], "losses": [], "spikes": [], "pending": [], "best_validation_loss": math.inf},
         "best": {},
         "config": "{}",
         "tokenizer": {"text": "", "fingerprint": "", "vocab_size": 257, "end_of_text": 256},

@@ -118,7 +118,7 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise DataError(name, f"cannot be read ({error.strerror})", "name a JSON Lines file") from None
-    convert = "convert it: iconv -f latin1 -t utf-8" + ("" if name == "-" else f" {shlex.quote(name)} > NEW")
+    convert = "convert it: iconv -f WINDOWS-1252 -t UTF-8" + ("" if name == "-" else f" {shlex.quote(name)} > NEW")
     rows = []
     for count, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{shown}:{count}"

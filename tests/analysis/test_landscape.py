@@ -268,7 +268,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_landscape(
     with monkeypatch.context() as patch:
         patch.setattr("smollm2.analysis.landscape.score_windows", stopping)
         assert draw(trained, "--output", str(twice)) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert not twice.exists()
     calls = itertools.count(100)
     assert draw(trained, "--output", str(twice)) == 0
@@ -312,10 +312,10 @@ def test_positions_reach_from_minus_one_to_one() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--points", "6"], "--points - 6 has no point in the middle"),
-        (["--points", "1"], "--points - 1 will not do - give 3 to 401"),
-        (["--seed", "-1"], "--seed - -1 will not do"),
-        (["--output", "."], "--output - '.' is no name of a file"),
+        (["--points", "6"], "--points: must be odd (got 6)"),
+        (["--points", "1"], "--points: must be a whole number from 3 to 401 (got '1')"),
+        (["--seed", "-1"], "--seed: must be a whole number from 0"),
+        (["--output", "."], "--output: must name a file (got '.')"),
     ],
 )
 def test_an_impossible_flag_is_one_line(

@@ -9,7 +9,10 @@ from smollm2.cli.generate import NUMBERS
 from smollm2.cli.main import main
 
 BAD_PROMPTS = {
-    "latin 1": (b'"a"\n"caf\xe9"\n', ":2: byte 5 of the line is 0xe9, which is not UTF-8. Convert it: iconv -f latin1"),
+    "latin 1": (
+        b'"a"\n"caf\xe9"\n',
+        ":2: byte 5 of the line is 0xe9, which is not UTF-8. Convert it: iconv -f WINDOWS-1252",
+    ),
     "latin 1, plain": (b"caf\xe9", ":1: byte 4 of the line is 0xe9"),
     "half of a surrogate pair": (b'"a"\n\n"\\ud800"\n', ":3: \\ud800 is half of a surrogate pair."),
     "the same in an object": (b'{"prompt": "\\udc00"}\n', ":1: \\udc00 is half of a surrogate pair."),

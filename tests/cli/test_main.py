@@ -105,7 +105,7 @@ MISTAKES = {
         4,
         "XXXX stands for the number of a step",
     ),
-    "a checkpoint that is none": (["--checkpoint_path", "input.txt"], 4, "input.txt - "),
+    "a text as checkpoint": (["--checkpoint_path", "input.txt"], 4, "input.txt: is damaged, or not a checkpoint"),
     "a file in the run folder's place": (["--save_dir", "input.txt"], 6, "input.txt: cannot be written"),
     "fp16 on a CPU": (["--training.precision", "fp16"], 2, "training.precision: fp16: a CPU computes fp16"),
 }
@@ -220,7 +220,7 @@ def test_the_sample_corpus_is_made_if_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "input.txt").unlink()
     done = run("train", "--train_steps", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "the sample corpus is made" in done.stdout
+    assert "a sample corpus is made" in done.stdout
     assert metrics(tmp_path / "checkpoints")[0]["step"] == 1
 
 

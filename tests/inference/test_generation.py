@@ -388,13 +388,17 @@ MISTAKES = {
     "no model": (["absent.pt"], 4, "absent.pt: does not exist"),
     "a folder without a model": (["."], 4, "holds no checkpoint"),
     "no best": ([".", "--best"], 4, "best.json: not found"),
-    "a cold temperature": (["x.pt", "--temperature", "-1"], 2, "temperature: -1.0 is out of range"),
-    "no tokens": (["x.pt", "--max_new_tokens", "0"], 2, "--max_new_tokens - 0 will not do"),
-    "a seed below 0": (["x.pt", "--seed", "-1"], 2, "--seed - -1 will not do"),
-    "a device that is not here": (["x.pt", "--device", "cuda"], 2, "--device - torch finds no cuda GPU here"),
+    "a cold temperature": (
+        ["x.pt", "--temperature", "-1"],
+        2,
+        "--temperature: must be 0, or a number from 0.001 to 1000",
+    ),
+    "no tokens": (["x.pt", "--max_new_tokens", "0"], 2, "--max_new_tokens: must be a whole number from 1"),
+    "a seed below 0": (["x.pt", "--seed", "-1"], 2, "--seed: must be a whole number from 0"),
+    "a device that is not here": (["x.pt", "--device", "cuda"], 2, "--device: torch finds no CUDA GPU here"),
     "two sources": (["x.pt", "--prompt", "a", "--interactive"], 2, "not allowed with"),
-    "a prompts file that is absent": (["x.pt", "--prompts_file", "absent"], 3, "absent - it cannot be read"),
-    "a line that is no prompt": (["x.pt", "--prompts_file", "bad.jsonl"], 3, "bad.jsonl:2 - it is no prompt"),
+    "a prompts file that is absent": (["x.pt", "--prompts_file", "absent"], 3, "absent: cannot be read"),
+    "a line that is no prompt": (["x.pt", "--prompts_file", "bad.jsonl"], 3, "bad.jsonl:2: is not a prompt"),
 }
 
 

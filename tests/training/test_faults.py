@@ -340,7 +340,7 @@ def test_a_token_cache_that_changes_under_the_run_stops_it(
 
     monkeypatch.setattr(actions, "validate", changing)
     with pytest.raises(
-        DataError, match=r"train\.bin - it was changed while the run was reading it - delete that folder"
+        DataError, match=r"train\.bin: the file changed while the run was reading it\. Delete its folder"
     ):
         train(tiny_config(tmp_path, training__save_interval=1))
     assert find_resumable(tmp_path / "checkpoints", print) is not None

@@ -122,7 +122,7 @@ def test_a_quiet_run_prints_nothing_calls_back_after_each_step_and_returns_its_c
 def test_a_run_without_validation_text_says_so_and_logs_no_number_for_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_tiny(tmp_path, text="hi there")
+    write_tiny(tmp_path, text="hi")
     train(tiny_config(tmp_path, training__train_steps=5))
     shown = capsys.readouterr().out
     assert re.search(r"validation +none, because the text is too short", shown)
