@@ -153,7 +153,7 @@ class TrainingConfig(Section):
     train_steps: int = key(5000, "noted", ge=1, le=10**9)
     """Optimizer steps in the whole run."""
     batch_size: int = key(12, "noted", ge=1, le=10**6)
-    """Sequences in one forward pass; on several devices the largest divisor of a device's share up to this."""
+    """Sequences in one forward pass; a device cuts its share into as few nearly equal parts of at most this size."""
     gradient_accumulation_steps: int = key(4, "noted", ge=1, le=10**6)
     """batch_size x this = sequences in one step, on any number of devices."""
     sequence_length: int = key(2048, "refused", ge=1, le=2**24)

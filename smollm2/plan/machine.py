@@ -20,6 +20,9 @@ ROOT = Path("/")
 WSL_TOOLS = "usr/lib/wsl/lib"
 """Where Windows puts nvidia-smi for its Linux, which has no /proc/driver/nvidia."""
 
+ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
+"""Parts of the values of ONEDNN_MAX_CPU_ISA that leave bf16 products to the hardware."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -46,10 +49,16 @@ def find_machine(environment: Mapping[str, str], root: Path = ROOT) -> Machine:
     return Machine(cpu_class(environment, root), count_cores(root))
 
 
+def leaves_bf16(environment: Mapping[str, str]) -> bool:
+    """Return whether ONEDNN_MAX_CPU_ISA lets torch use the CPU's bf16 units, if there are any."""
+    isa = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or "ALL"
+    return any(part in isa.upper() for part in ONEDNN_ISAS_WITH_BF16)
+
+
 def cpu_class(environment: Mapping[str, str], root: Path = ROOT) -> str:
     """Return the CPU's row in the table of throughput.py.
 
-    ATEN_CPU_CAPABILITY limits the instructions that torch uses, so it limits the class as well.
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA limit the instructions that torch uses, so they limit the class as well.
     """
     hint = environment.get("ATEN_CPU_CAPABILITY", "")
     features = set(re.findall(r"\w+", _read(root / "proc/cpuinfo")))
@@ -57,6 +66,8 @@ def cpu_class(environment: Mapping[str, str], root: Path = ROOT) -> str:
         return "cpu-float32"
     if hint == "avx2" or "avx512f" not in features:
         return "cpu-avx2"
+    if not leaves_bf16(environment):
+        return "cpu-avx512"
     if "amx_bf16" in features:
         return "cpu-amx"
     return "cpu-bf16" if "avx512_bf16" in features else "cpu-avx512"

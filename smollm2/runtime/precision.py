@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from smollm2.errors import ConfigError
+from smollm2.plan.machine import leaves_bf16
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,12 @@ def device_features(device: torch.device) -> frozenset[str]:
 PACKED_DTYPES = {"packed_float32": torch.float32, "packed_bf16": torch.bfloat16}
 
 
-ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
-"""Parts of the values of ONEDNN_MAX_CPU_ISA that leave bf16 products to the hardware."""
-
-
 def has_bf16_units(environment: Mapping[str, str]) -> bool:
     """Return whether this CPU computes bf16 products in hardware: AVX-512 BF16 or AMX.
 
     ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch compute as a smaller CPU would; then these units are not used.
     """
-    isa = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or "ALL"
-    if environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
-        return False
-    if not any(part in isa.upper() for part in ONEDNN_ISAS_WITH_BF16):
+    if environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2") or not leaves_bf16(environment):
         return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in other builds of torch
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)

@@ -18,7 +18,7 @@ from smollm2.runtime.throughput import machine_of, measure_if_long
 from smollm2.storage.run_folder import METRICS, REPORT, SAMPLES, checkpoint_path, step_of
 from smollm2.training.optim import learning_rate_at
 from smollm2.training.progress import Progress
-from smollm2.training.resume import describe_resume
+from smollm2.training.resume import count_compared_windows, describe_resume
 from smollm2.training.setup import Run, Start
 
 Rows = list[tuple[str, str]]
@@ -132,8 +132,10 @@ def end_page(run: Run, progress: Progress, seconds: float) -> Rows:
         ("logging overhead", overhead),
         ("loss", f"{progress.loss:.4f}"),
     ]
-    if progress.best_validation_loss < float("inf"):
-        rows.append(("best validation loss", f"{progress.best_validation_loss:.4f}"))
+    if run.validation and progress.best_validation_loss < float("inf"):
+        compared, count = count_compared_windows(run.config, run.validation), len(run.validation)
+        windows = f", on {compared} of {count:,} windows" if compared < count else ""
+        rows.append(("best validation loss", f"{progress.best_validation_loss:.4f}{windows}"))
     files = {"model": checkpoint_path(run.folder, progress.step)}
     files |= {
         name: run.folder / file for name, file in (("samples", SAMPLES), ("metrics", METRICS), ("report", REPORT))

@@ -56,6 +56,7 @@ def write_cgroup(root: Path, version: int, **settings: str) -> Path:
         (AMX, {"ATEN_CPU_CAPABILITY": "avx2"}, "cpu-avx2"),
         (BF16, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "cpu-avx2"),
         (BF16, {"ATEN_CPU_CAPABILITY": "avx512"}, "cpu-bf16"),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "cpu-avx512"),
         (BF16, {"ATEN_CPU_CAPABILITY": "default"}, "cpu-float32"),
         ("fpu sse2", {"ATEN_CPU_CAPABILITY": "avx2"}, "cpu-float32"),
     ],
