@@ -99,7 +99,7 @@ def content_hash(state: Mapping[str, Any]) -> str:
 def walk(state: object) -> Iterator[tuple[str, object]]:
     """Yield every value that is not a container with its dotted name. Not recursive: a file may nest 100,000 deep.
 
-    Raise CheckpointError for a container that is nested too deep or is in two places: inside itself it would have no end.
+    Raise CheckpointError for a container that is nested too deeply or is in two places: inside itself it would have no end.
     """
     waiting: list[tuple[str, object, int]] = [("", state, 0)]
     seen: set[int] = set()
@@ -109,7 +109,7 @@ def walk(state: object) -> Iterator[tuple[str, object]]:
             yield name, value
             continue
         if depth > MAX_DEPTH or (value and id(value) in seen):
-            raise CheckpointError(f"{name[:80]!r} is nested too deep, or inside itself")
+            raise CheckpointError(f"{name[:80]!r} is nested too deeply, or inside itself")
         seen.add(id(value))
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
             if type(key) not in (str, int):

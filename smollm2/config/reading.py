@@ -193,7 +193,7 @@ def _pairs(
             problems.append(lay_out(f"{name}:{line}", what, "write a word"))
         elif key_node.value in first_line:
             where = f"{name}:{line}: {show(prefix + key_node.value)}"
-            what = f"is already in line {first_line[key_node.value]}"
+            what = f"is already set in line {first_line[key_node.value]}"
             problems.append(lay_out(where, what, "keep one of the two"))
         else:
             first_line[key_node.value] = line

@@ -204,7 +204,7 @@ def _write_tokens(
         if chunk.last:
             ids = [*ids, tokenizer.end_of_text]
         if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-            what = f"the tokenizer made an id outside its vocabulary of {tokenizer.vocab_size:,}"
+            what = f"the tokenizer produced an id outside its vocabulary of {tokenizer.vocab_size:,}"
             raise DataError(text.name, what, "use another tokenizer")
         file.write(np.array(ids, dtype).tobytes())
         length, unknown_here, characters = length + len(ids), unknown_here + lost, characters + len(chunk.text)

@@ -76,13 +76,13 @@ class Windows:
         """
         if (now := self._identify()) != self.identity and now[:1] == self.identity[:1]:
             what, advice = "the file changed while the run was reading it", "delete its folder and use --resume auto"
-            raise DataError(self.name, what, f"{advice}: the tokens are made again")
+            raise DataError(self.name, what, f"{advice}: the tokens will be regenerated")
         first = i * self.stride
         ids = self.tokens[first : first + self.length + 1].astype(np.int64)
         if ids.max() >= self.vocab_size:
             at = first + int(ids.argmax())
             what = f"token {at} is id {ids.max()}, outside the vocabulary of {self.vocab_size}"
-            raise DataError(self.name, what, "delete its folder: the tokens are made again")
+            raise DataError(self.name, what, "delete its folder: the tokens will be regenerated")
         input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, IGNORE_INDEX, np.int64)
         input_ids[: len(ids) - 1] = ids[:-1]
         context = self.length - self.stride if i > 0 else 0

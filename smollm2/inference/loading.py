@@ -42,7 +42,7 @@ def load_source(
     if path.is_dir():
         found = find_resumable(path, report)
         if found is None:
-            raise CheckpointError(f"{describe_missing(path)} A Hugging Face folder would hold config.json.")
+            raise CheckpointError(f"{describe_missing(path)} A Hugging Face folder should contain config.json.")
         path, state = found
     else:
         state = load_checkpoint(path)

@@ -91,7 +91,7 @@ class Watch:
                 return self._describe_loss(ended)
             time.sleep(0.2)
         late = find_late(self._everyone())
-        return TrainingError("the ranks", f"lost one another; {describe_late(late)}", ADVICE)
+        return TrainingError("the ranks", f"lost contact with each other; {describe_late(late)}", ADVICE)
 
     def others(self) -> list[Position]:
         """Return the last written positions of the other ranks; one that has written nothing is missing."""

@@ -142,8 +142,8 @@ def nest_in_itself(content: dict[str, Any]) -> None:
         ),
         (lambda content: content["best"].update({"\x1b[2J": {1}}), r"'best.\\x1b\[2J' is a set"),
         (lambda content: content["best"].update({1.5: 1}), "has a key that is a float"),
-        (nest_ten_to_the_twelve_times, "is nested too deep, or inside itself"),
-        (nest_in_itself, "is nested too deep, or inside itself"),
+        (nest_ten_to_the_twelve_times, "is nested too deeply, or inside itself"),
+        (nest_in_itself, "is nested too deeply, or inside itself"),
     ],
 )
 def test_a_content_that_no_save_writes_is_refused(

@@ -244,8 +244,8 @@ MISTAKES = {
     "data:\n  input: ~nobody-of-this-name/a.txt": "2: data.input: must be a path, or `-` (got '~nobody-of-this-name/a.txt')",
     'training:\n  sample_prompts: ["\\ud800"]': "2: training.sample_prompts: must be a list of texts, as [a, b], at most 64 long "
     "(got '[\\ud800]')",
-    "training:\n  seed: 1\n  seed: 2": "3: training.seed: is already in line 2. Keep one of the two.",
-    "training:\n  seed: 1\nmodel:\ntraining:\n  seed: 2": "4: training: is already in line 1. Keep one of the two.",
+    "training:\n  seed: 1\n  seed: 2": "3: training.seed: is already set in line 2. Keep one of the two.",
+    "training:\n  seed: 1\nmodel:\ntraining:\n  seed: 2": "4: training: is already set in line 1. Keep one of the two.",
     "training: 5": "1: training: 5 is not a section. Indent its keys under `training:`.",
     "training:\nseed: 5": "2: seed: is not inside a section. Did you mean training.seed?",
     "training:\n  ? [a]\n  : 1": "2: [a] is not the name of a key. Write a word.",

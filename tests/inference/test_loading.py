@@ -102,7 +102,7 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is a folder, and .* holds no checkpoint.* would hold config\.json"):
+    with pytest.raises(CheckpointError, match=r"is a folder, and .* holds no checkpoint.* should contain config\.json"):
         load_model(tmp_path)
 
 

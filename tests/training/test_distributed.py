@@ -474,7 +474,7 @@ LAUNCHERS = {
 
 NOTING_TRAIN = f"""
 import runpy, sys
-sys.path.append({str(ROOT / "tests")!r})
+sys.path += [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "training")!r}]
 from test_distributed import note_windows
 note_windows()
 sys.argv[0] = {str(ROOT / "train.py")!r}

@@ -317,7 +317,7 @@ def test_the_users_commands_resume_bit_for_bit_on_shakespeare(
     epoch = next(r["step"] for r in rows if r.get("epoch", 0) >= 1)
     assert 10 < epoch < 60, "the text is short enough for an epoch to end inside the run"
     nearest = epoch // 10 * 10
-    for step in (nearest, 30):
+    for step in {nearest, 30}:
         again = run(f"from-{step}", "--checkpoint_path", f"checkpoints/step_{step:04d}.pt")
         assert outcome(again, 60) == (expected_hash, [row for row in rows if row["step"] > step])
     once_more = run("twice", "--checkpoint_path", "from-30/step_0040.pt")
