@@ -1,7 +1,7 @@
 """Diagnostics of the model at one step: gradients, weights, how far the step moved them, and activations.
 
-Nothing is registered or kept between two diagnostics, and they only read: a run is bit-identical with and without them.
-Activations are measured in a forward pass of their own, without gradients, after the step: it needs less memory than the
+Nothing is registered or kept between diagnostics, and they only read: a run is bit-identical with and without them.
+Activations are measured in a separate forward pass, without gradients, after the step: it needs less memory than the
 step, and does not touch the compiled or checkpointed graph of the training.
 """
 
@@ -25,7 +25,7 @@ COUNTABLE = 2**24
 """torch.histc counts in float32, which represents every integer up to here."""
 
 SCORES = 2**24
-"""Attention logits in memory at one time."""
+"""The most attention logits in memory at one time."""
 
 
 class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
@@ -42,7 +42,7 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
         *,
         histograms: bool,
     ) -> None:
-        """Its time is spent inside `counted()`. Histograms cost the most, so they are made only on request."""
+        """All work is done inside `counted()`. Histograms cost the most, so they are made only on request."""
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.counted, self.histograms = counted, histograms
         self.diagnosis = Diagnosis({}, {}, {}, {}, math.nan)
@@ -81,7 +81,7 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
 
 
 def make_histograms(tensors: Mapping[str, Tensor]) -> dict[str, Histogram]:
-    """Return the values of each tensor in 64 equal bins from smallest to largest; only of tensors that are finite."""
+    """Return the values of each tensor in 64 equal bins from smallest to largest; non-finite tensors are omitted."""
     extremes = torch.stack([torch.stack(tensor.aminmax()) for tensor in tensors.values()]).tolist()
     ranges = {
         name: (low, high) if low < high else (low - 0.5, high + 0.5)

@@ -1,9 +1,9 @@
-"""The loss around the weights of a model, along a random direction and over the plane of two (Li et al. 2018).
+"""The loss around the weights of a model, along a random direction and over the plane spanned by two (Li et al. 2018).
 
 Each row of a matrix moves by a random vector of its own norm (filter normalization, arXiv 1712.09913, section 4); without
 that, two networks that compute the same function at different internal scales would have different landscapes. Norms and
-biases do not move. A point of the plane is a pair of integers, so that measured points are found again and the line through
-the centre is measured once. The weights are always restored from a copy.
+biases do not move. A point of the plane is a pair of integers, so that measured points can be looked up and the line
+through the centre is measured once. The weights are always restored from a copy.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ REACH = 1.0
 """The distance along a direction, each way, in norms of the weights."""
 
 SHARE = 0.015
-"""The part of a run's arithmetic that its landscape may take."""
+"""The share of a run's compute that its landscape may take."""
 
 SIDES = (25, 21, 17, 13, 11, 9, 7, 5)
-"""Points on a side of the plane; a run takes the most that it can afford. Odd, so that there is a centre."""
+"""Points on a side of the plane; a run uses the most that it can afford. Odd, so that there is a centre."""
 
 COPIES = 3
 """Copies of the matrices besides the weights: the two directions and the original weights."""
@@ -54,10 +54,10 @@ Point = tuple[int, int]
 
 
 def choose_side(config: Config, device: str, sequences: int) -> int:
-    """Return the points on a side of the plane that a run draws; 0 if it is too short, or the copies need too much memory.
+    """Return the points per side of the plane a run draws; 0 if it is too short or the copies need too much memory.
 
-    Decided by arithmetic, not by the clock, so that a resumed run draws the same: a forward pass is a third of a step's work,
-    and the copies must fit into the memory of gradients and activations. `device` is a name in plan's tables.
+    Decided by calculation, not by the clock, so that a resumed run draws the same: a forward pass is a third of a
+    step, and the copies must fit into the memory of gradients and activations. `device` is a name in plan's tables.
     """
     t = config.training
     at_once = config.model_copy(update={"training": t.model_copy(update={"batch_size": sequences})})
@@ -251,7 +251,7 @@ def draw_landscape(
 
 
 def read_points(path: Path, subject: Mapping[str, object]) -> dict[Point, float]:
-    """Return what an earlier call measured of the same landscape; nothing if the file is absent, damaged or of another one."""
+    """Return the points that an earlier call measured; none if the file is absent, damaged or of another landscape."""
     try:
         content = json.loads(path.read_bytes())
         if content["subject"] == subject:

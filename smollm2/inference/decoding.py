@@ -1,8 +1,8 @@
 """One token at a time: the model's forward pass for T = 1, with fewer and larger products.
 
-A step of a small model is mostly the cost of calling torch, so the three matrices that read the same input are one product,
-and gate and up are another. Weights are laid out for that once per text, in the dtype of the computation: memory for a
-second copy of them. tests/inference/test_decoding.py compares it with the model.
+A step of a small model is mostly the overhead of calling torch, so the three matrices that read the same input become
+one product, and gate and up another. The weights are laid out for that once per text, in the dtype of the computation,
+which takes memory for a second copy. tests/inference/test_decoding.py compares it with the model.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ from smollm2.model.transformer import SmolLM2
 from smollm2.runtime.device import Runtime
 
 MAX_EXPONENT = 700.0
-"""exp() of more overflows a double."""
+"""exp() of a larger number overflows a double."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 def spread(available: int, wanted: int) -> list[int]:
-    """Return `wanted` indices spread evenly over range(available); all of them if there are not more."""
+    """Return `wanted` indices spread evenly over range(available); the whole range if it is no longer than that."""
     if available <= wanted:
         return list(range(available))
     return [index * available // wanted for index in range(wanted)]
@@ -67,7 +67,7 @@ def score_windows(
     batch_size: int,
     stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score every target of these windows once; only a chunk of tokens has its logits in memory.
+    """Score every target of these windows once; only the logits of a chunk of tokens are in memory.
 
     `stop` is called before each batch and may raise.
     """
@@ -106,7 +106,7 @@ def evaluate_on_ranks(
         )
     most = len(indices[:: runtime.world_size])  # rank 0 has the most windows
     for _ in range(math.ceil(most / batch_size) - math.ceil(len(mine) / batch_size)):
-        runtime.raise_if_stopped()  # every rank asks equally often
+        runtime.raise_if_stopped()  # every rank checks equally often
     if runtime.world_size == 1:
         return part
     totals = torch.tensor([part.loss_sum, part.tokens, part.text_bytes], dtype=torch.float64, device=runtime.device)
@@ -215,8 +215,8 @@ class Comparison:
 def compare_evaluations(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison | None:
     """Compare two results of `evaluate` with `keep_scores` on one text, pair by pair of windows (or documents).
 
-    A pair has the difficulty of its text in common, so the interval is much smaller than those of the two losses. Return
-    None if the parts do not hold the same text: another tokenizer (then compare with `per_document`), context or stride.
+    Both of a pair share the difficulty of their text, so the interval is much narrower than those of the two losses.
+    Return None if the parts hold different text: another tokenizer (then use `per_document`), context or stride.
     """
     pairs = list(zip(first["scores"], second["scores"], strict=False))
     if len(first["scores"]) != len(second["scores"]) or any(a.text_bytes != b.text_bytes for a, b in pairs):
@@ -236,7 +236,7 @@ def score_text(
     *,
     batch_size: int,
 ) -> Iterator[tuple[int, Evaluation]]:
-    """Yield (document, totals) of each window, in order; only a chunk of tokens has its logits in memory.
+    """Yield (document, totals) of each window, in order; only the logits of a chunk of tokens are in memory.
 
     With `end_of_text` documents are isolated.
     """
@@ -268,7 +268,7 @@ def sum_documents(parts: Iterable[tuple[int, Evaluation]]) -> Iterator[Evaluatio
 
 
 def add_up(parts: Iterable[Evaluation]) -> tuple[Ratio, Ratio]:
-    """Return loss over tokens, and bits over bytes."""
+    """Return the ratio of loss to tokens, and that of bits to bytes."""
     loss, bits = Ratio(), Ratio()
     for part in parts:
         loss.add(part.loss_sum, part.tokens)
@@ -277,7 +277,7 @@ def add_up(parts: Iterable[Evaluation]) -> tuple[Ratio, Ratio]:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), without an overflow."""
+    """Return exp(loss), without overflow."""
     return math.exp(min(loss, MAX_EXPONENT))
 
 

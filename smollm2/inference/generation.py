@@ -1,4 +1,4 @@
-"""Text from a model: one token after the other, each drawn from the distribution after those before it.
+"""Text from a model: one token at a time, each drawn from the distribution given those before it.
 
 Prompts of different lengths are padded to end at the same column of one cache (model.extend). Each text has a generator of
 its own, so that the other texts of a batch do not change what is drawn for it.
@@ -19,7 +19,7 @@ from smollm2.model.cache import COLUMN_STEP, KeyValueCache
 from smollm2.model.transformer import SmolLM2
 
 SEEDS = 2**63
-"""Seeds are below this."""
+"""The exclusive upper bound of seeds."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def stream(
 
 
 class Continuation:
-    """A text in the making: `ids` of prompt and continuation, of which the model reads those from `first` on."""
+    """A text being generated: `ids` of prompt and continuation, which the model reads from `first` on."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, prompt: list[int], seed: int, max_new_tokens: int, stop: Sequence[str]
@@ -117,11 +117,11 @@ class Continuation:
 
     @property
     def window(self) -> list[int]:
-        """The tokens that the model reads; one token of a text that has ended, to keep its row in the batch."""
+        """The tokens that the model reads; a single one if the text has ended, to keep its row in the batch."""
         return self.ids[-1:] if self.end else self.ids[self.first :]
 
     def append(self, token: int) -> Piece | None:
-        """Take the next token; return what can be shown now."""
+        """Append the next token; return what can be shown now."""
         if self.end:
             return None
         self.ids.append(token)
@@ -156,7 +156,7 @@ class Writer:
         return self.find_stop(self.held + text, last=last)
 
     def find_stop(self, text: str, *, last: bool) -> str:
-        """Return the text before the first stop string; keep back an end that may become one."""
+        """Return the text before the first stop string; hold back an ending that may become one."""
         found = [place for word in self.stop if (place := text.find(word)) >= 0]
         if found:
             self.held, self.stopped = "", True
@@ -185,7 +185,7 @@ def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: str, report: Calla
 
 
 def slide_windows(texts: Sequence[Continuation], positions: int, report: Callable[[str], None]) -> bool:
-    """Drop the older half of each text that fills the context; return whether there was one."""
+    """Drop the older half of each text that fills the context; return whether there was any."""
     full = [text for text in texts if not text.end and len(text.ids) - text.first > positions]
     for text in full:
         text.first = len(text.ids) - max(positions // 2, 1)
@@ -194,7 +194,7 @@ def slide_windows(texts: Sequence[Continuation], positions: int, report: Callabl
 
 
 def prefill(model: SmolLM2, texts: Sequence[Continuation]) -> tuple[KeyValueCache, Tensor]:
-    """Read all windows into a new cache, with columns for what follows; return it and the logits (B, V) at the end."""
+    """Read all windows into a new cache, with room for continuations; return it and the logits (B, V) at the end."""
     config, weight = model.config, model.lm_head.weight
     dtype = compute_dtype(weight)
     windows = [text.window for text in texts]

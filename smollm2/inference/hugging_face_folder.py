@@ -1,6 +1,6 @@
 """A model folder in Hugging Face's layout: Llama, or StableLM for LayerNorm.
 
-The parameter names are the same as ours. What a config asks for and this model does not compute is refused by name.
+The parameter names are the same as ours. A setting that this model does not compute is refused by name.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ REQUIRED_VALUES: dict[str, dict[str, object]] = {
         "use_parallel_residual": False,
     },
 }
-"""The only values that this model computes, which are also the defaults; any other value is another function."""
+"""The only values that this model computes, which are also the defaults; any other value is a different function."""
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -68,7 +68,7 @@ def load_hugging_face_model(folder: Path) -> SmolLM2:
 
 
 def read_hugging_face_config(folder: Path) -> ModelConfig:
-    """Return config.json as a ModelConfig. A key that is null or absent has transformers' default.
+    """Return config.json as a ModelConfig. A key that is null or absent takes transformers' default.
 
     Raise CheckpointError for another architecture, a quantized model, or a setting that this model does not compute.
     """

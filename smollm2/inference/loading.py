@@ -1,4 +1,4 @@
-"""Open a trained model: a `.pt` of ours, a run folder, or a Hugging Face folder."""
+"""Open a trained model: one of our `.pt` files, a run folder, or a Hugging Face folder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ def load_source(
 ) -> tuple[SmolLM2, Tokenizer, Mapping[str, Any] | None]:
     """Return what `load_model` does, on the CPU, and the checkpoint's content: None for a Hugging Face folder.
 
-    `best` takes a run folder's checkpoint with the lowest validation loss. `report` receives a line for each damaged
+    `best` selects a run folder's checkpoint with the lowest validation loss. `report` receives a line for each damaged
     checkpoint that is skipped.
     """
     if best:

@@ -1,4 +1,4 @@
-"""Training and evaluation mode: a model that is used returns to the mode that it had."""
+"""Training and evaluation mode: restore the model's previous mode afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode inside the block; restore its mode whatever happens there."""
+    """Put the model into evaluation mode inside the block; always restore its previous mode."""
     was_training = model.training
     model.eval()
     try:

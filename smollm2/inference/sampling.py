@@ -35,7 +35,7 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, ids: Sequence[Sequence[int]], generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """Return one token for each row of logits (B, V): the most likely at temperature 0, else drawn by its generator.
+    """Return one token for each row of logits (B, V): the most likely at temperature 0, else drawn with its generator.
 
     `ids` are the tokens of prompt and continuation, which the repetition penalty reads. Raise TrainingError if the logits
     hold NaN or infinity: there is no token to draw.
@@ -55,14 +55,14 @@ def sample(
 
 
 def penalize(logits: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
-    """Return logits (V,) with those of tokens in the prompt or continuation made smaller (arXiv 1909.05858)."""
+    """Return logits (V,) with those of tokens in the prompt or continuation reduced (arXiv 1909.05858)."""
     seen = torch.tensor(sorted(set(ids)))
     found, penalty = logits[seen], sampling.repetition_penalty
     return logits.index_copy(0, seen, torch.where(found < 0, found * penalty, found / penalty))
 
 
 def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return logits (B, V) over the temperature, with -inf for what top_k, then top_p, then min_p exclude."""
+    """Return logits (B, V) / temperature, with -inf for what top_k, then top_p, then min_p exclude."""
     logits = divide_by_temperature(logits, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
@@ -82,7 +82,7 @@ def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Return logits (B, V) / temperature, with the largest moved to 0 if the quotient overflows float32.
 
-    So a tiny temperature gives what it converges to: the most likely token.
+    A tiny temperature thus gives its limit: the most likely token.
     """
     scaled = logits / temperature
     if scaled.isfinite().all():

@@ -1,4 +1,4 @@
-"""A text of any length as a stream of windows that hold each target once.
+"""A text of any length as a stream of windows in which each target is scored once.
 
 Only what the windows still need is kept in memory.
 """
@@ -14,7 +14,7 @@ from smollm2.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextWindow:
-    """Up to length + 1 tokens of a document; the first `context` targets are scored in the window before."""
+    """Up to length + 1 tokens of a document; the first `context` targets are scored in the previous window."""
 
     document: int
     ids: list[int]

@@ -1,4 +1,4 @@
-"""Stored tensors: read from safetensors files, checked against the model that they are for, and loaded."""
+"""Stored tensors: read from safetensors files, checked against their model, and loaded."""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     """Return a model of this shape with these weights, in float32.
 
     Raise CheckpointError naming the weights that do not fit, have another dtype or are not finite. With tied embeddings
-    the output head may be absent, or stored too if it is equal.
+    the output head may be absent, or stored as well if it is equal.
     """
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(ROTARY_BUFFERS)}
     check_dtypes(weights, path)
@@ -49,7 +49,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
 
 
 def check_dtypes(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError for integers and 8-bit floats: without their scales they are not the model's numbers."""
+    """Raise CheckpointError for integers and 8-bit floats: without their scales they are not the model's weights."""
     for name, tensor in weights.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -60,7 +60,7 @@ NOT_QUANTIZED = "use the folder of the original model, with float32 or 16-bit we
 
 
 def check_tied(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError if an output head is stored that is not the embedding to which the config ties it."""
+    """Raise CheckpointError if a stored output head differs from the embedding to which the config ties it."""
     head, embedding = weights.get(HEAD), weights[EMBEDDING]
     if head is None or torch.equal(head, embedding):
         return

@@ -1,4 +1,4 @@
-"""The sections of the page of several runs, and which of them is better, by how much and at what cost in time.
+"""The sections of the page that compares several runs: which is better, by how much and at what cost in time.
 
 Validation losses are compared if the runs have the same tokens and windows, else bits per byte. The differences at the
 validations that two runs have in common are paired: same step, same windows.
@@ -63,7 +63,7 @@ def comparable_metric(runs: Sequence[RunFolder]) -> str:
 
 
 def compare_best(runs: Sequence[RunFolder], metric: str) -> list[str]:
-    """Return sentences on the best run against the second best: the difference, its spread, and the time."""
+    """Return sentences that compare the best run with the second best: the difference, its spread, and the time."""
     scored = sorted(((found[1], run) for run in runs if (found := best_of(run, metric))), key=lambda pair: pair[0])
     if len(scored) < 2:
         return [f"The runs cannot be compared: fewer than two have {NAMES[metric]}."]

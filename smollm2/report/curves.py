@@ -1,4 +1,4 @@
-"""Metrics as curves that a browser can hold: at most 2,000 points each, with every bucket's minimum and maximum."""
+"""Metrics as curves that a browser can handle: at most 2,000 points each, with every bucket's minimum and maximum."""
 
 import bisect
 import math
@@ -14,7 +14,7 @@ POINTS_OF_A_PAGE = 24_000
 SHOWN_MARKS = 200
 SLOWEST = 1e-9
 Curve = dict[str, object]
-"""`name`, `step`, `tokens`, `seconds` and `y`, lists of one length; `mean`, that of each point's bucket, if thinned."""
+"""`name`, `step`, `tokens`, `seconds` and `y`, lists of one length; if thinned, `mean`, the mean of each bucket."""
 
 Place = dict[str, float | int]
 """A position on each of the axes `step`, `tokens` and `seconds`."""
@@ -42,7 +42,7 @@ WORDS = {
 def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:
     """Return the indices to draw, at most `points` (at least 4), and for each the mean of its bucket.
 
-    NaN is no value. The first and the last are kept, and the minimum and maximum of each bucket between them.
+    NaN is ignored. The first and the last are kept, and the minimum and maximum of each bucket between them.
     """
     indices = [index for index, value in enumerate(values) if not math.isnan(value)]
     if len(indices) <= points:
@@ -58,12 +58,12 @@ def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:
 
 
 def split_evenly(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
-    """Split into `count` buckets in order, equally long but for one item."""
+    """Split into `count` buckets in order, whose lengths differ by at most one item."""
     return [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
 
 
 def pick_evenly(items: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` (at least 2) of the rising items: the first, the last, and evenly spaced ones between."""
+    """Return at most `count` (at least 2) of the sorted items: the first, the last, and evenly spaced ones between."""
     return sorted({items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)}) if items else []
 
 
@@ -81,8 +81,8 @@ def make_curve(run: RunFolder, metric: str, points: int = POINTS) -> Curve:
 def axes_of(run: RunFolder) -> dict[str, list[float]]:
     """Return the step, tokens and seconds of each row.
 
-    Seconds are those of the steps, tokens over tokens per second, since rows have no clock; evaluation, samples and saves
-    are not in them. A validation has the tokens of the report before it.
+    Seconds are those of the steps (tokens divided by tokens per second), since rows have no timestamp; evaluation,
+    samples and saves are excluded. A validation has the tokens of the report before it.
     """
     axes: dict[str, list[float]] = {"step": list(run.metrics["step"]), "tokens": [], "seconds": []}
     tokens, seconds = 0.0, 0.0

@@ -44,7 +44,7 @@ MEASURES = {
     ),
     "dead_units": Measure("Share of feed-forward units that are never active.", "below 0.1", 0.1),
 }
-"""The last four are by block, the others by every layer that has parameters."""
+"""The last four are measured per block, the others per layer that has parameters."""
 
 FLOWS = {"gradient norm": "gradient_norm", "update ratio": "update_ratio", "weight norm": "weight_norm"}
 

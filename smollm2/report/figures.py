@@ -1,4 +1,4 @@
-"""The figures of curves: those of one run, or of several in one chart, each with a sentence for those who cannot see it."""
+"""Curve figures, of one run or of several in one chart, each with a sentence for readers who cannot see it."""
 
 import math
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from smollm2.report.verdict import begin_sentence
 SHOWN_ROWS = 12
 SMOOTHING = 0.6
 SMOOTHED_FROM = 100
-"""Reports from which the curves are smoothed: over fewer, the mean lags so far that validation seems to be below training."""
+"""Number of reports from which curves are smoothed: with fewer, the mean lags so much that validation seems lower."""
 
 Context = dict[str, Any]
-"""What a template needs of a section or a figure."""
+"""The data of a section or a figure that its template needs."""
 
 
 def curve_figures(runs: Sequence[RunFolder]) -> list[Context]:

@@ -1,7 +1,7 @@
-"""The page: one file that has all it needs, opened from the disk, and forbidden by its own policy to request more.
+"""The page: one self-contained file, opened from the disk, and forbidden by its own policy to request anything else.
 
-plotly is included whole (4.8 MB; nothing asks for the nine addresses in it). The policy names the hashes of the two
-scripts that may run: if a text of the run were taken for markup, it could still run nothing.
+plotly is included whole (4.8 MB; nothing requests the nine URLs in it). The policy names the hashes of the two
+scripts that may run: even if a text of the run were taken for markup, it could not execute anything.
 """
 
 import base64
@@ -92,7 +92,7 @@ def assemble(title: str, parts: Sequence[Part], command: str) -> Iterator[bytes]
 
 
 def policy(hashes: Sequence[bytes]) -> str:
-    """Return what the browser may do for this page: run these scripts, fetch nothing. plotly draws surfaces by eval."""
+    """Return the page's content security policy: run these scripts, fetch nothing. plotly draws surfaces with eval."""
     allowed = " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in hashes)
     return (
         f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "

@@ -1,6 +1,6 @@
-"""Reads a run folder and trusts none of it.
+"""Read a run folder without trusting any of it.
 
-A file may be absent, torn, damaged or another program's: what can be used is used, the rest is named and counted in
+A file may be absent, truncated, damaged or another program's: usable parts are used, the rest is named and counted in
 `problems`, and nothing is raised. Metrics are columns of 8 bytes per number, so that 100,000 rows cost megabytes.
 """
 
@@ -64,13 +64,13 @@ class Setting:
 
     @property
     def is_default(self) -> bool:
-        """Return whether nobody set it: it is the default, or follows from another value."""
+        """Return whether the value was not set explicitly: it is the default, or derived from another value."""
         return self.origin in ("", "default") or self.origin.startswith("from ")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What could be read of one run. Metrics are columns of one length, NaN if a row lacks the number."""
+    """Everything that could be read of one run. Metrics are columns of one length, NaN if a row lacks the number."""
 
     path: Path
     name: str
@@ -101,7 +101,7 @@ class RunFolder:
 
     @property
     def train_steps(self) -> int | None:
-        """Return the steps of the whole run by its config."""
+        """Return the number of steps of the whole run, according to its config."""
         steps = self.number("training.train_steps")
         return int(steps) if steps is not None else None
 
@@ -134,7 +134,7 @@ def read_run(path: Path) -> RunFolder:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Read several runs; those with the same folder name are named by two parts of their paths."""
+    """Read several runs; those with the same folder name are named by the last two parts of their paths."""
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     parts = [run.path.resolve().parts for run in runs]
@@ -145,7 +145,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbered lines of a file; a torn last line is omitted, since its row is written again."""
+    """Yield the numbered lines of a file; a truncated last line is omitted, since its row will be rewritten."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
@@ -217,19 +217,19 @@ def to_list(value: Any) -> list[float]:
 
 
 def to_text(value: object) -> str:
-    """Return a text. Raise ValueError if it is not one."""
+    """Return the value if it is a string. Raise ValueError if it is not."""
     if not isinstance(value, str):
         raise ValueError(value)
     return value
 
 
 def parse_event(row: Row) -> Row:
-    """Check the texts that every event has, and its time."""
+    """Check the text fields that every event has, and its time."""
     return {**row, "kind": to_text(row["kind"]), "message": to_text(row["message"]), "time": to_number(row.get("time"))}
 
 
 def parse_sample(row: Row) -> Row:
-    """Check the texts of a sample."""
+    """Check the text fields of a sample."""
     return {"step": row["step"], "prompt": to_text(row["prompt"]), "text": to_text(row["text"])}
 
 

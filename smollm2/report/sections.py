@@ -57,7 +57,7 @@ def summary_section(run: RunFolder) -> Context:
 
 
 def key_figures(run: RunFolder) -> list[tuple[str, str]]:
-    """Return the numbers that a person asks for first. The training loss is that of the last report, as everywhere."""
+    """Return the numbers that a reader looks for first. The training loss is that of the last report, as elsewhere."""
     losses = [loss for _, loss in run.points("loss")]
     validation, bits = best_of(run, "validation_loss"), best_of(run, "validation_bpb")
     tokens = max((value for _, value in run.points("tokens")), default=math.nan)
@@ -74,7 +74,7 @@ def key_figures(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def curves_section(run: RunFolder) -> Context:
-    """Return the curves besides the loss, and the numbers."""
+    """Return the curves other than the loss, and the table of numbers."""
     if not run.last_step:
         return {"note": "Nothing has been reported yet."}
     figures = [figure for figure in curve_figures([run]) if figure["data"]["title"] != "loss"]
@@ -90,7 +90,7 @@ def landscape_section(run: RunFolder) -> Context:
 
 
 def landscape_context(step: int, landscape: Landscape) -> Context:
-    """Return the loss around the weights: a surface to turn or a map, and a line."""
+    """Return the loss around the weights: a rotatable surface or a map, and a line."""
     values = [value for row in landscape.grid for value in row if math.isfinite(value)]
     pairs = zip(landscape.line_at, landscape.line, strict=True)
     line = [(at, value) for at, value in pairs if math.isfinite(value)]
@@ -136,7 +136,7 @@ def shorten_landscape(landscape: Landscape) -> Landscape:
 
 
 def newest_checkpoint(run: RunFolder) -> str:
-    """Return the path of the newest checkpoint, as a person would type it."""
+    """Return the path of the newest checkpoint, as a user would type it."""
     return str(run.checkpoints[-1][1]) if run.checkpoints else f"{run.path}/step_XXXX.pt"
 
 
@@ -181,7 +181,7 @@ def describe_unknown(share: float, documents: str) -> str:
 
 
 def events_section(run: RunFolder) -> Context:
-    """Return what happened besides training steps; if there is too much, the regular checkpoints are dropped first."""
+    """Return the events other than training steps; if there are too many, the regular checkpoints are dropped first."""
     events = [event for event in run.events if event["kind"] != "data"]
     if not events:
         return {"note": "No events were recorded."}
@@ -219,7 +219,7 @@ def config_section(run: RunFolder) -> Context:
 
 
 def sessions_of(run: RunFolder) -> list[tuple[float, float]]:
-    """Return for each process of the run the times of its first and last event."""
+    """Return the times of the first and last event of each process of the run."""
     sessions: list[tuple[float, float]] = []
     for event in run.events:
         if math.isnan(event["time"]):
@@ -232,7 +232,7 @@ def sessions_of(run: RunFolder) -> list[tuple[float, float]]:
 
 
 def seconds_of(run: RunFolder) -> float:
-    """Return the seconds that the run ran, over all its processes."""
+    """Return the run's total duration in seconds, over all its processes."""
     return sum(end - start for start, end in sessions_of(run))
 
 

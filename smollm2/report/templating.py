@@ -1,4 +1,4 @@
-"""The Jinja2 environment of the report. Every value passes `display` and is then escaped: no text of a run is markup.
+"""The report's Jinja2 environment. Values pass through `display` and are then escaped: no text of a run is markup.
 
 Python returns data, the templates hold the HTML. Text is clipped, and its control characters are shown as escapes.
 """
@@ -33,7 +33,7 @@ def environment() -> Environment:
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
-    """Return the page of a template."""
+    """Return the page rendered from a template."""
     return environment().get_template(template).render(values)
 
 

@@ -29,7 +29,7 @@ def draw_run(run: RunFolder, width: int, encoding: str) -> list[str]:
 
 
 def has_braille(encoding: str) -> bool:
-    """Return whether the encoding has the braille characters."""
+    """Return whether the encoding can represent the braille characters."""
     try:
         "\u28ff\u2502".encode(encoding)
     except (UnicodeEncodeError, LookupError):

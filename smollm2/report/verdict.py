@@ -1,4 +1,4 @@
-"""The verdict on a run: two sentences and some notes, each by a rule that its function names."""
+"""The verdict on a run: two sentences and some notes, each by a rule stated in its function."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ RISE = 1.01
 """A validation loss this many times the lowest has risen; less is the noise of a few windows."""
 
 GAP = 0.1
-"""A training loss this much below the validation loss is noted: two texts of one kind differ by less."""
+"""A training loss this much below the validation loss is noted: two texts of the same kind differ by less."""
 
 
 def status_of(run: RunFolder) -> str:
@@ -25,7 +25,7 @@ def status_of(run: RunFolder) -> str:
 
 
 def verdict_of(run: RunFolder) -> list[str]:
-    """Return at most two sentences: status and training loss, then validation. A failure takes the first for itself."""
+    """Return at most two sentences: status and training loss, then validation. A failure fills the first alone."""
     if not run.last_step:
         return [f"{describe_status(run)}."]
     status, loss = describe_status(run), describe_loss(run)
@@ -79,7 +79,7 @@ def describe_loss(run: RunFolder) -> str:
 
 
 def describe_validation(run: RunFolder) -> str:
-    """Return bits per byte, by which runs with other tokenizers compare, or the loss; and whether the run overfits."""
+    """Return bits per byte, which are comparable across tokenizers, or the loss; and whether the run overfits."""
     for metric, form in (("validation_bpb", "{:.3f} bits per byte"), ("validation_loss", "a loss of {:.3f}")):
         values = [value for _, value in run.points(metric)]
         if values:
@@ -123,7 +123,7 @@ def advise_on_fit(run: RunFolder) -> str:
 
 
 def rise_of(run: RunFolder) -> tuple[int, float] | None:
-    """Return the step of the lowest validation loss, and by what share the last one is above it."""
+    """Return the step of the lowest validation loss, and the fraction by which the last one exceeds it."""
     points = comparable_validations(run)
     if len(points) < 3:
         return None

@@ -1,4 +1,4 @@
-"""What happens between two steps: validation, samples, the loss landscape, diagnostics, saves.
+"""What happens between steps: validation, samples, the loss landscape, diagnostics, saves.
 
 Samples, landscape and diagnostics are extras: whatever goes wrong with them is reported, and the run continues.
 """
@@ -25,12 +25,12 @@ LANDSCAPE_LATER = "`smollm2 landscape` measures one from a checkpoint"
 
 
 def is_due(step: int, interval: int, *, is_last: bool) -> bool:
-    """Return whether an action of this interval (0: never) is due at this step; every action is due at the last."""
+    """Return whether an action with this interval (0: never) is due at this step; at the last step every action is."""
     return is_last or (interval > 0 and step % interval == 0)
 
 
 def scheduled_actions(run: Run, step: int) -> tuple[str, ...]:
-    """Return the actions that follow this step besides its report and its save, in order."""
+    """Return, in order, the actions that follow this step, other than its report and its save."""
     t, is_last = run.config.training, step == run.config.training.train_steps
     scheduled = {
         "validation": run.validation is not None and is_due(step, t.eval_interval, is_last=is_last),
@@ -43,7 +43,7 @@ def scheduled_actions(run: Run, step: int) -> tuple[str, ...]:
 def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, float | None]:
     """Run the pending actions in order, and return the validation loss if there is one.
 
-    What a signal interrupts stays pending; the resumed run does it again.
+    An action interrupted by a signal stays pending; the resumed run repeats it.
     """
     step, validation_loss = progress.step, None
     with contextlib.suppress(Interrupted):
@@ -65,7 +65,7 @@ def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, floa
 def validate(run: Run, step: int, size: int) -> float:
     """Log validation loss and bits per byte; return the loss over the windows on which all checkpoints are compared.
 
-    Those are a fixed list, spread over the split. The last validation reads the whole split, and logs that number.
+    These windows are fixed and spread over the split. The last validation reads and logs the whole split.
     """
     assert run.validation is not None
     count = len(run.validation)
@@ -93,14 +93,14 @@ def evaluate(run: Run, windows: Sequence[int], size: int) -> Evaluation:
 
 
 def add(first: Evaluation, second: Evaluation) -> Evaluation:
-    """Return the totals of both."""
+    """Return the sum of both totals."""
     return Evaluation(
         first.loss_sum + second.loss_sum, first.tokens + second.tokens, first.text_bytes + second.text_bytes
     )
 
 
 def draw_samples(run: Run, step: int) -> list[Sample]:
-    """Return what the model writes after each prompt, and after none.
+    """Return the text that the model generates after each prompt, and without a prompt.
 
     Each text depends only on the seed, the step and the prompt's place in the list. Raise Interrupted between two prompts.
     """
@@ -125,7 +125,7 @@ def draw_samples(run: Run, step: int) -> list[Sample]:
 
 
 def sample_seed(seed: int, step: int, index: int) -> int:
-    """Return the seed of one sample, so that no two prompts of a round are drawn with the same random numbers."""
+    """Return the seed of one sample, so that no two prompts of a round share random numbers."""
     return (seed + step + 1_000_003 * index) % 2**63
 
 
@@ -135,7 +135,7 @@ def report_skipped(run: Run, kind: str, what: str, problem: str, step: int) -> N
 
 
 def log_landscape(run: Run, step: int, size: int) -> None:
-    """Measure the loss around the weights on all ranks, and log it. Raise Interrupted with the weights put back."""
+    """Measure the loss around the weights on all ranks, and log it. Raise Interrupted with the weights restored."""
     side, seed = choose_side(run.config, run.runtime.planned_device, size), run.config.training.seed
     if not side:
         run.tracker.log_event("landscape", f"skipped the loss landscape: the run is too short; {LANDSCAPE_LATER}", step)
@@ -166,7 +166,7 @@ def log_landscape(run: Run, step: int, size: int) -> None:
 class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
     """The diagnostics of one step, on rank 0. Entered before the update and left after it.
 
-    An error in them is kept as text until they are logged: as an exception it would keep the activations in memory.
+    An error is kept as text until it is logged: an exception object would keep the activations in memory.
     """
 
     def __init__(self, run: Run) -> None:
@@ -191,7 +191,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
             self.problem = describe(failure)
 
     def log(self, progress: Progress, micro_batch: MicroBatch) -> None:
-        """Log them for a step that is done, with the activations of one micro-batch."""
+        """Log the diagnostics of a completed step, with the activations of one micro-batch."""
         activations = self._measure_activations(micro_batch)
         if self.problem:
             report_skipped(self.run, "diagnostics", "the diagnostics", self.problem, progress.step)
@@ -219,7 +219,7 @@ def scheduled_diagnostics(run: Run, step: int) -> Diagnostics | None:
 
 
 def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool) -> None:
-    """Write the checkpoint on rank 0. Raise ResourceError on every rank if it must succeed and cannot."""
+    """Write the checkpoint on rank 0. Raise ResourceError on every rank if it fails and `must_succeed` is set."""
     check_replicas(run, progress.step)
     run.runtime.pulse.mark("a save")
     with run.runtime.together():

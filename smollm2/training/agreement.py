@@ -20,7 +20,7 @@ from smollm2.training.setup import Setup
 
 
 def refuse_disagreement(runtime: Runtime, facts: Mapping[str, object]) -> None:
-    """Raise TrainingError, naming the rank and what differs, if the ranks are not about to do the same run."""
+    """Raise TrainingError, naming the rank and what differs, if the ranks are not about to start the same run."""
     found = find_disagreement(runtime.gather(dict(facts)))
     if found:
         rank, differing = found
@@ -38,7 +38,7 @@ def config_facts(config: Config) -> dict[str, object]:
 
 
 def start_facts(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> dict[str, object]:
-    """Return what each rank has found for itself and all must have found alike."""
+    """Return the facts that each rank determines for itself and that must be the same on all ranks."""
     return {
         "the checkpoint": f"step {setup.start.step}" if setup.start else "none",
         "the tokenizer": tokenizer.fingerprint[:12],
@@ -71,7 +71,7 @@ def watch_ranks(config: Config, runtime: Runtime, log: RunLog) -> Iterator[Watch
     """Watch over the ranks during the block; the caller starts the watch once the run folder exists.
 
     If a rank is lost in the block, the error names it. A run that finished, or was asked to stop, ends on all ranks
-    together: a launcher kills the others when the first one has gone.
+    together: a launcher kills the other ranks once the first has exited.
     """
 
     def report(message: str) -> None:
@@ -97,7 +97,7 @@ def watch_ranks(config: Config, runtime: Runtime, log: RunLog) -> Iterator[Watch
             log.write_error(error)
             raise watch.explain_loss() from None
         except Interrupted:
-            with contextlib.suppress(RuntimeError):  # another rank ended in another way
+            with contextlib.suppress(RuntimeError):  # another rank ended differently
                 runtime.gather("leaving")
             raise
         runtime.gather("leaving")

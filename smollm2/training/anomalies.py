@@ -10,7 +10,7 @@ from smollm2.training.step import StepResult
 
 
 def report_anomaly(run: Run, progress: Progress, result: StepResult) -> None:
-    """Report a step that was skipped or whose loss stood out, with its windows. Raise TrainingError as `report_skip`."""
+    """Report a skipped step or one whose loss stood out, and its windows. Raise TrainingError like `report_skip`."""
     if result.skipped:
         report_skip(run, progress, result)
     elif progress.step in progress.spikes[-1:]:
@@ -52,7 +52,7 @@ def report_skip(run: Run, progress: Progress, result: StepResult) -> None:
 
 
 def report_out_of_memory(run: Run, step: int, size: int, smaller: int) -> None:
-    """Report that a step starts again with smaller micro-batches, and how to start the run that way."""
+    """Report that a step restarts with smaller micro-batches, and how to start the run with them."""
     message = (
         f"step {step}: out of memory with {size} sequences at once. Continuing with {smaller} at once; the step keeps its "
         f"{run.config.global_batch_size} sequences. To start that way, {describe_smaller_batch(run.config, smaller)}."

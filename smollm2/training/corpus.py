@@ -15,8 +15,8 @@ from smollm2.training.setup import Setup
 def share_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
     """Return the tokenizer and the tokens on every rank.
 
-    Rank 0 alone reads the text, which may be standard input; the other ranks open what it made. Raise DataError if a rank
-    cannot.
+    Rank 0 alone reads the text, which may be standard input; the other ranks open the result. Raise DataError if a
+    rank cannot.
     """
     runtime, opened, made = setup.runtime, None, None
     with runtime.together():
@@ -38,7 +38,7 @@ def share_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
 
 
 def open_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
-    """Return the tokenizer and the tokens, made if they do not exist."""
+    """Return the tokenizer and the tokens; create them if they do not exist."""
     data, cache = setup.config.data, Path(setup.config.data.cache_dir)
     stop = setup.runtime.stop.raise_if_set
     is_chosen = data.input != "input.txt" or setup.origins.get("data.input", "default").startswith("--")

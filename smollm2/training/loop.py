@@ -1,8 +1,8 @@
-"""A run, from the first line to the last: open what it needs, make the steps, leave a model behind.
+"""A run from start to end: open what it needs, take the steps, leave a model behind.
 
-What the loop remembers between two steps is `Progress`, saved whole; the learning rate is a function of the step, a batch
-of the seed and its number, a sample of the seed and the step. So a run that was killed and resumed is bit-identical to
-one that was not.
+The loop's state between steps is `Progress`, saved as a whole; the learning rate is a function of the step, a batch of
+the seed and the batch's number, a sample of the seed and the step. So a run that was killed and resumed is
+bit-identical to one that was not.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, re
 from smollm2.training.timing import TIME_UP, Meter, TimeLimit, correct_time, save_throughput, signal_name, stopped
 
 REPLICA_INTERVAL = 1000
-"""Steps between two comparisons of the ranks' weights; each save compares them as well."""
+"""Steps between comparisons of the ranks' weights; each save compares them as well."""
 
 OnStep = Callable[[int, StepResult], object]
 """Called after each step with its number and its result."""
@@ -56,7 +56,7 @@ OnStep = Callable[[int, StepResult], object]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run ended. `checkpoint_path` is the last step's checkpoint, `best_validation_loss` infinite without one."""
+    """Where a run ended. `checkpoint_path` is the last step's; `best_validation_loss` is infinite if there is none."""
 
     step: int
     tokens: int
@@ -67,7 +67,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that passed every check. Its run folder is as it was before."""
+    """A run that passed every check. Its run folder is still unchanged."""
 
     setup: Setup
     run: Run
@@ -84,12 +84,12 @@ def train(
     quiet: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainingResult:
-    """Train as `config` says, and return where the run ended.
+    """Train according to `config`, and return where the run ended.
 
-    `resume="auto"` resumes from the newest valid checkpoint in save_dir, if there is one; `checkpoint_path` from that
-    one. `origins` names the origin of each value, for the run folder's config.yaml. With `quiet` nothing is printed.
-    Raise a Smollm2Error for what a user can mend, among them Interrupted after a signal or at the time limit, when the
-    run is saved.
+    `resume="auto"` resumes from the newest valid checkpoint in save_dir, if there is one; `checkpoint_path` names the
+    checkpoint to resume from. `origins` names the origin of each value, for the run folder's config.yaml. With `quiet`
+    nothing is printed. Raise a Smollm2Error for a problem that the user can fix, and its subclass Interrupted after a
+    signal or at the time limit, once the run is saved.
     """
     limit = TimeLimit(config.training.time_limit)
     runtime = start_runtime(config.training)
@@ -123,7 +123,7 @@ def train(
             path = prepared.setup.start.path if prepared.setup.start else path
         else:
             progress = run_prepared(prepared, limit, log, on_step)
-    if runtime.stop.number:  # it came during the last save, or while the trackers closed
+    if runtime.stop.number:  # the signal came during the last save, or while the trackers closed
         raise stopped(runtime.stop.number, progress.step)
     return TrainingResult(progress.step, progress.tokens, progress.loss, progress.best_validation_loss, path)
 
@@ -166,7 +166,7 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
 
 
 def run_prepared(prepared: Prepared, limit: TimeLimit, log: RunLog, on_step: OnStep | None) -> Progress:
-    """Run the steps that are left and return where they ended. Raise the reason if they end early."""
+    """Run the remaining steps and return the progress after them. Raise the reason if they end early."""
     setup, run = prepared.setup, prepared.run
     try:
         with contextlib.ExitStack() as trackers:
@@ -217,7 +217,7 @@ def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duratio
 
 
 def explain_failure(error: Exception, setup: Setup, log: RunLog) -> Exception:
-    """Return the error that the user sees: with the log's path, the rank that it is about, and what to set."""
+    """Return the error as shown to the user: with the log's path, the rank concerned, and what to set."""
     if isinstance(error, TrainingError):
         return TrainingError(f"{error} The details are in {log.path}.")
     if is_out_of_memory(error):
@@ -237,7 +237,7 @@ def run_steps(
 ) -> Progress:
     """Run from `progress` to the last step, in micro-batches of up to `size` sequences.
 
-    Raise Interrupted after a signal or at the time limit, TrainingError if the numbers fail.
+    Raise Interrupted after a signal or at the time limit, TrainingError for numerical failures.
     """
     t, runtime = run.config.training, run.runtime
     share = run.config.global_batch_size // runtime.world_size
@@ -264,7 +264,7 @@ def run_steps(
 
 
 def make_step(run: Run, progress: Progress, batch: Batch, size: int) -> tuple[StepResult, Progress, int]:
-    """Make one step, with its diagnostics if they are due. Return its result, and with how many sequences at once."""
+    """Take one step, with its diagnostics if due. Return its result, the new progress and the micro-batch size used."""
     step = progress.step + 1
     diagnostics = scheduled_diagnostics(run, step)
     result, size = step_within_memory(run, step, batch, size, diagnostics)
@@ -278,9 +278,9 @@ def make_step(run: Run, progress: Progress, batch: Batch, size: int) -> tuple[St
 def step_within_memory(
     run: Run, step: int, batch: Batch, size: int, diagnostics: contextlib.AbstractContextManager[object] | None
 ) -> tuple[StepResult, int]:
-    """Make step `step` in micro-batches of up to `size`, or in smaller ones if memory runs out; return which.
+    """Take step `step` in micro-batches of up to `size`, smaller if memory runs out; return its result and the size.
 
-    Raise ResourceError if one sequence at once is too much.
+    Raise ResourceError if not even one sequence fits.
     """
     t, runtime = run.config.training, run.runtime
     while True:
@@ -309,7 +309,7 @@ def step_within_memory(
 
 
 def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
-    """Return this rank's batch on the device, as few nearly equal micro-batches of up to `size` sequences."""
+    """Return this rank's batch on the device, in the fewest nearly equal micro-batches of up to `size` sequences."""
     count = -(-len(batch.input_ids) // size)
     parts = (torch.tensor_split(runtime.to_device(array), count) for array in batch if array is not None)
     return list(zip(*parts, strict=True))

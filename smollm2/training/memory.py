@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def micro_batch_size(global_batch: int, world_size: int, batch_size: int) -> int:
-    """Return the most sequences in one forward pass of a rank: its share in as few nearly equal parts as `batch_size` allows.
+    """Return a rank's largest micro-batch: its share is cut into as few nearly equal parts as `batch_size` allows.
 
     Raise ConfigError, naming the nearest batch that divides, if the ranks cannot share the global batch equally.
     """
@@ -47,20 +47,20 @@ def smaller_micro_batch(share: int, size: int) -> int | None:
 
 
 def largest_part(share: int, limit: int) -> int:
-    """Return the largest of the parts if `share` sequences are cut into as few nearly equal parts of up to `limit`."""
+    """Return the largest part when `share` sequences are cut into the fewest nearly equal parts of up to `limit`."""
     return math.ceil(share / math.ceil(share / limit))
 
 
 @dataclass(frozen=True)
 class MicroBatchChoice:
-    """Sequences in one forward pass, and why they are fewer than training.batch_size allows, if they are."""
+    """Sequences in one forward pass, and the reason if they are fewer than training.batch_size allows."""
 
     size: int
     reason: str = ""
 
 
 def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
-    """Return how many sequences are processed at once. On a CPU, where Linux kills, `plan`'s memory decides beforehand.
+    """Return how many sequences to process at once. On a CPU `plan`'s estimate decides: Linux would kill the run.
 
     Raise ResourceError if not even one sequence fits.
     """
@@ -92,7 +92,7 @@ def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
 
 
 def no_room_for_one_sequence(config: Config, numbers: str = "") -> ResourceError:
-    """Return the error of a run in which one sequence at once is too much."""
+    """Return the error for a run in which not even one sequence fits into memory."""
     return ResourceError(
         "training.batch_size",
         f"{config.training.batch_size}: out of memory even with one sequence at once{numbers}",

@@ -1,8 +1,8 @@
 """Muon: momentum whose update is orthogonalized (arXiv 2502.16982), in one implementation for all devices.
 
-`torch.optim.Muon` casts to bf16 on every device and processes one matrix after the other. A CPU without bf16 units emulates
-those products at a hundredth of its float32 speed. Here the dtype is an argument, and matrices of equal shape are stacked and
-multiplied in batched products. What was compared, with the figures, is in docs/decisions/0006-muon-of-our-own.md.
+`torch.optim.Muon` casts to bf16 on every device and processes one matrix at a time. A CPU without bf16 units emulates
+those products at a hundredth of its float32 speed. Here the dtype is an argument, and products of equal shape are
+stacked and batched. The comparison, with its figures, is in docs/decisions/0006-muon-of-our-own.md.
 
 Letters in shapes: B matrices of one stack, M their shorter and N their longer side.
 """
@@ -22,26 +22,26 @@ COEFFICIENTS = (
     (2.5202, -1.8034, 0.4083),
 )
 """(a, b, c) of each step X <- a X + b (X X^T) X + c (X X^T)^2 X, by the method of Polar Express (arXiv 2505.16932): each is the
-best polynomial of its degree for the range that the one before it leaves. Four steps take singular values between 0.003 and 1
-to between 0.77 and 1.23. Each range is 2 % wider than it need be: outside of it the polynomials explode, and bf16 rounds."""
+best polynomial of its degree for the range left by the step before. Four steps take singular values between 0.003 and 1
+to between 0.77 and 1.23. Each range is 2 % wider than needed: outside it the polynomials explode, and bf16 rounds."""
 
 SMALLEST_NORM = 1e-7
-"""A matrix whose norm is below this is divided by this: noise of that size is not scaled up to a full update."""
+"""A matrix with a smaller norm is divided by this instead: noise of that size is not scaled up to a full update."""
 
 STACKED_NUMBERS = 2**25
-"""Numbers in one stack at most: bounds the temporary memory of large models."""
+"""The most elements in one stack: bounds the temporary memory of large models."""
 
 
 class Muon(Optimizer):
-    """Momentum with Nesterov, orthogonalized, and decoupled weight decay, for parameters with two dimensions.
+    """Orthogonalized Nesterov momentum with decoupled weight decay, for parameters with two dimensions.
 
     The update is scaled by 0.2 sqrt(max(rows, columns)) to the root mean square of AdamW's (arXiv 2502.16982, section 2.2),
-    so that one learning rate and one weight decay serve both. The state of a parameter is its `momentum_buffer`, which means
-    the same as that of `torch.optim.Muon`.
+    so that one learning rate and one weight decay serve both. The state of a parameter is its `momentum_buffer`, with
+    the same meaning as in `torch.optim.Muon`.
     """
 
     arithmetic = (
-        2  # of the update rule; a checkpoint records it, and one that does not is by torch.optim.Muon: version 1
+        2  # version of the update rule; checkpoints record it; one without it is from torch.optim.Muon: version 1
     )
 
     def __init__(
@@ -62,7 +62,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. `closure` is only there because torch's signature has it."""
+        """Update every parameter that has a gradient. `closure` is there only to match torch's signature."""
         for group in self.param_groups:
             for stack in stack_by_shape([p for p in group["params"] if p.grad is not None]):
                 self._update(stack, group)
@@ -83,7 +83,7 @@ class Muon(Optimizer):
 
 
 def stack_by_shape(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the matrices of equal shape, tall ones among the wide ones of the same sides, in stacks of bounded size."""
+    """Yield stacks, of bounded size, of matrices of equal shape; tall ones join the wide ones with the same sides."""
     stacks: dict[tuple[int, int], list[Tensor]] = {}
     for p in params:
         stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
@@ -94,7 +94,7 @@ def stack_by_shape(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def lay_wide(matrix: Tensor) -> Tensor:
-    """Return a matrix with at least as many columns as rows, or the transposed view of one with fewer."""
+    """Return the matrix if it has at least as many columns as rows, else its transposed view."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
@@ -118,7 +118,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def iterate_on_gram(gram: Tensor) -> Tensor:
-    """Return the product (B, M, M) of all steps' polynomials of X X^T, so that only it multiplies the longer X.
+    """Return the product (B, M, M) of all steps' polynomials of X X^T, so that the longer X is multiplied only once.
 
     Polynomials of one symmetric matrix commute: with P = a + b G + c G^2, the next Gram matrix is P G P.
     """

@@ -1,6 +1,6 @@
 """Optimizers and the learning rate: AdamW, or Muon for the matrices of the blocks; the rate is a function of the step.
 
-There is no scheduler object: a step number is enough to know the rate, so a resume or a second device cannot move it.
+There is no scheduler object: the step number alone determines the rate, so a resume or a second device cannot shift it.
 """
 
 import math
@@ -16,9 +16,9 @@ from smollm2.training.muon import Muon
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Rate of the update that follows `step` finished ones (0 <= step < train_steps).
+    """Return the learning rate of the update after `step` completed ones (0 <= step < train_steps).
 
-    Warmup: learning_rate * (step + 1) / warmup_steps. Then, with p the share of the remaining updates that is done,
+    Warmup: learning_rate * (step + 1) / warmup_steps. Then, with p the completed share of the remaining updates,
     cosine: min + (max - min) (1 + cos(pi p)) / 2; linear: max - (max - min) p; wsd: max, and linear over the last
     decay_steps (SmolLM2's recipe, arXiv 2502.02737, section 4).
     """
@@ -35,9 +35,9 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, Optimizer]:
-    """Optimizers by name, which together hold every trainable parameter once.
+    """Return the optimizers by name; together they hold every trainable parameter exactly once.
 
-    `decay: matrices` leaves out of the weight decay what has one dimension: norms and biases. Muon takes the matrices
+    `decay: matrices` exempts parameters with one dimension, norms and biases, from the decay. Muon takes the matrices
     of the blocks, with the update scaled so that AdamW's learning rate and decay serve both (arXiv 2502.16982).
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -75,8 +75,8 @@ def set_learning_rate(optimizers: Mapping[str, Optimizer], rate: float) -> None:
 
 
 def optimizer_states(optimizers: Mapping[str, Optimizer]) -> dict[str, dict[str, object]]:
-    """Return what a checkpoint keeps: each optimizer's state, its parameters' names, so that another order is noticed, and
-    the version of its arithmetic if that is not the first."""
+    """Return what a checkpoint keeps: each optimizer's state, its parameters' names, so that a change of order is
+    detected, and the version of its arithmetic if that is not the first."""
     states: dict[str, dict[str, object]] = {}
     for name, optimizer in optimizers.items():
         states[name] = {"parameters": _names(optimizer), "state": optimizer.state_dict()}
@@ -93,7 +93,7 @@ def arithmetic_of(optimizer: Optimizer) -> int:
 def describe_arithmetic_changes(
     optimizers: Mapping[str, Optimizer], states: Mapping[str, Mapping[str, object]]
 ) -> list[str]:
-    """Return a phrase for each optimizer whose update rule is another one than when these states were saved."""
+    """Return a phrase for each optimizer whose update rule has changed since these states were saved."""
     versions = {name: (states[name].get("arithmetic", 1), arithmetic_of(o)) for name, o in optimizers.items()}
     return [
         f"the optimizer's arithmetic ({n}, version {old} -> {new})" for n, (old, new) in versions.items() if old != new
@@ -101,9 +101,9 @@ def describe_arithmetic_changes(
 
 
 def load_optimizer_states(optimizers: Mapping[str, Optimizer], states: Mapping[str, Mapping[str, object]]) -> None:
-    """Put moments back; rates, decay and betas stay the config's, which a resume may have changed.
+    """Restore the moments; rates, decay and betas stay those of the config, which a resume may have changed.
 
-    Raises ValueError where the optimizers or the order of their parameters differ.
+    Raise ValueError if the optimizers or the order of their parameters differ.
     """
     if {name: _names(o) for name, o in optimizers.items()} != {n: list(s["parameters"]) for n, s in states.items()}:  # type: ignore[call-overload]
         raise ValueError("the optimizer's parameters are other ones, or stand in another order")

@@ -34,7 +34,7 @@ def plan_run(run: Run) -> Plan:
 
 
 def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
-    """Return what is trained, with which data, and what it will take."""
+    """Return what is trained, on which data, and what resources it will take."""
     t, m, runtime = run.config.training, run.config.model, run.runtime
     seconds = plan.duration.of(t.train_steps - progress.step)
     heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
@@ -91,7 +91,7 @@ def describe_warmup(t: TrainingConfig) -> str:
 
 
 def report_start(run: Run, progress: Progress, start: Start | None) -> None:
-    """Show how the run starts, and record for the report what its data and its machine are."""
+    """Show how the run starts, and record its data and its machine for the report."""
     if start:
         run.tracker.log_event("resume", describe_resume(run, start), progress.step)
     if warning := describe_warmup(run.config.training):
@@ -125,7 +125,7 @@ def report_end(run: Run, error: Exception) -> None:
 
 
 def end_page(run: Run, progress: Progress, seconds: float) -> Rows:
-    """Return what the run has reached and what it left behind."""
+    """Return what the run has achieved and which files it leaves behind."""
     overhead = f"{run.tracker.seconds:.1f} s of {seconds:.0f} s ({run.tracker.seconds / seconds:.1%})"
     rows = [
         ("time", str(datetime.timedelta(seconds=round(seconds)))),

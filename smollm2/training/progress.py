@@ -1,4 +1,4 @@
-"""What the loop remembers between two steps: `Progress`, saved whole in each checkpoint."""
+"""The loop's state between steps: `Progress`, saved as a whole in each checkpoint."""
 
 import dataclasses
 import math
@@ -21,11 +21,11 @@ TOP_LEVEL = ("step", "tokens", "loss")
 
 @dataclass(frozen=True)
 class Progress:
-    """All that the loop remembers. A new field needs a default: older checkpoints do not have it.
+    """The complete state of the loop. A new field needs a default: older checkpoints do not have it.
 
-    `loss` is that of the last step, `losses` the last 128 finite ones. `skipped` are the steps whose loss or gradient was
-    not finite, `spikes` the steps whose loss stood out, `pending` the actions of this step that are not done yet.
-    `clipped` counts the steps since the last diagnostics whose gradient was clipped, and all of them.
+    `loss` is that of the last step, `losses` the last 128 finite ones. `skipped` are the steps whose loss or gradient
+    was not finite, `spikes` the steps whose loss stood out, `pending` the actions of this step still to be done.
+    `clipped` counts the steps since the last diagnostics: those whose gradient was clipped, and all.
     """
 
     step: int = 0
@@ -39,7 +39,7 @@ class Progress:
     clipped: tuple[int, int] = (0, 0)
 
     def after(self, result: StepResult) -> "Progress":
-        """Return the progress after one more step; a skipped one counts."""
+        """Return the progress after one more step; a skipped step counts too."""
         step = self.step + 1
         skipped, losses, spikes = self.skipped, self.losses, self.spikes
         if result.skipped:
@@ -66,7 +66,7 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":
-        """Return the progress that a checkpoint holds; a field that came later than the checkpoint has its default."""
+        """Return the progress that a checkpoint holds; a field that is newer than the checkpoint takes its default."""
         names = {field.name for field in dataclasses.fields(cls)}
         found = {name: v for name, v in state["stability"].items() if name in names}
         found |= {name: state[name] for name in TOP_LEVEL}

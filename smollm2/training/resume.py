@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or after a checkpoint, which is put back as a whole or not at all."""
+"""Where a run starts: at step 0, or after a checkpoint, which is restored completely or not at all."""
 
 import dataclasses
 import itertools
@@ -63,15 +63,15 @@ def find_start(setup: Setup, resume: str, checkpoint_path: str | Path | None) ->
 
 
 def free_folder(folder: Path) -> Path:
-    """Return a name beside `folder` that does not exist."""
-    if folder.name in ("", ".."):  # as of `.`, which has no name of its own
+    """Return an unused folder name beside `folder`."""
+    if folder.name in ("", ".."):  # `.`, for example, has no name of its own
         folder = folder.resolve()
     numbered = (folder.with_name(f"{folder.name or 'checkpoints'}-{number}") for number in itertools.count(2))
     return next(path for path in numbered if not os.path.lexists(path))
 
 
 def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
-    """Report what changes on this resume. Raise CheckpointError if it is another run, ConfigError if it has no step left."""
+    """Report what changes on this resume. Raise CheckpointError for another run, ConfigError if no step is left."""
     config, state, t = setup.config, start.state, setup.config.training
     if start.step > t.train_steps:
         raise ConfigError(
@@ -98,7 +98,7 @@ def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
 
 
 def restore(run: Run, start: Start) -> Progress:
-    """Put the checkpoint's weights, moments and loss scale back, and return its progress."""
+    """Restore the checkpoint's weights, moments and loss scale, and return its progress."""
     state = start.state
     check_shapes(run.model.state_dict(), state["model"], start.path)
     try:
@@ -115,18 +115,18 @@ def restore(run: Run, start: Start) -> Progress:
         run.runtime.scaler.load_state_dict(state["scaler"])
     progress = Progress.from_state(state)
     before = count_compared_windows(Config.model_validate_json(state["config"]), run.validation)
-    if before != count_compared_windows(run.config, run.validation):  # losses over other windows do not compare
+    if before != count_compared_windows(run.config, run.validation):  # losses over different windows are not comparable
         progress = dataclasses.replace(progress, best_validation_loss=math.inf)
     return progress
 
 
 def count_compared_windows(config: Config, validation: Windows | None) -> int:
-    """Return on how many windows of the validation split checkpoints are compared."""
+    """Return the number of validation windows on which checkpoints are compared."""
     return min(config.training.eval_windows, len(validation) if validation else 0)
 
 
 def describe_resume(run: Run, start: Start) -> str:
-    """Return from where the run resumes, and whether it will be bit-identical to an uninterrupted run."""
+    """Return where the run resumes from, and whether it will be bit-identical to an uninterrupted run."""
     facts = machine_facts(run.runtime)
     changed = [
         f"{name} {old} -> {facts.get(name)}" for name, old in start.state["env"].items() if facts.get(name) != old
@@ -137,7 +137,7 @@ def describe_resume(run: Run, start: Start) -> str:
 
 
 def describe_exactness(changed: Sequence[str], device_type: str, *, deterministic: bool) -> str:
-    """Return whether a resumed run is bit-exact, given what changed. On a GPU that takes deterministic kernels."""
+    """Return whether a resumed run is bit-exact, given what changed. On a GPU this requires deterministic kernels."""
     if changed:
         return f"not bit-exact, because of {', '.join(changed)}"
     if device_type == "cpu" or deterministic:
@@ -148,7 +148,7 @@ def describe_exactness(changed: Sequence[str], device_type: str, *, deterministi
 
 
 def state_of(run: Run, progress: Progress) -> State:
-    """Return all that a resume needs, and the tokenizer, so that a checkpoint is complete alone; plain types only."""
+    """Return all that a resume needs, and the tokenizer, so that a checkpoint is self-contained; plain types only."""
     t, batches = run.config.training, run.batches
     return {
         **progress.to_state(),

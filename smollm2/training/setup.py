@@ -1,4 +1,4 @@
-"""What a run is made of: its settings, its live objects, and its trackers."""
+"""The parts of a run: its settings, its live objects, and its trackers."""
 
 import contextlib
 import dataclasses
@@ -48,7 +48,7 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The number of steps that it has done."""
+        """The number of steps that it has completed."""
         step: int = self.state["step"]
         return step
 
@@ -108,7 +108,7 @@ def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
 
 
 def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
-    """Return windows, model and optimizers, with the console as the only tracker. Writes nothing."""
+    """Return the run's windows, model and optimizers, with the console as the only tracker. Write nothing."""
     config, runtime, start = setup.config, setup.runtime, setup.start
     t = config.training
     end_of_text = tokenizer.end_of_text if config.data.document_mask else None
@@ -133,7 +133,7 @@ def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
 
 
 def open_validation(config: Config, tokenizer: Tokenizer, store: TokenStore) -> Windows | None:
-    """Return the windows of the validation split, or None if no target of them stands for any text."""
+    """Return the windows of the validation split, or None if none of their targets encodes any text."""
     if len(store.validation) < 2:
         return None
     length = config.training.sequence_length
@@ -184,12 +184,12 @@ def check_disk(config: Config, folder: Path) -> None:
 def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
     """Return the run with all its trackers and its saver, and write the run folder's config.yaml and tokenizer.
 
-    This cuts the rows after the resumed step: nothing that could still refuse the run may follow.
+    This cuts the rows after the resumed step, so no check that could still refuse the run may follow.
     """
     if run.runtime.rank:
         return run
     config, folder, step = setup.config, setup.folder, run.resumed_step
-    # A run that resumes into another folder begins its own rows there.
+    # A run that resumes into another folder starts its own rows there.
     is_own = setup.start is not None and setup.start.path.resolve().parent == folder.resolve()
     rows = JsonlTracker(folder, step if is_own else 0, setup.report)
     setup.console.restore_smoothing(read_values(folder / METRICS, "loss"))

@@ -53,7 +53,7 @@ def train_step(
     z_loss: float = 0.0,
     diagnostics: contextlib.AbstractContextManager[object] | None = None,
 ) -> StepResult:
-    """Make one optimizer step from this rank's micro-batches.
+    """Take one optimizer step with this rank's micro-batches.
 
     Weights and moments change only if the loss and the gradient norm are finite, on every rank or on none. `diagnostics`
     is entered before the update and left after it. Raise MicroBatchTooLarge as `accumulate_gradients` does.

@@ -17,7 +17,7 @@ CHECKED_STEPS = 20
 """Steps after which the announced time is compared with the measured one."""
 
 TIME_UP = 1000
-"""The number that stands for the end of the run's own time among the numbers of signals."""
+"""A pseudo signal number: the run has reached its own time limit."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TimeLimit:
     longest_step: float = 0.0
 
     def begin_step(self) -> None:
-        """Remember how long the longest step of the run took, with its actions and its save."""
+        """Record how long the run's longest step took, with its actions and its save."""
         now = time.monotonic()
         if self.step_began:
             self.longest_step = max(self.longest_step, now - self.step_began)
@@ -75,7 +75,7 @@ def save_throughput(run: Run, meter: Meter) -> None:
 
 
 def correct_time(run: Run, step: int, meter: Meter, announced: Duration) -> None:
-    """Report the corrected time once, after some steps, if the announced one was far from it."""
+    """Report the corrected time once, after some steps, if the announced one was far off."""
     if len(meter.recent) == CHECKED_STEPS:
         message = describe_correction(announced, list(meter.recent), run.config.training.train_steps - step)
         if message:
@@ -83,12 +83,12 @@ def correct_time(run: Run, step: int, meter: Meter, announced: Duration) -> None
 
 
 def stopped(number: int, step: int) -> Interrupted:
-    """Return the error of a run that a signal or TIME_UP ended after a step that is saved."""
+    """Return the error for a run that a signal or TIME_UP ended after a saved step."""
     if number == TIME_UP:
         return Interrupted(f"training.time_limit is reached; step {step} is saved", 0)
     return Interrupted(f"stopped by {signal_name(number)}; step {step} is saved", number)
 
 
 def signal_name(number: int) -> str:
-    """Return what a user knows the signal as."""
+    """Return the name by which users know the signal."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
