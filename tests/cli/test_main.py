@@ -169,11 +169,25 @@ def test_the_output_off_a_terminal_is_one_plain_line_per_report(tmp_path: Path) 
     assert len(reports) == 12
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_the_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
+def write_long(folder: Path) -> None:
+    """A run of 150 steps that saves only at its end."""
     long = TINY.replace("train_steps: 12", "train_steps: 150").replace("save_interval: 4", "save_interval: 0")
     long = long.replace("eval_interval: 5", "eval_interval: 0").replace("sample_interval: 6", "sample_interval: 0")
-    write_tiny(tmp_path, config=long)
+    write_tiny(folder, config=long)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the long run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_long(folder)
+    assert run("train", folder=folder).returncode == 0
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_the_resumed_run_is_bit_identical(name: str, whole: Path, tmp_path: Path) -> None:
+    write_long(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "smollm2", "train"],
         cwd=tmp_path,
@@ -191,8 +205,7 @@ def test_a_signal_saves_and_the_resumed_run_is_bit_identical(name: str, tmp_path
     assert f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}; step " in error
     assert "Resume with: smollm2 train --resume auto" in error
     assert run("train", "--resume", "auto", folder=tmp_path).returncode == 0
-    assert run("train", "--save_dir", "whole", folder=tmp_path).returncode == 0
-    assert outcome(tmp_path / "checkpoints", 150) == outcome(tmp_path / "whole", 150)
+    assert outcome(tmp_path / "checkpoints", 150) == outcome(whole, 150)
 
 
 @pytest.mark.parametrize(
