@@ -1,6 +1,6 @@
 """Write checkpoints while training continues: the state is copied, then written, read back and checked in a thread.
 
-The run's own thread reports how a save ended: at the next step, or at the latest at the next save. If memory for a second
+The run's own thread reports the outcome of a save at the next step, or at the next save at the latest. If memory for a second
 copy of the state is scarce, or the save must succeed, the run waits for it.
 """
 

@@ -104,7 +104,7 @@ def find_own_config(args: argparse.Namespace, flags: dict[str, tuple[str, str]])
 
 
 def describe_unknown(parser: Parser, words: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return (where, what, advice) for each word that is not a flag of the command, or of a value without one."""
+    """Return (where, what, advice) for each argument that is no flag of the command, or a value without a flag."""
     problems: list[tuple[str, str, str]] = []
     after_flag = False
     for word in words:

@@ -4,7 +4,7 @@
 ByteLevel with or without Digits, no normalizer, and every merge result alone encodes to itself. By induction over token
 length, both algorithms then make the same merges in the same order. A text on which tiktoken would panic (a byte
 without a token, a very long run of spaces; the panic is a BaseException) is encoded by `tokenizers`, which is decided
-before the call. What a tokenizer cannot express becomes its unknown id, or is dropped if it has none, and is counted.
+before the call. Text that a tokenizer cannot represent becomes its unknown id, or is dropped if it has none, and is counted.
 """
 
 import hashlib

@@ -185,7 +185,7 @@ def optimizer_bytes(config: Config) -> int:
 
 
 def count_checkpoints(config: Config) -> int:
-    """Return how many checkpoints are there at the end: the last step always saves, and keep_last also keeps the best."""
+    """Return how many checkpoints remain at the end: the last step always saves, and keep_last also keeps the best."""
     t = config.training
     every = math.ceil(t.train_steps / t.save_interval) if t.save_interval else 1
     if t.keep_last is None:

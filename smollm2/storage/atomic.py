@@ -253,9 +253,9 @@ def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:
 
 
 def describe_problem(path: Path, error: Exception) -> str:
-    """Return why `path` cannot be used, for a system error whose own words would mislead.
+    """Return why `path` cannot be used, for a system error whose own message would be misleading.
 
-    The system says "File exists" of a link to nothing, and "No such file" of a folder that is missing.
+    The system reports "File exists" for a dangling link, and "No such file" for a missing folder.
     """
     if isinstance(error, ValueError):
         return "the name contains a NUL character"
