@@ -32,7 +32,7 @@ class CpuSpeed:
 
 
 CPU_SPEEDS = {
-    "cpu-avx2": CpuSpeed(64e9, 0.6e9, 150e-9, 10e-3),  # without bf16 units: emulated
+    "cpu-avx2": CpuSpeed(64e9, 0.6e9, 200e-9, 10e-3),  # without bf16 units: emulated
     "cpu-avx512": CpuSpeed(86e9, 0.8e9, 125e-9, 3e-3),
     "cpu-bf16": CpuSpeed(86e9, 190e9, 125e-9, 3e-3),  # AVX-512 with bf16
     "cpu-amx": CpuSpeed(100e9, 400e9, 125e-9, 3e-3),
@@ -41,8 +41,8 @@ CPU_SPEEDS = {
 """Calibrated on two idle cores, so that whole steps come out right:
 
 - cpu-avx2: AMD EPYC (Zen 3, no bf16 units), torch 2.13, 2026-11-25: products 128 GFLOP/s. Nano ran at 9,000 tokens/s
-  (AdamW) on one day and at 6,300 (Muon) on the next with the same products; the row is between the two. Forward and
-  backward of micro 2.5 s a step; the 12M shape of benchmarks/train_speed.py 1,611 tokens/s.
+  (AdamW) on one day and at 6,300 (Muon) on the next with the same products, micro at 1,120 (3.67 s a step). Forward and
+  backward of micro 2.5 s a step on the first day; the 12M shape of benchmarks/train_speed.py 1,611 tokens/s.
 - cpu-bf16: AMD EPYC with avx512_bf16, torch 2.13, 2026-11-24: nano 15,300 and micro 3,050 tokens/s, the 768 wide model with
   gradient checkpointing 263; in float32 12M parameters 1,756. cpu-avx512 is the same CPU without its bf16 units.
 - cpu-amx, cpu-float32: guesses; nobody has measured them."""
