@@ -1,29 +1,29 @@
-"""Everything that can fail for a reason that a user can correct, with the exit codes.
+"""Errors that a user can cause and correct, with their exit codes.
 
     Smollm2Error
     ├── ConfigError      2   a key, a value, a flag, a missing extra
     ├── DataError        3   the text, the tokenizer, the token cache
     ├── CheckpointError  4   a checkpoint or an export that is absent, damaged or foreign
-    ├── TrainingError    5   a run that cannot continue: numbers, a failed check, ranks that disagree
+    ├── TrainingError    5   a run that cannot continue: non-finite numbers, a failed check, ranks that disagree
     ├── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
     └── Interrupted      130, 143 or 138 after SIGINT, SIGTERM or SIGUSR1; 75 at training.time_limit: the run is saved and can be resumed
 
-A message has three parts, given as three arguments and laid out here: `where: what is wrong (with the value). What to do.`
+A message has three parts, given as arguments and formatted here: `where: what is wrong (with the value). What to do.`
 """
 
 from pathlib import Path
 
 EXIT_CODE_FILE = "SMOLLM2_EXIT_CODE_FILE"
-"""The variable that names the file to which rank 0 writes its exit code: torchrun returns 1 whatever the ranks return."""
+"""The environment variable naming the file for rank 0's exit code: torchrun returns 1 whatever the ranks return."""
 
 TIME_LIMIT_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: a job system can tell a run that reached its time limit from one that is done."""
+"""EX_TEMPFAIL of sysexits.h: it lets a job scheduler tell a run that reached its time limit from a finished one."""
 
 
 class Smollm2Error(Exception):
     """A failure that a user can cause and correct; `exit_code` is what the command returns.
 
-    If several processes fail for the same reason, only the one with the number `rank` reports it.
+    If several processes fail for the same reason, only the process with rank `rank` reports it.
     """
 
     exit_code = 1
@@ -32,13 +32,13 @@ class Smollm2Error(Exception):
     def __init__(self, where: str | Path, what: str = "", advice: str = "") -> None:
         """`where` is a file, key or flag; `what` names the problem and the value; `advice` is what to do about it.
 
-        `where` alone is a message that is already laid out, such as a list of config problems.
+        `where` alone is a complete, already formatted message, such as a list of config problems.
         """
         super().__init__(lay_out(where, what, advice))
 
 
 def lay_out(where: str | Path, what: str = "", advice: str = "") -> str:
-    """Return `where: what. Advice.`; `where` may be empty, and a part that is empty leaves no punctuation behind."""
+    """Return `where: what. Advice.`; any part may be empty and then leaves no punctuation behind."""
     head = f"{where}: {what}" if str(where) and what else f"{where}{what}"
     if not advice:
         return head
@@ -46,7 +46,7 @@ def lay_out(where: str | Path, what: str = "", advice: str = "") -> str:
 
 
 class ConfigError(Smollm2Error):
-    """A config file, a flag or the use of a command is wrong."""
+    """A config file, a flag or a command's usage is wrong."""
 
     exit_code = 2
 
@@ -58,7 +58,7 @@ class DataError(Smollm2Error):
 
 
 class CheckpointError(Smollm2Error):
-    """A checkpoint or an exported folder is absent, damaged, foreign or in the way."""
+    """A checkpoint or an exported folder is missing, damaged, foreign or in the way."""
 
     exit_code = 4
 
@@ -70,7 +70,7 @@ class TrainingError(Smollm2Error):
 
 
 class ResourceError(Smollm2Error):
-    """The machine lacks something: disk, memory, a folder that can be written and is free."""
+    """The machine lacks a resource: disk space, memory, or a writable folder that no other run holds."""
 
     exit_code = 6
 

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: the one place that formats bytes, seconds and counts."""
+"""Human-readable numbers: the only place that formats bytes, seconds and counts."""
 
 import math
 

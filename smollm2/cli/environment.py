@@ -1,4 +1,4 @@
-"""The environment variables in which a launcher leaves each process its rank."""
+"""The environment variables through which a launcher passes each process its rank."""
 
 from collections.abc import Mapping, MutableMapping
 
@@ -22,7 +22,7 @@ OTHERS = ("MASTER_ADDR", "OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION")
 
 
 def clean_environment(environment: MutableMapping[str, str]) -> None:
-    """Remove variables that are set and empty, which means unset. Raise ConfigError if a number is not one."""
+    """Remove empty variables, which count as unset. Raise ConfigError if a numeric variable is not a whole number."""
     for name in (*INTEGERS, *OF_MPI, *OTHERS):
         if not environment.get(name, "x").strip():
             del environment[name]
@@ -42,7 +42,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
             raise ConfigError(
                 ", ".join(missing), what, f"start with torchrun, which sets all of them, or unset {given}"
             )
-    # `accelerate launch --num_processes 2` without --multi_gpu runs one process on a CPU, without a word.
+    # `accelerate launch --num_processes 2` without --multi_gpu silently runs one process on a CPU.
     elif {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= environment.keys():
         raise ConfigError(
             "accelerate launch",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from smollm2.inference.evaluation import Comparison
 
 SHOWN_DOCUMENTS = 20
-"""Rows of the table of `--per_document`."""
+"""The maximum number of rows in the table of `--per_document`."""
 
 
 def add_parser(commands: "Commands[Parser]") -> None:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return the evaluation of one model, with documents read as it was trained."""
+    """Return the evaluation of one model, with documents read as they were in its training."""
     from smollm2.config.schema import DataConfig
     from smollm2.inference.evaluation import evaluate
     from smollm2.inference.loading import load_source, read_config
@@ -84,7 +84,7 @@ def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
     device = choose_device(args)
     model, tokenizer, state = load_source(Path(name), best=args.best, report=print_note)
     data = read_config(state, Path(name)).data if state else DataConfig()
-    del state  # the optimizer's moments are two thirds of a checkpoint
+    del state  # frees the optimizer's moments, two thirds of a checkpoint
     return evaluate(
         model.to(device),
         tokenizer,

@@ -1,4 +1,4 @@
-"""`smollm2 export`: a folder that transformers, vLLM and others load."""
+"""`smollm2 export`: a folder that transformers, vLLM and other libraries can load."""
 
 import argparse
 
@@ -24,7 +24,7 @@ def add_parser(commands: "Commands[Parser]") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folder and print the comparison of each reader."""
+    """Write the folder and print how each reader's result compares with the source."""
     from smollm2.exporting.hugging_face import export
 
     certificate = export(

@@ -1,4 +1,4 @@
-"""What the commands share: the parser, types of values, flags of the model and the device, output beside the results."""
+"""What the commands share: the parser, value types, flags for the model and the device, and notes to standard error."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ Commands = argparse._SubParsersAction  # argparse has no public name for what ad
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ConfigErrors, and whose flags take values that begin with a dash."""
+    """A parser that raises ConfigError, and whose flags accept values that begin with a dash."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def _join_values(self, words: Sequence[str]) -> list[str]:
-        """Return the words with each value that begins with a dash joined to its flag, unless it is a flag itself."""
+        """Return the arguments, joining each value that begins with a dash, but is not a flag, to its flag."""
         joined: list[str] = []
         rest = iter(words)
         for word in rest:
@@ -97,7 +97,7 @@ def choose_device(args: argparse.Namespace) -> str:
 
 
 def path(text: str) -> str:
-    """Return a path with `~` expanded, for a flag; shells expand it only in some places."""
+    """Return the path that a flag gives, with `~` expanded; shells expand it only in some positions."""
     expanded = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises RuntimeError if there is no home folder
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be a path (got {text!r})")
@@ -105,26 +105,26 @@ def path(text: str) -> str:
 
 
 def file_path(text: str) -> str:
-    """Return the path of a file that is written; a folder such as `.` or `/` is not one."""
+    """Return the path of an output file; a folder such as `.` or `/` is refused."""
     if not Path(path(text)).name:
         raise argparse.ArgumentTypeError(f"must name a file (got {text!r})")
     return path(text)
 
 
 def separator(text: str) -> str:
-    r"""Return the text between two documents, with `\n`, `\r`, `\t`, `\f` and `\\` read as in most languages."""
+    r"""Return the text between two documents, with `\n`, `\r`, `\t`, `\f` and `\\` interpreted as in most languages."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return unescape(text)
 
 
 def unescape(text: str) -> str:
-    r"""Return text with its escapes `\n`, `\r`, `\t`, `\f` and `\\` replaced; any other backslash stays."""
+    r"""Return text with its escapes `\n`, `\r`, `\t`, `\f` and `\\` replaced; any other backslash is kept."""
     return re.sub(r"\\([fnrt\\])", lambda match: ESCAPES[match[1]], text)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return the type of a flag that takes a whole number from `low` to `high`."""
+    """Return an argparse type for a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
         value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,30}", text) else None
@@ -136,7 +136,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, *, or_zero: bool = False) -> Callable[[str], float]:
-    """Return the type of a flag that takes a number from `low` to `high`, or 0 as well."""
+    """Return an argparse type for a number from `low` to `high`, or also 0 with `or_zero`."""
 
     def read(text: str) -> float:
         try:
@@ -152,5 +152,5 @@ def number(low: float, high: float, *, or_zero: bool = False) -> Callable[[str],
 
 
 def print_note(message: str) -> None:
-    """Print a line beside the results, to standard error."""
+    """Print a line to standard error, apart from the results."""
     print(message, file=sys.stderr, flush=True)

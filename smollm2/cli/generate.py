@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def prepare_generation(args: argparse.Namespace) -> Write:
-    """Load the model; return the function that writes with it."""
+    """Load the model; return the function that generates text with it."""
     import torch
 
     from smollm2.inference.generation import stream
@@ -112,7 +112,7 @@ def prepare_generation(args: argparse.Namespace) -> Write:
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file, each with its `prompt`. Raise DataError, which names the line."""
+    """Return the rows of a JSON Lines file, each with its `prompt`. Raise DataError, naming the line."""
     shown = "standard input" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -133,7 +133,7 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
 
 
 def read_row(where: str, text: str) -> dict[str, Any]:
-    """Return the row of one line. Raise DataError if it holds no prompt."""
+    """Return one line as a row. Raise DataError if it holds no prompt."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
@@ -152,14 +152,14 @@ def find_bad_character(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # how Python represents a byte of the command line that it cannot decode
+        if 0xDC80 <= code <= 0xDCFF:  # how Python represents a command-line byte that it cannot decode
             return f"byte {code - 0xDC00:#04x} after {text[: error.start][-20:]!r} is not UTF-8"
         return f"\\u{code:04x} is half of a surrogate pair"
     return ""
 
 
 def write_json_lines(args: argparse.Namespace, rows: Sequence[dict[str, Any]], write: Write) -> None:
-    """Print one object for each prompt and sample, in order: the row, with its `text`, its `end` and its `seed`."""
+    """Print one object for each prompt and sample, in order: the row plus its `text`, `end` and `seed`."""
     tasks = [{**row, "seed": args.seed + sample} for row in rows for sample in range(args.samples)]
     for start in range(0, len(tasks), args.batch_size):
         batch = [{**task, "text": "", "end": ""} for task in tasks[start : start + args.batch_size]]
@@ -171,7 +171,7 @@ def write_json_lines(args: argparse.Namespace, rows: Sequence[dict[str, Any]], w
 
 
 def write_texts(args: argparse.Namespace, prompt: str, write: Write) -> None:
-    """Print the prompt and its continuation as it is written; several samples one after the other."""
+    """Print the prompt and its continuation as it is generated; several samples one after the other."""
     for sample in range(args.samples):
         if args.samples > 1:
             print_note(f"sample {sample + 1}, seed {args.seed + sample}:")
@@ -182,7 +182,7 @@ def write_texts(args: argparse.Namespace, prompt: str, write: Write) -> None:
 
 
 def continue_prompts(args: argparse.Namespace, write: Write) -> None:
-    """Ask for prompts; each turn has the next seeds. Ctrl-C ends a text, Ctrl-D the loop."""
+    """Ask for prompts; each turn uses the next seeds. Ctrl-C ends a text, Ctrl-D the loop."""
     print_note("Type a prompt and Enter. Ctrl-C ends a text, Ctrl-D the program.")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -201,7 +201,7 @@ def continue_prompts(args: argparse.Namespace, write: Write) -> None:
 
 
 def show(text: str) -> None:
-    """Print text of a model or a prompt; on a terminal its control characters are escaped, which it would obey."""
+    """Print generated text or a prompt; on a terminal, escape control characters, which the terminal would act on."""
     from smollm2.tracking.base import escape_controls
 
     print(escape_controls(text) if sys.stdout.isatty() else text, end="", flush=True)

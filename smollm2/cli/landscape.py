@@ -20,7 +20,7 @@ from smollm2.cli.flags import (
 
 
 def odd_number(text: str) -> int:
-    """Return the number of points on a side, which has one in the middle."""
+    """Return the number of points on a side; it must be odd, so that one is in the middle."""
     value = whole_number(3, 401)(text)
     if value % 2 == 0:
         raise argparse.ArgumentTypeError(f"must be odd (got {text})")
@@ -46,7 +46,7 @@ def add_parser(commands: "Commands[Parser]") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure the landscape, write it and print where it is."""
+    """Measure the landscape, write it and print the paths of its files."""
     from smollm2.analysis.landscape import draw_landscape, open_source
     from smollm2.tracking.console import ConsoleTracker
 

@@ -1,7 +1,7 @@
 """What run_training.sh starts: chooses the config and the number of processes, trains, and prints what to do next.
 
-Without a flag that chooses a config, the shipped config.yaml gives way to the preset nano if it would take over an hour
-here. The table of the plan decides that, not a measurement: one machine always trains the same model.
+Without a flag that chooses a config, the preset nano replaces the shipped config.yaml if that would take over an hour
+here. The plan's table decides this, not a measurement, so that a machine always trains the same model.
 """
 
 import os
@@ -26,7 +26,7 @@ from smollm2.plan.throughput import estimate_duration, find_throughput, table_th
 from smollm2.runtime.commands import CALLER, shown_script
 
 SHIPPED_CONFIG = "2ef79099b32aa1953882e9371afc6eb2a02fa56ae6ca4af1c763b13f199eb1a1"
-"""SHA-256 of config.yaml as it is shipped, the only one that is ever replaced. A test keeps it current."""
+"""SHA-256 of config.yaml as shipped, the only config that is ever replaced. A test keeps it current."""
 
 LONGEST_SECONDS = 3600
 
@@ -36,7 +36,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train with the flags of run_training.sh; return the exit code. `argv[0]` is the folder from which it was called."""
+    """Train with the flags of run_training.sh; return the exit code. `argv[0]` is the folder it was called from."""
     os.environ[CALLER], *given = argv
     try:
         processes = count_processes(os.environ)
@@ -82,9 +82,9 @@ def choose_config(flags: list[str], machine: Machine, processes: int) -> list[st
     path = Path("config.yaml")
     if not path.is_file() or sha256(path.read_bytes()).hexdigest() != SHIPPED_CONFIG:
         return flags
-    if not machine.is_cpu:  # the processes on a CPU share its cores
+    if not machine.is_cpu:  # on a CPU, the processes share its cores
         machine = replace(machine, devices=processes)
-    shipped = load_config(path)  # without the flags: a folder gets the same model whatever the flags are
+    shipped = load_config(path)  # without the flags, so that they do not change the choice of model
     seconds = estimate_duration(shipped, machine, table_throughput(shipped, machine)).total
     if seconds <= LONGEST_SECONDS:
         return flags
@@ -97,11 +97,11 @@ def choose_config(flags: list[str], machine: Machine, processes: int) -> list[st
 
 
 def estimate_here(flags: Sequence[str], machine: Machine) -> float:
-    """Return the seconds of a run with these flags, from an earlier run here or from a measurement of the products."""
+    """Return the seconds of a run with these flags, from an earlier run here or a measurement of matrix products."""
     config = load_run_config(cli.build_parser().parse_args(["train", *flags]))[0]
     throughput = find_throughput(config, machine)
     if machine.is_cpu and not throughput.measured:
-        import torch  # which training needs anyway
+        import torch  # training needs it anyway
 
         from smollm2.plan.arithmetic import needs_float32
         from smollm2.runtime.throughput import measure_products
@@ -114,7 +114,7 @@ def estimate_here(flags: Sequence[str], machine: Machine) -> float:
 def train_together(processes: int, flags: Sequence[str]) -> int:
     """Train in several processes; return rank 0's exit code.
 
-    torchrun returns 1 for every failure, so rank 0 writes its code to a file, and config errors are found before.
+    torchrun returns 1 for every failure, so rank 0 writes its code to a file, and the config is checked first.
     """
     if code := cli.check_config(flags):
         return code
@@ -122,9 +122,9 @@ def train_together(processes: int, flags: Sequence[str]) -> int:
     torchrun += ["--signals_to_handle", ",".join(SIGNALS), "train.py", *flags]
     with tempfile.TemporaryDirectory() as folder:
         code_file = Path(folder) / "exit_code"
-        threads = str(max(1, count_cores() // processes))  # torchrun would give one to each process
+        threads = str(max(1, count_cores() // processes))  # torchrun's default is one per process
         environment = {"OMP_NUM_THREADS": threads, **os.environ, EXIT_CODE_FILE: str(code_file)}
-        # In a session of its own, so that Ctrl-C reaches the ranks once, from here.
+        # In a session of its own, so that Ctrl-C reaches the ranks only once, forwarded from here.
         ranks = subprocess.Popen(torchrun, env=environment, start_new_session=True)
 
         def pass_on(number: int, frame: FrameType | None) -> None:
@@ -140,7 +140,7 @@ def train_together(processes: int, flags: Sequence[str]) -> int:
 
 
 def describe_next_steps() -> str:
-    """Return what to do after a run; its end page has shown how to generate text."""
+    """Return suggestions for after a run; its final summary has already shown how to generate text."""
     train, test = (shown_script(Path(name)) for name in ("run_training.sh", "run_tests.sh"))
     rows = {
         "train longer": f"{train} --train_steps N, with a higher N than before",

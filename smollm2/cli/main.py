@@ -36,8 +36,8 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code.
 
-    Under run_training.sh's launcher rank 0 writes its code to a file and all ranks return 0: torchrun returns 1 for any
-    other code, after 30 lines about it.
+    Under run_training.sh's launcher rank 0 writes its code to a file and all ranks return 0: for any other
+    code, torchrun returns 1 and prints 30 lines about it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # LC_ALL=C, PYTHONIOENCODING=ascii: escape what cannot be encoded
@@ -77,7 +77,7 @@ def run_command(argv: Sequence[str] | None) -> int:
 
 
 def dispatch(argv: Sequence[str] | None) -> int:
-    """Parse the command line and run its command; without one, print the help and return 2."""
+    """Parse the command line and run its command; without a command, print the help and return 2."""
     clean_environment(os.environ)
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
@@ -93,8 +93,8 @@ def dispatch(argv: Sequence[str] | None) -> int:
 
 
 def check_config(argv: Sequence[str]) -> int:
-    """Return 0 if `train` accepts these arguments, else print why not and return the exit code. Several processes are
-    started only after it."""
+    """Return 0 if `train` accepts these arguments, else print why not and return the exit code. It is called before
+    several processes are started."""
     try:
         args, unknown = build_parser().parse_known_args(["train", *argv])
         load_run_config(args, unknown)
@@ -105,15 +105,15 @@ def check_config(argv: Sequence[str]) -> int:
 
 
 def refuse_unknown(parser: Parser, words: Sequence[str]) -> None:
-    """Raise ConfigError if there are words that the parser does not know, with a line for each."""
+    """Raise ConfigError, with a line for each argument that the parser does not know, if there are any."""
     if words:
         raise ConfigError("\n".join(lay_out(*problem) for problem in describe_unknown(parser, words)))
 
 
 def output_fails() -> bool:
-    """Return whether standard output takes no more; what is left in its buffer is dropped then."""
+    """Return whether standard output can no longer be written; if so, discard what is left in its buffer."""
     try:
-        print(flush=True)  # flush() alone says nothing about a stream without a buffer
+        print(flush=True)  # flush() alone does not test an unbuffered stream
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
@@ -121,8 +121,8 @@ def output_fails() -> bool:
 
 
 def report_error(error: Smollm2Error, rank: int, local_rank: int) -> None:
-    """Print an error, on the rank that it names. A config error is printed once on each machine: ranks read the config
-    before they can agree on who reports it."""
+    """Print an error, on the rank that it names. A config error is printed once per machine: ranks read the config
+    before they can agree on which one reports it."""
     if rank == error.rank or (isinstance(error, ConfigError) and local_rank == 0):
         where = "" if isinstance(error, Interrupted) else f"error: rank {rank}: " if rank else "error: "
         print(error if "\n" in str(error) else f"{where}{error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`smollm2 plan`: what a run will take, by arithmetic."""
+"""`smollm2 plan`: calculate what a run will take."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""The flags of `train` and `plan`: the user's own, then one for each key; and the config that they result in."""
+"""The flags of `train` and `plan`: those of the run itself, then one per key; and the config that they result in."""
 
 import argparse
 import shlex
@@ -24,7 +24,7 @@ SHORT_FLAGS = {"input_file": "data.input", "save_dir": "training.save_dir", "tra
 
 
 def add_run_flags(parser: Parser) -> None:
-    """Add the user's own flags, then one for each key."""
+    """Add the flags of the run itself, then one for each config key."""
     parser.usage = f"{parser.prog} [--config FILE | --preset NAME] [--FLAG VALUE ...]"
     run = parser.add_argument_group("the run")
     run.add_argument("--config", metavar="FILE", type=path, help="config file; default: config.yaml")
@@ -41,9 +41,9 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def load_run_config(args: argparse.Namespace, unknown: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
-    """Return the config of file and flags, and the origin of each value; `unknown` are words that argparse did not know.
+    """Return the config from file and flags, and the origin of each value; `unknown` are arguments unknown to argparse.
 
-    Raise ConfigError with every problem.
+    Raise ConfigError, listing every problem.
     """
     problems = [lay_out(*problem) for problem in describe_unknown(args.parser, unknown)]
     if args.resume and args.checkpoint_path:
@@ -59,7 +59,7 @@ def load_run_config(args: argparse.Namespace, unknown: Sequence[str] = ()) -> tu
 
 
 def keep_config(source: Path, folder: Path) -> None:
-    """Raise ConfigError if the run would replace the config that it was given, which a person has written."""
+    """Raise ConfigError if the run would overwrite the config that it was given and that a person wrote."""
     if source.resolve() != (folder / CONFIG).resolve():
         return
     if not source.read_text(encoding="utf-8-sig").startswith(EFFECTIVE_HEADERS):
@@ -84,9 +84,9 @@ def read_flags(args: argparse.Namespace, problems: list[str]) -> dict[str, tuple
 
 
 def find_own_config(args: argparse.Namespace, flags: dict[str, tuple[str, str]]) -> Path | None:
-    """Return the config in the run folder if `--resume auto --save_dir FOLDER` names one and no config is chosen.
+    """Return the run folder's own config if `--resume auto --save_dir FOLDER` is given and no config is chosen.
 
-    ./config.yaml still comes first if the run in the folder could be resumed with it.
+    ./config.yaml still takes precedence if the run in the folder could be resumed with it.
     """
     if args.resume != "auto" or args.config or args.preset or "training.save_dir" not in flags:
         return None
@@ -98,13 +98,13 @@ def find_own_config(args: argparse.Namespace, flags: dict[str, tuple[str, str]])
     run, _ = load_config_with_origins(own, flags=flags)
     current, _ = load_config_with_origins(flags=flags)
     changes = changed_on_resume(run, current)
-    # The tokenizer has set the run's vocab_size.
+    # The run's vocab_size was set by the tokenizer.
     is_other_run = any(change.rule == "refused" and change.key != "model.vocab_size" for change in changes)
     return own if is_other_run else None
 
 
 def describe_unknown(parser: Parser, words: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return (where, what, advice) for each argument that is no flag of the command, or a value without a flag."""
+    """Return (where, what, advice) for each argument that is an unknown flag, or a value with no flag before it."""
     problems: list[tuple[str, str, str]] = []
     after_flag = False
     for word in words:
@@ -120,7 +120,7 @@ def describe_unknown(parser: Parser, words: Sequence[str]) -> list[tuple[str, st
 
 
 def advise_on_argument(parser: Parser, word: str) -> str:
-    """Return what was probably meant by a value without a flag."""
+    """Return what was probably meant by a value with no flag before it."""
     command = parser.prog.split()[-1]
     if command == "generate":
         return f"did you mean --prompt {shlex.quote(word)}?"
@@ -131,7 +131,7 @@ def advise_on_argument(parser: Parser, word: str) -> str:
 
 
 def suggest_option(parser: Parser, flag: str) -> str:
-    """Return what to do about an unknown flag: a flag of this command with almost that name, or the key that was meant."""
+    """Return what to do about an unknown flag: a similarly named flag of this command, or the key that was meant."""
     see_help = f"see {parser.prog} --help"
     options = parser.option_names()
     name = flag.lstrip("-")

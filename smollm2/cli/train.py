@@ -13,7 +13,7 @@ from smollm2.cli.run_flags import add_run_flags, load_run_config
 from smollm2.errors import Interrupted
 
 LAUNCHER = "SMOLLM2_LAUNCHER"
-"""The variable in which run_training.sh leaves the command by which it was called."""
+"""The environment variable in which run_training.sh passes the command that started it."""
 
 
 def add_parser(commands: "Commands[Parser]") -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def resume_command(argv: Sequence[str], processes: int = 1) -> str:
-    """Return the command that resumes this run, with as many processes on this machine."""
+    """Return the command that resumes this run with `processes` processes on this machine."""
     words, skip = [], False
     for word in argv[1:]:
         if skip:
@@ -53,7 +53,7 @@ def resume_command(argv: Sequence[str], processes: int = 1) -> str:
             skip = True
         elif not word.startswith(("--checkpoint_path=", "--resume=")):
             words.append(word)
-    if launcher := os.environ.get(LAUNCHER):  # it resumes by itself
+    if launcher := os.environ.get(LAUNCHER):  # it resumes automatically
         return f"{launcher} {shlex.join(words)}".rstrip()
     is_command = Path(argv[0]).name in ("smollm2", "__main__.py")
     program = ["smollm2"] if is_command else ["python", argv[0]]

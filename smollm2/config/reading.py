@@ -1,8 +1,8 @@
-"""Config files and flags to a Config: every problem at once, each with its line, every value with its origin.
+"""Turn config files and flags into a Config: all problems are reported at once, each with its line.
 
-Defaults, then the file or the preset, then flags, then keyword arguments. A value is typed by its key from its text:
-YAML 1.1 would read `1e-4` as text, `no` as false and `010` as 8. Anchors, aliases and tags are refused, so that a file
-can run nothing.
+Precedence, lowest first: defaults, the file or preset, flags, keyword arguments; the origin of every value is kept. The
+key decides how a text is parsed: YAML 1.1 would read `1e-4` as text, `no` as false and `010` as 8. Anchors, aliases and
+tags are refused, so that a file cannot execute anything.
 """
 
 import argparse
@@ -36,14 +36,14 @@ EFFECTIVE_HEADERS = (
     "# The config of this run: every value, and where it came from.",
     "# What this run was started with: every value, and where it came from.",
 )
-"""First lines of a config that a run has written, the current one first."""
+"""Possible first lines of a config written by a run, the current one first."""
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
 class Given:
-    """One value: as read, as it was written, and where."""
+    """One value: as parsed, as written, and where it was written."""
 
     value: Any
     text: str
@@ -51,7 +51,7 @@ class Given:
 
 
 class Change(NamedTuple):
-    """A key that differs between a checkpoint's config and the one that resumes it, and its rule."""
+    """A key that differs between a checkpoint's config and that of the resumed run, and the rule for it."""
 
     key: str
     old: object
@@ -71,8 +71,8 @@ def load_config(
 ) -> Config:
     """Return the config of a file (default: ./config.yaml) or of a preset, with flags and overrides on top.
 
-    Overrides are sections or dotted keys: `load_config("config.yaml", training={"train_steps": 5})` or
-    `load_config(preset="nano", **{"training.seed": 1})`. Raise ConfigError, one line for each problem.
+    Overrides are whole sections or dotted keys: `load_config("config.yaml", training={"train_steps": 5})` or
+    `load_config(preset="nano", **{"training.seed": 1})`. Raise ConfigError, with one line per problem.
     """
     return load_config_with_origins(path, preset=preset, flags=flags, **overrides)[0]
 
@@ -85,9 +85,9 @@ def load_config_with_origins(
     found: Sequence[str] = (),
     **overrides: Any,
 ) -> tuple[Config, dict[str, str]]:
-    """Return the config, and for each dotted key the origin of its value: `config.yaml:14`, `--train_steps`, `default`.
+    """Return the config, and the origin of each dotted key's value: `config.yaml:14`, `--train_steps`, `default`.
 
-    `flags`: dotted key -> (flag as typed, text). `found`: problems of the command line, reported with the others.
+    `flags`: dotted key -> (flag as typed, text). `found`: problems of the command line, to be reported with the others.
     """
     problems = list(found)
     upper = [_read_flags(flags or {}, problems), _read_overrides(overrides, problems)]
@@ -109,7 +109,7 @@ def load_config_with_origins(
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag `--section.key` for each key, with its sentence, what it takes and its default."""
+    """Add a flag `--section.key` for each key, with its description, accepted values and default."""
     for name, section in SECTIONS.items():
         group = parser.add_argument_group(name, section.__doc__)
         for key in (key for key in KEYS if key.startswith(f"{name}.")):
@@ -184,7 +184,7 @@ def _names() -> set[str]:
 def _pairs(
     mapping: yaml.MappingNode, prefix: str, name: str, problems: list[str]
 ) -> Iterator[tuple[str, int, yaml.Node]]:
-    """Yield (key, line, value) of a mapping; a key that is there twice is a problem."""
+    """Yield (key, line, value) for each entry of a mapping; a duplicate key is a problem."""
     first_line: dict[str, int] = {}
     for key_node, value in mapping.value:
         line = key_node.start_mark.line + 1
@@ -201,7 +201,7 @@ def _pairs(
 
 
 def _read_flags(flags: Mapping[str, tuple[str, str]], problems: list[str]) -> Level:
-    """Return the values of flags; a list is written as in YAML, everything else as it is."""
+    """Return the values of flags; a list is written as in YAML, everything else is taken literally."""
     level: Level = {}
     for key, (flag, text) in flags.items():
         is_list = key in FIELDS and get_origin(FIELDS[key].annotation) is tuple
@@ -231,7 +231,7 @@ def _read_overrides(overrides: Mapping[str, Any], problems: list[str]) -> Level:
 
 
 def _add(level: Level, key: str, node: yaml.Node, origin: str, problems: list[str]) -> None:
-    """Put the value of a node into `level`, or add what is wrong to `problems`."""
+    """Store the value of a node in `level`, or append what is wrong to `problems`."""
     if key not in KEYS:
         problems.append(lay_out(_locate(show(key), origin), "unknown key", suggest_key(key)))
         return
@@ -248,7 +248,7 @@ def _refuse_value(key: str, text: str, origin: str) -> str:
 
 
 def _read_value(node: yaml.Node, kind: Any) -> Any:
-    """Return the text of a node, or the texts of a list, for pydantic to read as `kind`; a bool and `1e5` are read here.
+    """Return the text of a node, or the texts of a list, for pydantic to parse as `kind`; bool and `1e5` are read here.
 
     Raise ValueError or KeyError.
     """
@@ -271,18 +271,18 @@ def _read_value(node: yaml.Node, kind: Any) -> Any:
 
 
 def _line_of(problem: str, name: str) -> float:
-    """Return the line of the file that a problem names; problems of flags come after all lines."""
+    """Return the line of the file that a problem names, or infinity for problems with flags, which are listed last."""
     number = problem.removeprefix(f"{name}:").partition(":")[0]
     return int(number) if number.isdecimal() else float("inf")
 
 
 def _locate(key: str, origin: str) -> str:
-    """Return where a problem is; a flag or an argument names its key itself."""
+    """Return the location of a problem; the key is added unless the origin is a flag or an argument, which names it."""
     return origin if origin.startswith(("--", "argument ")) else f"{origin}: {key}"
 
 
 def _settle_aliases(level: Level, problems: list[str]) -> Level:
-    """Return the level with each alias's value under the key that it sets; the two must not contradict each other."""
+    """Return the level with each alias's value under the key that it sets; the two must not conflict."""
     settled = {key: given for key, given in level.items() if key in FIELDS}
     for alias, (target, values) in ALIASES.items():
         if alias not in level:
@@ -301,7 +301,7 @@ def _settle_aliases(level: Level, problems: list[str]) -> Level:
 
 
 def _validate(given: Level, name: str, problems: list[str]) -> Config | None:
-    """Return the config, or None with all that is wrong in `problems`. Contradictions are added if all values are valid."""
+    """Return the config, or None after adding to `problems`. Contradictions are added only if all values are valid."""
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, one in given.items():
         section, _, field = key.partition(".")
@@ -313,7 +313,7 @@ def _validate(given: Level, name: str, problems: list[str]) -> Config | None:
     else:
         return None if problems else config
     wrong = [".".join(map(str, one["loc"][:2])) for one in details if one["type"] != "contradiction"]
-    # A default that depends on an invalid key fails with it: only what somebody wrote is named, and once.
+    # A default that depends on an invalid key fails as well: report only keys that were set explicitly, each once.
     for key in dict.fromkeys(key for key in wrong if key in given):
         problems.append(_refuse_value(key, given[key].text, given[key].origin))
     if problems:

@@ -1,4 +1,4 @@
-"""The text of a config: a file, or a preset that is shipped."""
+"""The text of a config: a file or a shipped preset."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,14 +11,14 @@ LARGEST_FILE = 2**16
 
 
 def list_presets() -> dict[str, Path]:
-    """Return the shipped configs by name: inside the package in a wheel, beside it in a checkout."""
+    """Return the paths of the shipped configs by name: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     folder = next((place for place in (package / "configs", package.parent / "configs") if place.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_source(path: str | Path | None, preset: str | None) -> tuple[str, str]:
-    """Return the name of the source in messages, and its text."""
+    """Return the name of the source as used in messages, and its text."""
     if preset is not None and path is not None:
         raise ConfigError(f"--preset {show(preset)}", f"--config {show(path)} names a config too", "use one of the two")
     if preset is not None:

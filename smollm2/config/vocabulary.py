@@ -1,4 +1,4 @@
-"""What the keys are called: aliases, synonyms of other projects, suggestions, and the description of each key."""
+"""The names of keys: aliases, synonyms used by other projects, suggestions, and the description of each key."""
 
 import json
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ ALIASES: dict[str, tuple[str, dict[bool, str | bool]]] = {
     "model.flash_attention": ("training.attention", {True: "auto", False: "eager"}),
     "model.gradient_checkpointing": ("training.gradient_checkpointing", {True: True, False: False}),
 }
-"""Keys that people look for under `model`: the key that each sets, and the value for true and false."""
+"""Keys that people look for under `model`: the key that each one sets, and the value that true and false stand for."""
 
 KEYS = [*FIELDS, *ALIASES]
 
@@ -73,7 +73,7 @@ NOUNS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def describe_key(key: str) -> str:
-    """Return the sentence of a key."""
+    """Return the one-sentence description of a key."""
     if key in ALIASES:
         target, values = ALIASES[key]
         return f"true and false set {target} to {to_yaml(values[True])} and {to_yaml(values[False])}."
@@ -88,7 +88,7 @@ def describe_default(key: str) -> str:
 
 
 def describe_kind(key: str) -> str:
-    """Return what a key takes: `a number above 0 and at most 10`."""
+    """Return the kind of value that a key accepts, such as `a number above 0 and at most 10`."""
     if key in ALIASES:
         return NOUNS[bool]
     field = FIELDS[key]
@@ -107,7 +107,7 @@ def describe_kind(key: str) -> str:
 
 
 def describe_bounds(key: str) -> str:
-    """Return the bounds of a key as they follow its noun, such as ` from 1 to 64`."""
+    """Return the bounds of a key, phrased to follow its noun, such as ` from 1 to 64`."""
     names = ("ge", "gt", "le", "multiple_of", "min_length", "max_length")
     bounds = {
         name: f"{value:,}" if isinstance(value, int) else f"{value:g}"
@@ -130,7 +130,7 @@ def describe_bounds(key: str) -> str:
 
 
 def find_key(name: str) -> str:
-    """Return the key that was most likely meant by an unknown one, or an empty string."""
+    """Return the key that an unknown name most likely stands for, or an empty string."""
     word = name.rpartition(".")[2].strip().lower().replace("-", "_")
     section = f"{name.partition('.')[0]}."
     own_first = sorted(KEYS, key=lambda known: not known.startswith(section))
@@ -158,11 +158,11 @@ def suggest_key(name: str, *, prefix: str = "", otherwise: str = "see docs/confi
 
 
 def to_yaml(value: object) -> str:
-    """Return a value as YAML on one line, which every reader of YAML types as we do."""
+    """Return a value as one line of YAML that every YAML parser reads as the same type as we do."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(to_yaml, value))}]"
     if isinstance(value, float):
         text = repr(value)
         return text if "." in text else text.replace("e", ".0e")
-    # JSON, but with characters that do not print escaped in YAML's way: JSON's surrogate pairs are two characters to YAML.
+    # JSON, but with unprintable characters escaped as in YAML, which reads JSON's surrogate pairs as two characters.
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False))

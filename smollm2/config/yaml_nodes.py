@@ -1,4 +1,4 @@
-"""YAML text to nodes, with the line of every problem; no value is typed here."""
+"""Parse YAML text into nodes, reporting the line of every problem; values are not converted to types here."""
 
 import yaml
 
@@ -8,7 +8,7 @@ DEEPEST_NESTING = 8
 
 
 def compose(text: str, name: str) -> yaml.Node | None:
-    """Return the nodes of a YAML text, or None if it is empty. If `name` ends in `:`, messages add the line.
+    """Return the root node of a YAML text, or None if it is empty. If `name` ends in `:`, messages append the line.
 
     Raise ConfigError.
     """
@@ -50,7 +50,7 @@ def is_null(node: yaml.Node) -> bool:
 
 
 def show_node(node: yaml.Node) -> str:
-    """Return a node as part of a one-line message."""
+    """Return a node formatted for a one-line message."""
     if isinstance(node, yaml.SequenceNode):
         items = (item.value if isinstance(item, yaml.ScalarNode) else show_node(item) for item in node.value)
         return show(f"[{', '.join(items)}]")
@@ -58,7 +58,7 @@ def show_node(node: yaml.Node) -> str:
 
 
 def quote(value: object) -> str:
-    """Return a value as part of a one-line message: a number as it is, text in quotes."""
+    """Return a value formatted for a one-line message: a number unchanged, text in quotes."""
     try:
         float(str(value))
     except ValueError:
@@ -67,7 +67,7 @@ def quote(value: object) -> str:
 
 
 def show(text: object) -> str:
-    """Return text as part of a one-line message: no control characters, not long."""
+    """Return text formatted for a one-line message: control characters escaped, shortened to 80 characters."""
     line = str(text)
     line = line if line.isprintable() and line.strip() else repr(line)
     return line if len(line) <= 80 else f"{line[:77]}..."

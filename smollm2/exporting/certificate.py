@@ -1,7 +1,7 @@
-"""The certificate of an export: the folder is loaded from the disk and compared with its source on real text.
+"""The certificate of an export: the folder is loaded from disk and compared with its source on real text.
 
-Every usable reader loads it (readers.py). The logits find a wrong weight, rotary base or layout; a wrong epsilon or
-end-of-text id hardly changes them, so that the fields of the config are compared one by one as well.
+Every usable reader loads it (readers.py). The logits reveal a wrong weight, rotary base or layout; a wrong epsilon or
+end-of-text id hardly changes them, so the fields of the config are also compared one by one.
 """
 
 import hashlib
@@ -42,9 +42,9 @@ FALLBACK_TEXT = (
 
 
 def certify(folder: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: torch.dtype, text: str) -> dict[str, Any]:
-    """Compare the folder with its source: `passed` is whether it is the same model, `problems` are the differences.
+    """Compare the folder with its source: `passed` is whether it is the same model, `problems` lists the differences.
 
-    The weights of `model` are rounded to `dtype` and stay so.
+    The weights of `model` are rounded to `dtype` in place.
     """
     windows = take_windows(tokenizer, text, model.config.max_position_embeddings)
     exact_logits, exact_loss = run_model(model, windows)
@@ -74,7 +74,7 @@ def certify(folder: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: torch.dty
 
 
 def choose_text(file: str | Path | None = None) -> str:
-    """Return the text of the comparison: the beginning of `file`, or of Python's language reference. Raise DataError."""
+    """Return the text to compare on: the beginning of `file`, or of Python's language reference. Raise DataError."""
     if file is not None:
         with tempfile.TemporaryDirectory() as spool:
             return next(open_text(str(file), Path(spool)).chunks()).text
@@ -86,7 +86,7 @@ def choose_text(file: str | Path | None = None) -> str:
 
 
 def take_windows(tokenizer: Tokenizer, text: str, positions: int) -> Tensor:
-    """Return two windows (N, T) from the beginning of a text, each after an end of text; a short text is repeated."""
+    """Return two windows (N, T) from the beginning of a text, each after an end of text; short texts are repeated."""
     length = min(positions, WINDOW)
     ids = tokenizer.encode(text[: 64 * WINDOWS * WINDOW]) or [tokenizer.end_of_text]
     ids = ids * -(-WINDOWS * length // len(ids))
@@ -96,13 +96,13 @@ def take_windows(tokenizer: Tokenizer, text: str, positions: int) -> Tensor:
 
 @torch.no_grad()
 def round_weights(model: SmolLM2, dtype: torch.dtype) -> None:
-    """Round every weight to `dtype`, and keep it in float32."""
+    """Round every weight to `dtype` in place, storing it in float32."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
 
 
 def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor) -> Reference:
-    """Return what every reader must compute."""
+    """Return the results that every reader must reproduce."""
     logits, loss = run_model(model, windows)
     prompt = windows[0, : min(PROMPT, windows.shape[1] // 2)].tolist()
     continuation, gaps = continue_greedily(model, prompt, tokenizer.end_of_text)
@@ -111,7 +111,7 @@ def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor) -> Ref
 
 
 def check_config(folder: Path, model: SmolLM2, tokenizer: Tokenizer) -> list[str]:
-    """Return how the folder's configs differ from the source: in the shape that we read, then field by field."""
+    """Return how the folder's configs differ from the source: in the model config that we read, then field by field."""
     try:
         config, generation = (
             json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config")
@@ -143,7 +143,7 @@ def check_config(folder: Path, model: SmolLM2, tokenizer: Tokenizer) -> list[str
 
 
 def expected_fields(model: SmolLM2, tokenizer: Tokenizer) -> Mapping[str, object]:
-    """Return the fields that transformers reads and `read_hugging_face_config` does not, or in only one of two places."""
+    """Return the fields that transformers reads, but `read_hugging_face_config` not at all or in only one place."""
     eps = "rms_norm_eps" if model.config.norm == "rmsnorm" else "layer_norm_eps"
     fields: dict[str, object] = {
         "rope_theta": model.config.rope_theta,

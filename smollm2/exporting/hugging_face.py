@@ -1,8 +1,8 @@
-"""Export as a Hugging Face folder, Llama or StableLM (for LayerNorm), that transformers 4.57 and 5 both read correctly.
+"""Export to a Hugging Face folder, Llama or StableLM (for LayerNorm), that transformers 4.57 and 5 both read correctly.
 
-Every field is written: if one is left out, transformers uses a default of its own (5 reads rope_theta in rope_parameters,
-4.57 at the top level, and each ignores the other's place without a warning). The folder is written under a temporary name,
-loaded again from the disk and compared with the source (certificate.py), then renamed.
+Every field is written: if one is missing, transformers uses its own default (5 reads rope_theta in rope_parameters,
+4.57 at the top level, and each silently ignores the other's location). The folder is written under a temporary name,
+reloaded from disk and compared with the source (certificate.py), then renamed.
 """
 
 import json
@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 SHARD_BYTES = 5 * 10**9
 OTHER_FILES = 40_000_000
-"""Room for tokenizer, card and configs; the largest tokenizer.json in use takes 33 MB."""
+"""Bytes to allow for tokenizer, card and configs; the largest tokenizer.json in use takes 33 MB."""
 
 OWN_FILES = {
     "config.json",
@@ -42,7 +42,7 @@ OWN_FILES = {
     "parity.json",
     "README.md",
 }
-"""The files of an export besides model*.safetensors; --force removes a folder that holds no other."""
+"""The files of an export besides model*.safetensors; --force replaces a folder only if it holds no other files."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def export(
 ) -> dict[str, Any]:
     """Write the model in `path` (a `.pt`, a run folder or a Hugging Face folder) to `folder`, and return its certificate.
 
-    The folder appears only if this package, and transformers if it can be used here, loaded it from the disk and found the
+    The folder appears only if this package, and transformers if usable here, loaded it from disk and reproduced the
     source's logits, loss, greedy text and token ids on the beginning of `text_file` (default: Python's language reference).
-    Of a run folder the newest checkpoint is exported, or the `best`; `report` receives a line for each one that is skipped.
+    From a run folder, the newest checkpoint or the `best` one is exported; `report` gets a line for each one skipped.
     `force` replaces an earlier export. Raise CheckpointError, ConfigError for an unknown format or dtype, DataError,
     ResourceError.
     """
@@ -101,7 +101,7 @@ def export(
 
 
 def check_options(format: str, dtype: str, shard_bytes: int) -> None:
-    """Raise ConfigError for an option that is not possible."""
+    """Raise ConfigError for an invalid option."""
     if format != "huggingface":
         raise ConfigError("format", f"{format!r} is unknown", "use 'huggingface'")
     if dtype not in DTYPES:
@@ -128,7 +128,7 @@ def read_source(path: Path, *, best: bool, report: Callable[[str], None]) -> Sou
 
 
 def check_target(path: Path, folder: Path, *, force: bool) -> None:
-    """Raise CheckpointError if writing to the target would damage the source or foreign files."""
+    """Raise CheckpointError if writing to the target would damage the source or files not written by an export."""
     source, target = path.resolve(), folder.resolve()
     if source.is_dir() and target.is_relative_to(source):
         raise CheckpointError(folder, f"the folder is inside the source {path}", "name a folder outside it")
@@ -146,13 +146,13 @@ def check_target(path: Path, folder: Path, *, force: bool) -> None:
 
 
 def is_own_file(file: Path) -> bool:
-    """Return whether a file may be removed because an export writes files of its name."""
+    """Return whether a file may be removed because an export writes files with that name."""
     is_weights = file.name.startswith("model") and file.suffix == ".safetensors"
     return file.is_file() and (file.name in OWN_FILES or is_weights)
 
 
 def check_architecture(source: Source, path: Path) -> None:
-    """Raise CheckpointError for a model that neither Llama nor StableLM computes, or that transformers refuses."""
+    """Raise CheckpointError for a model that neither Llama nor StableLM can represent, or that transformers refuses."""
     c = source.model.config
     width = c.num_attention_heads * c.head_dim
     if c.norm == "layernorm" and width != c.hidden_size:
@@ -193,7 +193,7 @@ def check_room(model: SmolLM2, folder: Path, dtype: str, io_ops: IoOps) -> None:
 def write_model_folder(
     source: Source, folder: Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES, io_ops: IoOps = IO_OPS
 ) -> None:
-    """Write configs, weights and tokenizer of a model into a folder that exists."""
+    """Write the configs, weights and tokenizer of a model to an existing folder."""
     write_json(folder / "config.json", describe_model(source.model, source.tokenizer, dtype), io_ops)
     write_json(folder / "generation_config.json", describe_generation(source.tokenizer), io_ops)
     write_weights(folder, exported_weights(source.model), DTYPES[dtype], shard_bytes, io_ops)
@@ -202,7 +202,7 @@ def write_model_folder(
 
 
 def exported_weights(model: SmolLM2) -> dict[str, Tensor]:
-    """Return the tensors by name; a tied head is the embedding and not written again."""
+    """Return the tensors by name; a tied head shares the embedding's tensor and is left out."""
     weights = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -227,7 +227,7 @@ def write_weights(
 
 
 def split_shards(weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:
-    """Yield the names of each shard, in order; a tensor larger than `shard_bytes` has a shard of its own."""
+    """Yield the names of each shard, in order; a tensor larger than `shard_bytes` gets a shard of its own."""
     names: list[str] = []
     size = 0
     for name, tensor in weights.items():
@@ -243,8 +243,8 @@ def split_shards(weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes:
 def write_shard(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Write one safetensors file. Raise ResourceError.
 
-    It need not be atomic, because the whole folder is; `finish_files` syncs it. The library writes without a copy, so that
-    only a conversion to 16 bits takes memory, which is less than the certificate takes afterwards.
+    It need not be atomic, because the whole folder is; `finish_files` syncs it. The library writes without a copy, so
+    only a conversion to 16 bits takes memory, and less than the certificate takes afterwards.
     """
     try:
         save_file(
@@ -261,7 +261,7 @@ def count_bytes(weights: Mapping[str, Tensor], dtype: torch.dtype) -> int:
 
 
 def describe_model(model: SmolLM2, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """Return config.json, with every field that either version of transformers reads."""
+    """Return the content of config.json, with every field that either version of transformers reads."""
     c = model.config
     name = str(DTYPES[dtype]).removeprefix("torch.")
     rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
@@ -313,7 +313,7 @@ def describe_model(model: SmolLM2, tokenizer: Tokenizer, dtype: str) -> dict[str
 
 
 def describe_generation(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return generation_config.json: without it transformers would use its defaults, ids 1 and 2."""
+    """Return the content of generation_config.json: without it, transformers would use its default ids, 1 and 2."""
     return {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "do_sample": False}
 
 
@@ -330,7 +330,7 @@ def write_json(path: Path, value: Mapping[str, Any], io_ops: IoOps) -> None:
 
 
 def finish_files(folder: Path) -> None:
-    """Give the files, which are written for this user alone, the folder's permissions, and sync them."""
+    """Give the files, so far accessible only to this user, the folder's permissions, and sync them."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(mode)

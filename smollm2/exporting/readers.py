@@ -1,7 +1,7 @@
-"""The readers of an exported folder, and what each finds in it: this package, and transformers if it can be used here.
+"""The readers of an exported folder, and what each finds in it: this package, and transformers if usable here.
 
-Two readers load the folder, because ours could share a mistake with our writer. If transformers fails, it must first
-load a small model that it wrote itself: if it cannot, it is reported as not usable here, and the folder is not blamed.
+Two readers load the folder, because ours could share a mistake with our writer. If transformers fails, it is tested on
+a small model that it wrote itself: if it cannot load that, it is reported as unusable here, not the folder as wrong.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 
 TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit or 1: float32 sums in another order differ by up to 2e-5, a
-wrong rotary base by 6.7 (measured on a 135M model)."""
+"""Largest accepted logit difference, relative to the largest logit or 1: float32 sums in another order differ by up to
+2e-5, a wrong rotary base by 6.7 (measured on a 135M model)."""
 
 TIE = 1e-5
-"""Two logits this close, relative to the largest or 1, may change places by rounding."""
+"""Rounding may swap the order of two logits this close, relative to the largest logit or 1."""
 
 LOSS_TOLERANCE = 1e-5
 ARGMAX_AGREEMENT = 0.999
@@ -55,7 +55,7 @@ HOSTILE = (
     " " * 300,
     "\U0010fffd\U00040000",
 )
-"""Texts on which tokenizers differ."""
+"""Texts on which tokenizers tend to differ."""
 
 
 @dataclass
@@ -139,14 +139,14 @@ def read_with_transformers(folder: Path, reference: Reference) -> Reading | Unus
     """Load the folder with transformers, or return why transformers cannot be used here."""
     try:
         import transformers
-    except Exception as error:  # a broken installation raises anything
+    except Exception as error:  # a broken installation may raise anything
         absent = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
         return UnusableReader("transformers", "it is not installed" if absent else describe_error(error))
     reading = Reading(f"transformers {transformers.__version__}")
     with without_messages(transformers):
         try:
             compare_with_transformers(transformers, folder, reference, reading)
-        except Exception as error:  # the folder's fault or the library's, and then it may raise anything
+        except Exception as error:  # the fault may be the folder's or the library's, which may raise anything
             fault = find_own_fault(transformers, folder)
             if fault:
                 return UnusableReader(reading.reader, fault)
@@ -161,7 +161,7 @@ def describe_error(error: Exception) -> str:
 
 @contextlib.contextmanager
 def without_messages(transformers: Any) -> Iterator[None]:
-    """Turn off the messages and progress bars of transformers, some of which it prints, and restore its settings."""
+    """Silence transformers' messages, even printed ones, and its progress bars; restore its settings afterwards."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -184,7 +184,7 @@ def load_with_transformers(transformers: Any, folder: str | Path) -> tuple[Any, 
 
 
 def find_own_fault(transformers: Any, folder: Path) -> str:
-    """Return why transformers cannot even load a small model of the folder's kind that it wrote itself, or ''."""
+    """Return why transformers cannot even load a small model of the folder's type that it wrote itself, or ''."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -220,7 +220,7 @@ def compare_with_transformers(transformers: Any, folder: Path, reference: Refere
     compare_greedy(reading, output[0, prompt.shape[1] :].tolist(), reference)
 
     def encode(text: str) -> list[int]:
-        # To this package "<|endoftext|>" in a text is text; to transformers only with split_special_tokens.
+        # This package reads "<|endoftext|>" in a text as plain text; transformers does only with split_special_tokens.
         return [int(i) for i in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
 
     def decode(ids: Sequence[int]) -> str:
@@ -231,7 +231,7 @@ def compare_with_transformers(transformers: Any, folder: Path, reference: Refere
         reading.problems.append(
             f"end of text is {tokenizer.eos_token_id} in the tokenizer and {model.config.eos_token_id} in the config"
         )
-    # As people write it: the tokenizer's whole output goes to the model.
+    # The usual user code: the tokenizer's whole output is passed to the model.
     model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=1, pad_token_id=0)
 
 
@@ -254,8 +254,8 @@ def compare_logits(reading: Reading, logits: Tensor, reference: Reference) -> No
 
 
 def compare_greedy(reading: Reading, found: Sequence[int], reference: Reference) -> None:
-    """Count equal tokens of the greedy continuation. If the texts diverge where two logits are equal within rounding, both
-    are right, and the comparison ends there."""
+    """Count equal tokens of the greedy continuation. If the texts diverge where two logits are equal within rounding,
+    both are right, and the comparison ends there."""
     wanted = reference.continuation
     reading.greedy_tokens = len(wanted)
     differ = (n for n, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b)
@@ -273,7 +273,7 @@ def compare_tokenizer(
     decode: Callable[[Sequence[int]], str],
     reference: Reference,
 ) -> None:
-    """Check that hostile texts give the source's ids, and these ids the source's text."""
+    """Check that the hostile texts encode to the source's ids, and that these ids decode to the source's text."""
     reading.texts = len(HOSTILE)
     for text, ids, decoded in zip(HOSTILE, reference.ids, reference.decoded, strict=True):
         found = encode(text)

@@ -10,21 +10,21 @@ from pathlib import Path
 from smollm2.config.schema import Config, ModelConfig
 
 LIBRARIES = 365_000_000
-"""Bytes that Python and torch need besides the tensors; measured after the first step, 2026-11-24."""
+"""Bytes that Python and torch need in addition to the tensors; measured after the first step, 2026-11-24."""
 
 QUERY_BLOCK, LONGEST_KEPT = 128, 512
 """How many queries the attention backend `blocks` processes at once (twice as many above 1,024 positions), and the longest
-sequence of which it keeps the probabilities for the backward pass. Both were fastest on two cores with avx512_bf16 on
+sequence whose probabilities it keeps for the backward pass. Both were fastest on two cores with avx512_bf16 on
 2026-11-24, forward and backward of 8 sequences, 6 heads, 256 positions: 128 queries 9.2 ms, 256 queries 11.0 ms, recomputed
 14.0 ms."""
 
 MAPPED = 32 * 2**20
-"""glibc maps an allocation of this size by itself and returns it when it is freed. Smaller ones share one heap, which keeps
+"""glibc maps an allocation of this size separately and unmaps it once freed. Smaller ones share one heap, which keeps
 freed memory. It is the largest threshold that mallopt accepts everywhere (`keep_freed_memory` in the runtime)."""
 
 HEAP_GAPS = {"one micro-batch": 0.3, "several": 0.5}
-"""The share of small temporary tensors that is lost to gaps in the heap when the most memory is in use. With accumulation
-the gradients of the first micro-batch stay between the freed activations. micro, batch_size 8, 2026-11-24, peak in MB with
+"""The share of small temporary tensors lost to gaps in the heap at peak memory use. With accumulation,
+the gradients of the first micro-batch stay between freed activations. micro, batch_size 8, 2026-11-24, peak in MB with
 1, 2 and 4 micro-batches: 978, 1093, 1090 in float32, 847, 902, 921 in bf16."""
 
 BF16_CPUS = ("cpu-bf16", "cpu-amx")
@@ -40,7 +40,7 @@ class Corpus:
 
     train_tokens: int
     vocab_size: int
-    is_counted: bool  # counted by an earlier run; else estimated from the size of the file
+    is_counted: bool  # counted by an earlier run; otherwise estimated from the file size
 
 
 @dataclass(frozen=True)
@@ -52,36 +52,36 @@ class Memory:
     optimizer: int
     activations: int
     loss: int
-    gaps: int  # free, but in pieces that are too small
+    gaps: int  # free, but in pieces too small to use
     libraries: int = LIBRARIES
 
     @property
     def total(self) -> int:
-        """The sum of all of them."""
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of one checkpoint, and how many checkpoints the run folder holds at the end."""
+    """The size of one checkpoint in bytes, and how many checkpoints the run folder holds at the end."""
 
     checkpoint_bytes: int
     checkpoints: int
 
     @property
     def total(self) -> int:
-        """Bytes of all checkpoints."""
+        """The size of all checkpoints in bytes."""
         return self.checkpoint_bytes * self.checkpoints
 
 
 def count_parameters(model: ModelConfig) -> int:
-    """Return the number of weights; a tied head is the embedding and counts once."""
+    """Return the number of weights; a tied head shares the embedding's weights, which count once."""
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     return embeddings + count_non_embedding(model)
 
 
 def count_non_embedding(model: ModelConfig) -> int:
-    """Return the number of weights in the blocks and the last norm."""
+    """Return the number of weights in the blocks and the final norm."""
     norm = model.hidden_size * (2 if model.norm == "layernorm" else 1)
     return model.num_hidden_layers * (count_block_matrices(model) + 2 * norm) + norm
 
@@ -100,7 +100,7 @@ def block_matrices(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def flops_per_token(model: ModelConfig, length: int) -> int:
-    """Return the FLOPs of forward and backward, causal: 6 N + 6 V d + 6 L d_attention T, N without embeddings."""
+    """Return the FLOPs of a causal forward and backward pass: 6 N + 6 V d + 6 L d_attention T, N without embeddings."""
     attention = model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
     return 6 * (count_non_embedding(model) + model.vocab_size * model.hidden_size + attention)
 
@@ -109,8 +109,8 @@ def muon_flops(model: ModelConfig, device: str) -> int:
     """Return the FLOPs of the matrix products of one Muon step, which do not depend on the number of tokens.
 
     An M x N matrix (M <= N) takes 4 M^2 N + 2 M^3 in each step of the iteration: X X^T, the square of that, and the product
-    with X. In float32 with M < N the iteration is on the M x M Gram matrix: 4 products a step, of which the first leaves out
-    one and the last two, and 4 M^2 N in all.
+    with X. In float32 with M < N the iteration is on the M x M Gram matrix: 4 products a step, but one fewer in
+    the first step and two fewer in the last, plus 4 M^2 N in total.
     """
     flops = 0
     for m, n in block_matrices(model):
@@ -124,13 +124,13 @@ def muon_flops(model: ModelConfig, device: str) -> int:
 def estimate_memory(config: Config, device: str) -> Memory:
     """Return the peak memory on one device; `device` is a CPU class, `mps` or a GPU's name.
 
-    What a step holds is exact; activations are counted tensor by tensor.
+    Weights, gradients and optimizer state are exact; activations are counted tensor by tensor.
     """
     m, t = config.model, config.training
     parameters = count_parameters(m)
     size = 4 if needs_float32(config, device) else 2
     rows = t.batch_size * t.sequence_length
-    kept = 4 * [m.hidden_size] + 3 * [m.intermediate_size]  # numbers per row of each tensor that a block keeps
+    kept = 4 * [m.hidden_size] + 3 * [m.intermediate_size]  # values per row of each tensor that a block keeps
     kept += 3 * [m.num_attention_heads * m.head_dim] + 2 * [m.num_key_value_heads * m.head_dim]
     if m.norm == "layernorm":  # computed on a float32 copy
         kept += 2 * [4 * m.hidden_size // size]
@@ -151,7 +151,7 @@ def estimate_memory(config: Config, device: str) -> Memory:
     small = sum(width for width in kept if rows * size * width < MAPPED) / sum(kept)
     gaps = HEAP_GAPS["several" if t.gradient_accumulation_steps > 1 else "one micro-batch"]
     return Memory(
-        weights=parameters * (4 if size == 4 else 6),  # the products use 16-bit copies
+        weights=parameters * (4 if size == 4 else 6),  # matrix products use 16-bit copies
         gradients=gradients,
         optimizer=optimizer_bytes(config),
         activations=activations,
@@ -161,13 +161,13 @@ def estimate_memory(config: Config, device: str) -> Memory:
 
 
 def needs_float32(config: Config, device: str) -> bool:
-    """Return whether the products are computed in float32."""
+    """Return whether matrix products are computed in float32."""
     precision = config.training.precision
     return precision in ("float32", "tf32") or (precision == "auto" and not has_bf16(device))
 
 
 def has_bf16(device: str) -> bool:
-    """Return whether a device computes products in bf16; fp16 counts on older GPUs."""
+    """Return whether a device computes matrix products in bf16; on older GPUs fp16 counts as well."""
     return device in BF16_CPUS or not device.startswith(("cpu", "mps"))
 
 
@@ -185,7 +185,7 @@ def optimizer_bytes(config: Config) -> int:
 
 
 def count_checkpoints(config: Config) -> int:
-    """Return how many checkpoints remain at the end: the last step always saves, and keep_last also keeps the best."""
+    """Return how many checkpoints remain at the end: the last step is always saved, keep_last also keeps the best."""
     t = config.training
     every = math.ceil(t.train_steps / t.save_interval) if t.save_interval else 1
     if t.keep_last is None:
@@ -203,7 +203,7 @@ def find_corpus(config: Config) -> Corpus | None:
         return None
     vocab_size = 257 if data.tokenizer == "bytes" else config.model.vocab_size
     for counted_size, corpus in read_counts(Path(data.cache_dir)):
-        # A count with another vocabulary size does not apply: nano's is 4,096.
+        # A count made with another vocabulary size does not apply: nano's is 4,096.
         if counted_size == size and corpus.vocab_size == vocab_size:
             return corpus
     tokens = size / bytes_per_token(config)
@@ -220,7 +220,7 @@ def read_counts(cache: Path) -> Iterator[tuple[int, Corpus]]:
 
 
 def bytes_per_token(config: Config) -> float:
-    """Return how many bytes of English one token holds: 1/3 byte more for each doubling of the vocabulary."""
+    """Return the bytes of English text per token: 1/3 byte more for each doubling of the vocabulary."""
     if config.data.tokenizer == "bytes":
         return 1.0
     return max(1.0, math.log2(config.model.vocab_size) / 3 - 0.7)

@@ -1,4 +1,4 @@
-"""The plan of a run and its page: what `smollm2 plan` prints."""
+"""The plan of a run and its table: what `smollm2 plan` prints."""
 
 from dataclasses import asdict, dataclass
 
@@ -19,7 +19,7 @@ from smollm2.plan.machine import Machine
 from smollm2.plan.throughput import Duration, Throughput, estimate_duration, find_throughput, table_throughput
 
 CARDS = {"H200": 141, "H100": 80, "A100": 80, "L40S": 48, "RTX 4090": 24, "L4": 24, "T4": 16}
-"""GB of memory of the GPUs that people rent or own."""
+"""Memory of commonly rented or owned GPUs, in GB."""
 
 CPU_NAMES = {
     "cpu-avx2": "CPU with AVX2",
@@ -33,7 +33,7 @@ CPU_NAMES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Memory is that of one device."""
+    """What a run needs. Memory is per device."""
 
     parameters: int
     flops_per_token: int
@@ -67,14 +67,14 @@ def describe_machine(machine: Machine) -> str:
 
 
 def describe_origin(throughput: Throughput) -> str:
-    """Return where an estimated time comes from."""
+    """Return what a time estimate is based on."""
     if throughput.measured:
         return f"from a run on this machine on {throughput.measured}"
     return "estimated from a short measurement" if throughput.is_scaled else "estimated from a table"
 
 
 def describe_plan(config: Config, machine: Machine) -> list[tuple[str, str]]:
-    """Return the rows of the page."""
+    """Return the rows of the table."""
     corpus = find_corpus(config)
     if corpus and corpus.is_counted:
         config = config.with_vocab_size(corpus.vocab_size)
@@ -105,7 +105,7 @@ def describe_plan(config: Config, machine: Machine) -> list[tuple[str, str]]:
 
 
 def describe_tokens(config: Config, plan: Plan, corpus: Corpus | None) -> str:
-    """Return the tokens of the run, per parameter and in epochs."""
+    """Return the number of tokens in the run: in total, per parameter and in epochs."""
     tokens = plan.tokens_per_step * config.training.train_steps
     total = f"{tokens:,} in the run, {tokens / plan.parameters:.3g} per parameter"
     if corpus is None:
@@ -142,7 +142,7 @@ def describe_all_gpus(config: Config, machine: Machine) -> list[tuple[str, str]]
 
 
 def describe_card(config: Config, card: str, gigabytes: int) -> str:
-    """Return what the run would take on a common GPU."""
+    """Return the time and memory that the run would take on a common GPU."""
     machine = Machine(card, cores=1)
     needed = estimate_memory(config, card).total
     if needed > gigabytes * 1e9:

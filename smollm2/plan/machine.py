@@ -1,7 +1,7 @@
-"""The machine without torch: the cores that this process may use, the kind of CPU or GPU, and the memory.
+"""Detect the machine without torch: the cores that this process may use, the kind of CPU or GPU, and the memory.
 
-A container limits cores and memory by cgroups, of which there are two versions; a batch system limits cores by the CPU
-affinity. `root` is where the files of the system are; tests give a folder of their own.
+A container limits cores and memory through cgroups, which exist in two versions; a batch system limits cores through
+CPU affinity. `root` is the root of the file system to read; tests pass a folder of their own.
 """
 
 import math
@@ -18,20 +18,20 @@ import psutil
 
 ROOT = Path("/")
 WSL_TOOLS = "usr/lib/wsl/lib"
-"""Where Windows puts nvidia-smi for its Linux, which has no /proc/driver/nvidia."""
+"""Where Windows puts nvidia-smi in WSL, which has no /proc/driver/nvidia."""
 
 ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
-"""Parts of the values of ONEDNN_MAX_CPU_ISA that leave bf16 products to the hardware."""
+"""Substrings of ONEDNN_MAX_CPU_ISA values that allow bf16 matrix products in hardware."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on."""
+    """The hardware that a run computes on."""
 
     device: str  # a row of the table in throughput.py (`cpu-avx2`, `mps`), or a GPU's name
-    cores: int  # of this machine, those that the run may use
+    cores: int  # that the run may use on this machine
     gpus: int = 0  # that CUDA_VISIBLE_DEVICES leaves visible
-    devices: int = 1  # GPUs, or machines without one, that share the work of a step
+    devices: int = 1  # GPUs, or machines without a GPU, that share the work of a step
 
     @property
     def is_cpu(self) -> bool:
@@ -87,7 +87,7 @@ def list_gpus(environment: Mapping[str, str], root: Path = ROOT) -> list[str]:
             names.append(found[int(word)][0])
         elif matching := [name for name, identity in found if word and identity.startswith(word)]:
             names.append(matching[0])
-        elif word.startswith("MIG-") and found:  # a part of a GPU; which one is not in these files
+        elif word.startswith("MIG-") and found:  # a slice of a GPU; these files do not say of which
             names.append(found[0][0])
         else:  # CUDA ignores everything after the first device that does not exist
             break
@@ -103,7 +103,7 @@ def _gpus_of_driver(root: Path) -> list[tuple[str, str]]:
 
 
 def _gpus_of_tool(environment: Mapping[str, str], root: Path) -> list[tuple[str, str]]:
-    """Return what nvidia-smi lists, under Windows' Linux and in containers without /proc/driver."""
+    """Return what nvidia-smi lists, for WSL and for containers without /proc/driver."""
     tool = shutil.which("nvidia-smi", path=f"{environment.get('PATH', '')}{os.pathsep}{root / WSL_TOOLS}")
     if tool is None:
         return []
@@ -115,9 +115,9 @@ def _gpus_of_tool(environment: Mapping[str, str], root: Path) -> list[tuple[str,
 
 
 def count_cores(root: Path = ROOT, allowed: set[int] | None = None) -> int:
-    """Return the number of physical cores that this process may use: affinity, cpuset and cgroup quota count.
+    """Return the number of physical cores that this process may use: affinity, cpuset and cgroup quota limit it.
 
-    `allowed` are the numbers of the processors, by default those of this process's affinity.
+    `allowed` is the set of logical processor numbers, by default this process's affinity.
     """
     allowed = allowed or _allowed_processors()
     physical = psutil.cpu_count(logical=False) or len(allowed)
@@ -135,7 +135,7 @@ def _allowed_processors() -> set[int]:
 
 
 def _cores_of_processors(root: Path) -> dict[int, tuple[object, ...]]:
-    """Return the physical core of each processor. Two hyperthreads are two processors of one core."""
+    """Return the physical core of each logical processor. Two hyperthreads are two processors of one core."""
     cores: dict[int, tuple[object, ...]] = {}
     for block in _read(root / "proc/cpuinfo").split("\n\n"):
         facts = dict(re.findall(r"^([^:\t]+?)\s*:\s*(.*)$", block, re.MULTILINE))
@@ -154,9 +154,9 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
 
 
 def memory_limit(root: Path = ROOT) -> int:
-    """Return the bytes of memory that this machine or this container has.
+    """Return the total memory of this machine or this container, in bytes.
 
-    Not what is free: a run must be divided the same way when it is resumed tomorrow.
+    Not the free memory: a run must be divided the same way when it is resumed later.
     """
     names = ("memory.max", "memory.limit_in_bytes")
     limits = [_number(folder / name) for folder in _cgroup_folders(root, "memory") for name in names]
@@ -175,7 +175,7 @@ def available_memory(root: Path = ROOT) -> int:
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders with this process's limits: its own cgroup and all that contain it, in both versions."""
+    """Yield the folders with this process's limits: its own cgroup and all its parents, in both versions."""
     base = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines() or ["0::/", f"1:{controller}:/"]:
         _, controllers, path = line.split(":", 2)
@@ -195,6 +195,6 @@ def _read(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    """Return the whole number in a file; None if it holds another word, such as `max`, or `-1` for no limit."""
+    """Return the whole number in a file; None if it holds anything else, such as `max`, or `-1` for no limit."""
     text = _read(path).strip()
     return int(text) if text.isdecimal() else None

@@ -1,8 +1,8 @@
-"""Seconds: how long a step and a run take on a machine, from a table or from what earlier runs measured there.
+"""Estimate how long a step and a run take on a machine, from a table or from measurements of earlier runs there.
 
 A run records its throughput in the cache folder (`throughput.json`). Without a record the table below is used. Once torch
 is loaded, `products`, the FLOP/s that a short measurement found in matrix products, corrects the table for a CPU that is
-faster or slower than the one on which the table was made. None of this ever decides what a run computes.
+faster or slower than the one the table was made on. None of this ever affects what a run computes.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ class CpuSpeed:
 
     float32: float  # FLOP/s of matrix products, as measure_products finds them
     bf16: float
-    seconds_per_number: float  # all other work, for each number of the residual stream in each layer
-    seconds_per_block: float  # of a block for each micro-batch, however small; not per core
+    seconds_per_number: float  # all other work, for each value of the residual stream in each layer
+    seconds_per_block: float  # fixed cost of a block per micro-batch, however small; not per core
 
 
 CPU_SPEEDS = {
@@ -38,45 +38,45 @@ CPU_SPEEDS = {
     "cpu-amx": CpuSpeed(100e9, 400e9, 125e-9, 3e-3),
     "cpu-float32": CpuSpeed(30e9, 0.3e9, 125e-9, 10e-3),  # any other
 }
-"""Calibrated on two idle cores, so that whole steps come out right:
+"""Calibrated on two idle cores, so that the estimates match whole measured steps:
 
 - cpu-avx2: AMD EPYC (Zen 3, no bf16 units), torch 2.13, 2026-11-25: products 128 GFLOP/s. Nano ran at 9,000 tokens/s
   (AdamW) on one day and at 6,300 (Muon) on the next with the same products, micro at 1,120 (3.67 s a step). Forward and
   backward of micro 2.5 s a step on the first day; the 12M shape of benchmarks/train_speed.py 1,611 tokens/s.
-- cpu-bf16: AMD EPYC with avx512_bf16, torch 2.13, 2026-11-24: nano 15,300 and micro 3,050 tokens/s, the 768 wide model with
-  gradient checkpointing 263; in float32 12M parameters 1,756. cpu-avx512 is the same CPU without its bf16 units.
-- cpu-amx, cpu-float32: guesses; nobody has measured them."""
+- cpu-bf16: AMD EPYC with avx512_bf16, torch 2.13, 2026-11-24: nano 15,300 and micro 3,050 tokens/s, the 768-wide model
+  with gradient checkpointing 263; in float32, 12M parameters 1,756. cpu-avx512 is the same CPU without its bf16 units.
+- cpu-amx, cpu-float32: guesses, never measured."""
 
 GPU_FLOPS = {"H200": 280e12, "H100": 250e12, "A100": 100e12, "L40S": 80e12, "RTX 4090": 60e12, "L4": 25e12}
 GPU_FLOPS |= {"T4": 15e12, "mps": 2e12}
-"""FLOP/s in training of a GPU whose name contains the word; `mps` is Apple silicon. Estimates."""
+"""Estimated training FLOP/s of a GPU whose name contains the key; `mps` is Apple silicon."""
 
 OTHER_GPU_FLOPS = 30e12
 GPU_SECONDS_PER_BLOCK = 2e-3
-"""The seconds of a block for each micro-batch, however small; a GPU computes products at the same time."""
+"""The fixed seconds of a block per micro-batch, however small; on a GPU they overlap with matrix products."""
 
 SAMPLE_SECONDS_PER_BLOCK = 1e-3
-"""The seconds of one block for one token of a sample: nano writes 250 tokens a second, 2026-11-25."""
+"""The seconds that one block takes per token of a sample: nano generates 250 tokens a second, 2026-11-25."""
 
 SHARE_BESIDES = 0.05
-"""What diagnostics, the loss landscape, reports and saves take, as a share of the steps; nano and micro, 2026-11-25."""
+"""The time of diagnostics, loss landscape, reports and saves, as a share of step time; nano and micro, 2026-11-25."""
 
 RECORDS = "throughput.json"
 KEPT_RECORDS = 5
-"""Per kind of device: a machine that has become slower is believed after so many runs."""
+"""Kept per kind of device: a machine that has become slower is recognized as such after this many runs."""
 
 MAX_DEVIATION = 1.5
-"""Between the measured and the announced time of a step; beyond it the corrected time is reported."""
+"""The largest ratio of measured to announced step time, or its inverse; beyond it, a correction is reported."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a machine reaches in training."""
+    """The throughput that a machine reaches in training."""
 
-    flops: float  # per second in the matrix products
-    seconds_per_block: float  # of a block for each micro-batch, however small
-    measured: str = ""  # the day on which a run reached it; empty if it comes from the table
-    is_scaled: bool = False  # by a measurement of matrix products
+    flops: float  # per second, in matrix products
+    seconds_per_block: float  # fixed cost of a block per micro-batch, however small
+    measured: str = ""  # the date on which a run reached it; empty if it comes from the table
+    is_scaled: bool = False  # whether the table was corrected by a measurement of matrix products
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Duration:
     steps: int
 
     def of(self, steps: int) -> float:
-        """Return the seconds of so many steps with their share of the rest."""
+        """Return the seconds of `steps` steps, including their share of the other work."""
         return steps * (self.step + self.besides / self.steps)
 
     @property
@@ -119,11 +119,11 @@ def estimate_step(config: Config, machine: Machine, throughput: Throughput) -> f
 
 
 def split_step(config: Config, machine: Machine, throughput: Throughput) -> tuple[float, float]:
-    """Return the seconds of one step that grow with its FLOPs, and those that do not."""
+    """Return the part of a step's seconds that grows with its FLOPs, and the part that does not."""
     m, t = config.model, config.training
     tokens = config.global_batch_size * t.sequence_length / machine.devices
     flops: float = flops_per_token(m, t.sequence_length)
-    if machine.is_cpu:  # all other work, as the FLOPs that take as long
+    if machine.is_cpu:  # all other work, converted to FLOPs that take as long
         speed = CPU_SPEEDS[machine.device]
         flops += m.num_hidden_layers * m.hidden_size * speed.seconds_per_number * core_flops(config, machine)
     work = tokens * flops * (4 / 3 if t.gradient_checkpointing else 1) + optimizer_work(config, machine)
@@ -132,18 +132,18 @@ def split_step(config: Config, machine: Machine, throughput: Throughput) -> tupl
 
 
 def optimizer_work(config: Config, machine: Machine) -> float:
-    """Return the FLOPs of the optimizer, as FLOPs in the precision of training. AdamW's time is too small to count."""
+    """Return the optimizer's work, converted to FLOPs in the training precision. AdamW's time is negligible."""
     if config.training.optimizer != "muon":
         return 0.0
     flops = float(muon_flops(config.model, machine.device))
-    if machine.is_cpu:  # Muon takes the fastest precision, whatever that of training is
+    if machine.is_cpu:  # Muon uses the fastest precision, whatever the training precision
         speed = CPU_SPEEDS[machine.device]
         flops *= core_flops(config, machine) / (speed.bf16 if has_bf16(machine.device) else speed.float32)
     return flops
 
 
 def table_throughput(config: Config, machine: Machine) -> Throughput:
-    """Return what the table says of a machine."""
+    """Return the throughput of a machine according to the table."""
     if machine.is_cpu:
         return Throughput(core_flops(config, machine) * machine.cores, CPU_SPEEDS[machine.device].seconds_per_block)
     flops = next((flops for word, flops in GPU_FLOPS.items() if word in machine.device), OTHER_GPU_FLOPS)
@@ -152,16 +152,16 @@ def table_throughput(config: Config, machine: Machine) -> Throughput:
 
 
 def core_flops(config: Config, machine: Machine) -> float:
-    """Return the FLOP/s of matrix products on one core in this run's precision, by the table."""
+    """Return the FLOP/s of matrix products on one core in this run's precision, according to the table."""
     speed = CPU_SPEEDS[machine.device]
     return speed.float32 if needs_float32(config, machine.device) else speed.bf16
 
 
 def find_throughput(config: Config, machine: Machine, products: float | None = None) -> Throughput:
-    """Return the fastest of the recent records, else the table's, scaled by `products` if that was measured.
+    """Return the fastest recent record, or else the table's throughput, scaled by `products` if that was measured.
 
-    The fastest, because other programs make a run slower, and nothing makes it faster than the machine. `products` are
-    the FLOP/s that all cores of a CPU reach now in this run's precision.
+    The fastest, because other programs can slow a run down, but nothing makes it faster than the machine. `products` is
+    the FLOP/s that all cores of a CPU currently reach in this run's precision.
     """
     records = read_records(Path(config.data.cache_dir) / RECORDS).get(record_key(config, machine))
     if records:
@@ -176,7 +176,7 @@ def find_throughput(config: Config, machine: Machine, products: float | None = N
 def measured_throughput(config: Config, machine: Machine, seconds: float) -> Throughput:
     """Return the throughput at which a step of `config` takes `seconds`: the table's, times one factor.
 
-    A run that is too small to be limited by its products tells nothing about them.
+    A run too small to be limited by its matrix products says nothing about their speed.
     """
     table = table_throughput(config, machine)
     products, blocks = split_step(config, machine, table)
@@ -191,7 +191,7 @@ def record_throughput(config: Config, machine: Machine, seconds: float) -> None:
     flops, found = table_throughput(config, machine).flops, measured_throughput(config, machine, seconds)
     records = read_records(path)
     of_larger_runs = [record for record in records.get(key, []) if record.flops != flops]
-    if found.flops == flops and of_larger_runs:  # a small run; what larger ones measured is better
+    if found.flops == flops and of_larger_runs:  # a small run; measurements of larger runs are better
         return
     earlier = records.get(key, []) if found.flops == flops else of_larger_runs
     records[key] = [*earlier, found][-KEPT_RECORDS:]
@@ -200,7 +200,7 @@ def record_throughput(config: Config, machine: Machine, seconds: float) -> None:
 
 
 def read_records(path: Path) -> dict[str, list[Throughput]]:
-    """Return the records in a file; skip what is not one, because a cache may be of any version."""
+    """Return the records in a file; skip invalid ones, because a cache may come from any version."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -216,7 +216,7 @@ def read_records(path: Path) -> dict[str, list[Throughput]]:
 
 
 def record_key(config: Config, machine: Machine) -> str:
-    """Return what a record is valid for."""
+    """Return the key of a record: the conditions for which it is valid."""
     t = config.training
     precision = t.precision
     if precision == "auto":
@@ -228,7 +228,7 @@ def record_key(config: Config, machine: Machine) -> str:
 def describe_correction(announced: Duration, step_seconds: Sequence[float], steps_left: int) -> str | None:
     """Return one line with the corrected time if steps take far longer or shorter than announced, else None.
 
-    The first steps are left out: they are slower. A run that ends within a minute either way is not worth a line.
+    The first steps are left out: they are slower. Nothing is reported if both estimates are under a minute.
     """
     step = statistics.median(step_seconds[len(step_seconds) // 4 :])
     factor = step / announced.step

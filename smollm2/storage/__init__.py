@@ -1,5 +1,5 @@
-"""Files that are written whole or not at all, and folders that one run holds.
+"""Files that are written atomically, and run folders that one run at a time may hold.
 
 Read in this order: run_folder.py (the name of every file), atomic.py (how a file is written), locks.py (who may write
-in a folder), processes.py (whether a process is still running).
+to a folder), processes.py (whether a process is still running).
 """

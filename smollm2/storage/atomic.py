@@ -1,8 +1,8 @@
 """Files and folders that are written whole or not at all.
 
-A file is written under a temporary name, synced, checked and renamed, and then its folder is synced: in this order a
-crash at any point leaves the old file or the new one. Every operation goes through `IoOps`, so that a test can make each
-of them fail.
+A file is written under a temporary name, synced, checked and renamed, and then its folder is synced: with this order, a
+crash at any point leaves either the old file or the new one. Every operation goes through `IoOps`, so that a test can
+make each of them fail.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from smollm2.errors import ResourceError, Smollm2Error
 from smollm2.storage.processes import is_running
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Error numbers of a file system that lacks an operation."""
+"""Error numbers for an operation that the file system does not support."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers for a full disk, a used-up quota, and a file that is larger than allowed."""
@@ -33,45 +33,45 @@ TEMPORARY = re.compile(r"\..+\.tmp\.([0-9]+)-[0-9a-f]+")
 
 
 class IoOps:
-    """The operating system calls of a save, one method per call. Tests wrap it to record calls or to make them fail."""
+    """The system calls needed to save a file, one method per call. Tests wrap it to record calls or make them fail."""
 
     def free_bytes(self, folder: Path) -> int:
         """Return how many bytes this user may still write on the folder's disk."""
         return shutil.disk_usage(folder).free
 
     def open_temporary(self, path: Path) -> FileIO:
-        """Create a file that only this user can read. It has no buffer, so that nothing written is lost at a crash."""
+        """Create a file that only this user can read. It is unbuffered, so that nothing written is lost in a crash."""
         return FileIO(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
 
     def allocate(self, file: FileIO, size: int) -> None:
-        """Reserve `size` bytes, so that a full disk is found before anything is written."""
+        """Reserve `size` bytes, so that a full disk is detected before anything is written."""
         if size and hasattr(os, "posix_fallocate"):
             with _ignoring_unsupported():
                 os.posix_fallocate(file.fileno(), 0, size)
 
     def write(self, file: FileIO, data: bytes | memoryview) -> None:
-        """Write all of `data`; one call of the system may write only a part."""
+        """Write all of `data`; a single system call may write only part of it."""
         rest = memoryview(data).cast("B")
         while rest:
             rest = rest[file.write(rest) :]
 
     def truncate(self, file: FileIO) -> None:
-        """Release the reserved bytes after the last one that was written."""
+        """Release the reserved bytes beyond the last one written."""
         file.truncate(file.tell())
 
     def fsync(self, file: FileIO) -> None:
-        """Write the file to the disk and drop it from the page cache, so that a check afterwards reads the disk."""
+        """Flush the file to disk and drop it from the page cache, so that a later check reads from the disk."""
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def replace(self, source: Path, target: Path) -> None:
-        """Rename `source` to `target`, replacing a file of that name."""
+        """Rename `source` to `target`, replacing any existing file of that name."""
         source.replace(target)
 
     def fsync_dir(self, folder: Path) -> None:
-        """Write the folder's list of names to the disk, if the system can."""
+        """Flush the folder's directory entries to disk, if the system can."""
         if os.name == "nt":
             return
         handle = os.open(folder, os.O_RDONLY)
@@ -82,11 +82,11 @@ class IoOps:
             os.close(handle)
 
     def unlink(self, path: Path) -> None:
-        """Remove a file, or a link but not its target."""
+        """Remove a file, or a symbolic link without its target."""
         path.unlink()
 
     def listdir(self, folder: Path) -> list[str]:
-        """Return the names in a folder, in no order."""
+        """Return the names in a folder, in arbitrary order."""
         return [path.name for path in folder.iterdir()]
 
 
@@ -94,7 +94,7 @@ IO_OPS = IoOps()
 
 
 class Target:
-    """The file object that a writer callback gets; it writes through `io_ops`."""
+    """The file object passed to a writer callback; it writes through `io_ops`."""
 
     def __init__(self, file: FileIO, io_ops: IoOps) -> None:
         self.file, self.io_ops = file, io_ops
@@ -116,10 +116,10 @@ def write_atomically(
     check: Callable[[Path], object] | None = None,
     io_ops: IoOps = IO_OPS,
 ) -> None:
-    """Write a file whole or not at all: `path` has its old content until the new content is on the disk.
+    """Write a file whole or not at all: `path` keeps its old content until the new content is on disk.
 
     `content` is bytes, or a function that writes about `size` bytes. `check` reads the temporary file before it is
-    renamed, and raises if it is wrong. Raise ResourceError if the system refuses; a KeyboardInterrupt is raised as it is.
+    renamed, and raises if it is wrong. Raise ResourceError on a system error; a KeyboardInterrupt propagates as is.
     """
     outer = sys.exc_info()[1]
     size = len(content) if isinstance(content, bytes) else size
@@ -156,10 +156,10 @@ def write_atomically(
 def write_folder_atomically(
     target: Path, fill: Callable[[Path], object], *, replaces: bool = False, io_ops: IoOps = IO_OPS
 ) -> None:
-    """Write a folder whole or not at all: `fill` writes it under a temporary name beside `target`, then it is renamed.
+    """Write a folder whole or not at all: `fill` writes to a temporary folder beside `target`, which is then renamed.
 
     If `fill` raises, nothing is left behind. With `replaces`, an existing folder of that name is removed at the end.
-    Raise ResourceError if the system refuses.
+    Raise ResourceError on a system error.
     """
     mark = f"tmp.{os.getpid()}-{secrets.token_hex(4)}"
     temporary, replaced = target.with_name(f".export.{mark}"), target.with_name(f".replaced.{mark}")
@@ -191,13 +191,13 @@ def write_folder_atomically(
 
 
 def sync_file(path: Path) -> None:
-    """Write a file that is closed already to the disk. Windows can sync only a file that is open for writing."""
+    """Flush an already closed file to disk. Windows can sync only a file that is open for writing."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def make_folder(folder: Path, option: str = "--save_dir") -> list[Path]:
-    """Make a folder and its parents; return those that were missing, the innermost first.
+    """Create a folder and its parents; return those that were missing, the innermost first.
 
     Raise ResourceError, naming the option that chooses another folder, if that is not possible.
     """
@@ -209,7 +209,7 @@ def make_folder(folder: Path, option: str = "--save_dir") -> list[Path]:
                     path.mkdir()
                     made.insert(0, path)
             except FileExistsError:
-                if not path.is_dir():  # else another process made it at this moment
+                if not path.is_dir():  # otherwise another process has just created it
                     raise
     except (OSError, ValueError) as error:
         raise folder_error(folder, error, option) from error
@@ -217,7 +217,7 @@ def make_folder(folder: Path, option: str = "--save_dir") -> list[Path]:
 
 
 def probe_folder(folder: Path, option: str = "--save_dir") -> None:
-    """Make the folder and write a file in it, to find out at the start whether a save is possible.
+    """Create the folder and write a test file to it, to find out at the start whether saving is possible.
 
     Raise ResourceError, naming the option that chooses another folder, if it is not.
     """
@@ -243,7 +243,7 @@ def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
 
 
 def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:
-    """Remove folders of exports that were killed. Wait a day: they may belong to a process of another machine."""
+    """Remove folders left by killed exports, once a day old: they may belong to a process on another machine."""
     for name in io_ops.listdir(parent):
         match, path = TEMPORARY.fullmatch(name), parent / name
         if match and name.startswith(".export.") and not is_running(int(match[1])):
@@ -279,7 +279,7 @@ def describe_problem(path: Path, error: Exception) -> str:
 
 
 def folder_error(folder: Path, error: Exception, option: str) -> ResourceError:
-    """Return the error of a folder that cannot be written; `option` is what chooses another one."""
+    """Return the error for a folder that cannot be written; `option` is the flag that chooses another one."""
     problem = describe_problem(folder, error)
     where = str(folder).replace("\0", "\\0")
     return ResourceError(where, f"cannot be written: {problem}", f"{_advice(error)} another {option}")
@@ -304,7 +304,7 @@ def _save_error(path: Path, error: OSError, size: int, io_ops: IoOps) -> Resourc
 def _hidden_cause(error: BaseException, outer: BaseException | None) -> BaseException:
     """Return the error that a library hid behind its own: torch turns a full disk and Ctrl-C into a RuntimeError.
 
-    `outer` is the exception that the caller was handling already; the chain behind it is not searched.
+    `outer` is the exception that the caller was already handling; its own chain is not searched.
     """
     found: BaseException | None = error
     while found is not None and found is not outer:

@@ -1,6 +1,6 @@
-"""The lock of a run folder: one run at a time writes in it.
+"""The lock of a run folder: only one run at a time writes to it.
 
-The lock is the operating system's lock on `.lock`, so that it is free as soon as its process ends, even by `kill -9`.
+It is an operating system lock on the file `.lock`, so it is released as soon as its process ends, even by `kill -9`.
 The text in `.lock` says who holds it, for messages only.
 """
 
@@ -24,28 +24,28 @@ from smollm2.storage.run_folder import LOCK
 
 @dataclass
 class HeldFolder:
-    """A run folder while this process holds it. `made` are the folders that it had to make, the run folder first."""
+    """A run folder while this process holds it. `made` lists the folders that it created, the run folder first."""
 
     path: Path
     made: list[Path]
-    is_exclusive: bool  # False if the file system has no locks: nobody is kept out
+    is_exclusive: bool  # False if the file system has no locks: other runs are not kept out
     is_discarded: bool = False
 
     def discard(self) -> None:
-        """Remove the folder when it is released, if this process made it. A folder that was there before stays."""
+        """Remove the folder when it is released, if this process created it. A folder that existed before is kept."""
         self.is_discarded = True
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[HeldFolder]:
-    """Make the folder if it is missing, check that it can be written, and hold its lock.
+    """Create the folder if it is missing, check that it is writable, and hold its lock.
 
-    Removes the temporary files of processes that were killed. Raise ResourceError if the folder cannot be written, or if
+    Also remove the temporary files of killed processes. Raise ResourceError if the folder cannot be written, or if
     another run holds it; the message names that run.
     """
     handle, is_exclusive, made = _open_locked(folder)
     lock = [handle]
-    # A forked child shares the lock and would keep it after this process was killed. In a child that runs another program
+    # A forked child shares the lock and would keep it after this process is killed. If a child runs another program,
     # the lock is closed anyway: Python's file descriptors are not inherited.
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: _close_all(lock))
@@ -76,9 +76,9 @@ def is_held(folder: Path) -> bool:
 
 
 def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
-    """Open `.lock` and lock it; return its descriptor, whether the file system has locks, and the folders that were made.
+    """Open `.lock` and lock it; return its descriptor, whether the file system has locks, and the folders created.
 
-    Until it is locked, another holder may remove its folder, and the file with it: then begin again.
+    Until it is locked, another holder may remove the folder and the file with it; in that case, start over.
     """
     path = folder / LOCK
     while True:
@@ -86,7 +86,7 @@ def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except OSError as error:
-            if path.is_symlink():  # which a stranger may have pointed anywhere
+            if path.is_symlink():  # another user may have pointed it anywhere
                 raise ResourceError(path, "is a symbolic link", "Remove it, or choose another --save_dir") from None
             if not folder.exists():
                 continue
@@ -106,7 +106,7 @@ def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
 
 
 def _remove(held: HeldFolder, lock: list[int]) -> None:
-    """Remove the folder, `.lock` last: until then no other run can begin to write in it."""
+    """Remove the folder, `.lock` last: until then no other run can start writing to it."""
     for path in held.path.iterdir():
         if path.name == LOCK:
             continue
@@ -115,7 +115,7 @@ def _remove(held: HeldFolder, lock: list[int]) -> None:
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
-    if os.name == "nt":  # where an open file cannot be removed
+    if os.name == "nt":  # Windows cannot remove an open file
         _close_all(lock)
     with contextlib.suppress(OSError):
         (held.path / LOCK).unlink()
@@ -127,7 +127,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock_or_raise(handle: int) -> None:
-        # Windows does not let others read a locked range: lock one byte far behind the text.
+        # Windows does not let others read a locked range: lock one byte far beyond the text.
         os.lseek(handle, 2**20, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 

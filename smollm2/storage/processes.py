@@ -1,15 +1,15 @@
-"""Processes of this machine: whether one is still running."""
+"""Processes on this machine: whether one is still running, and when this one started."""
 
 import psutil
 
 START_TOLERANCE = 10.0
-"""Seconds by which the start time of one process may differ between two readings: the clock may be set in between."""
+"""Seconds by which two readings of one process's start time may differ: the clock may be adjusted in between."""
 
 
 def is_running(pid: int, started: float | None = None) -> bool:
     """Return whether process `pid` is running; with `started`, whether it is the process that started at that time.
 
-    A zombie, which has ended but was not waited for, is not running. `started` is in seconds since the epoch.
+    A zombie (ended, but not yet waited for) does not count as running. `started` is in seconds since the epoch.
     """
     try:
         process = psutil.Process(pid)

@@ -27,6 +27,6 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name, or -1 if it is not named like one. Order is by this number, never by text."""
+    """Return the step in a checkpoint's name, or -1 if it has none. Sort by this number, never by text."""
     match = CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else -1
