@@ -1,5 +1,5 @@
-"""Checkpoints: dictionaries of plain values and tensors; no model class is known here.
+"""Checkpoints: dictionaries of plain values and tensors; this code depends on no model class.
 
-Read `format.py` first (what is in one), then `validation.py` (a file is read as hostile), `discovery.py` (find and load),
-`retention.py` (which files stay, which is the best) and `saving.py` (written in the background while training continues).
+Read `format.py` first (the contents), then `validation.py` (files are untrusted), `discovery.py` (find and load),
+`retention.py` (which files are kept, which is best) and `saving.py` (write in the background while training continues).
 """

@@ -1,4 +1,4 @@
-"""Find and load the checkpoints of a run folder. `latest.json` is a hint: what exists is found by listing the folder."""
+"""Find and load the checkpoints of a run folder. `latest.json` is a hint: they are found by listing the folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from smollm2.storage.run_folder import CHECKPOINT, step_of
 
 
 def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
-    """Return the files of a folder that are named like a checkpoint, oldest step first. Links are not followed."""
+    """Return the files in a folder that are named like checkpoints, oldest step first. Links are not followed."""
     try:
         paths = [folder / name for name in io_ops.listdir(folder) if CHECKPOINT.fullmatch(name)]
         files = [path for path in paths if path.is_file() and not path.is_symlink()]
@@ -19,7 +19,7 @@ def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
         return []
     except OSError as error:
         raise ResourceError(folder, f"cannot be read ({error.strerror})", "make it readable") from error
-    # By the number: as text, step_10000 comes before step_9500. Never by the clock, which jumps.
+    # Sorted by number: as text, step_10000 comes before step_9500. Never by file time: the clock may jump.
     return sorted(files, key=lambda path: (step_of(path), path.name))
 
 
@@ -28,7 +28,7 @@ def load_checkpoint(path: Path) -> State:
     try:
         absent = path.is_dir() or not path.exists()
     except OSError:
-        absent = False  # reading it reports why
+        absent = False  # the read below reports why
     if absent:
         raise CheckpointError(describe_missing(path))
     try:
@@ -42,7 +42,7 @@ def load_checkpoint(path: Path) -> State:
 def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, State] | None:
     """Return the newest valid checkpoint of a folder and its state, or None if there are no checkpoints.
 
-    Each newer one that is refused is reported. Raise CheckpointError if none is valid: a run must not start over them.
+    Each newer one that is rejected is reported. Raise CheckpointError if none is valid: no new run may overwrite them.
     """
     refused = []
     for path in reversed(list_checkpoints(folder)):
@@ -62,7 +62,7 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, S
 
 
 def describe_missing(path: Path) -> str:
-    """Return the message for a checkpoint that does not exist; it lists those that do."""
+    """Return the message for a checkpoint that does not exist, listing those that do."""
     folder = path if path.is_dir() else path.parent
     names = [found.name for found in list_checkpoints(folder)]
     what = "is a folder" if path.is_dir() else "does not exist"

@@ -1,4 +1,4 @@
-"""What is in a `step_XXXX.pt`: a dictionary of plain values and tensors, with the entries of ENTRIES."""
+"""The contents of a `step_XXXX.pt`: a dictionary of plain values and tensors, with the entries listed in ENTRIES."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -54,11 +54,11 @@ ENTRIES: dict[str, tuple[type, ...]] = {
     "wandb_run_id": (str,),
     "created_unix": (int, float),
 }
-"""The entries of every checkpoint by dotted name, and their types. `tied` is added at a save and removed at a load: pairs
-of names in `model` for one tensor, which is stored once, under the second name."""
+"""The entries of every checkpoint by dotted name, and their types. `tied` is added on saving and removed on loading:
+pairs of names in `model` for the same tensor, which is stored once, under the second name."""
 
 LATER_ENTRIES: dict[str, tuple[type, ...]] = {"stability.clipped": (list,), "optimizer.muon.arithmetic": (int,)}
-"""Entries that older checkpoints of this format do not have and no weight depends on; if present, of this type."""
+"""Entries that older checkpoints of this format lack and no weight depends on; if present, they have this type."""
 
 SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype)
 MAX_DEPTH = 16
@@ -67,8 +67,8 @@ MAX_DEPTH = 16
 def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
     """Return a copy in host memory, for `save_checkpoint` to write while training continues.
 
-    `buffers` keeps the tensors of the copy for the next one: new memory costs ten times as much as the copying. Raise
-    TypeError, for a bug of the caller, if the state is not made of plain values.
+    `buffers` keeps the copy's tensors for the next one: allocating new memory costs ten times as much as copying. Raise
+    TypeError, a bug in the caller, if the state is not made of plain values.
     """
 
     def copy_to_host(tensor: Tensor, name: str) -> Tensor:
@@ -99,7 +99,7 @@ def content_hash(state: Mapping[str, Any]) -> str:
 def walk(state: object) -> Iterator[tuple[str, object]]:
     """Yield every value that is not a container with its dotted name. Not recursive: a file may nest 100,000 deep.
 
-    Raise CheckpointError for a container that is nested too deeply or is in two places: inside itself it would have no end.
+    Raise CheckpointError for a container that is nested too deeply or occurs twice: one inside itself would never end.
     """
     waiting: list[tuple[str, object, int]] = [("", state, 0)]
     seen: set[int] = set()
@@ -129,13 +129,13 @@ def to_plain(value: Any, name: str, to_host: Callable[[Tensor, str], Tensor] = l
     if type(value) in (list, tuple):
         return type(value)(to_plain(child, f"{name}.{number}", to_host) for number, child in enumerate(value))
     if type(value) not in SCALARS:
-        # weights_only would refuse a file with a numpy number, which otherwise behaves like a Python number.
+        # weights_only rejects a file with a numpy number, though such a number otherwise behaves like a Python one.
         raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold; convert it first")
     return value
 
 
 def _own_storage(host: Tensor, name: str) -> Tensor:
-    """Return the tensor in a storage of its own: a view would save the whole storage."""
+    """Return the tensor in its own storage: saving a view would save the whole storage."""
     host = host.contiguous()
     if type(host) is not Tensor:
         raise TypeError(f"{name} is a {type(host).__name__}, which a checkpoint cannot hold; gather it first")
@@ -158,7 +158,7 @@ def separate_ties(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
 
 
 def estimate_size(content: State) -> int:
-    """Return an upper estimate of the file size in bytes: tensors with their records, texts, and 2 % more."""
+    """Return an upper estimate of the file size in bytes: tensors with their records, texts, and a 2 % margin."""
     total = 1 << 16
     for name, value in walk(content):
         total += len(name) + 64

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, which is the best, and which a rollback moves away."""
+"""Which checkpoints of a run are kept, which is the best, and which are moved aside on a rollback."""
 
 import itertools
 import json
@@ -24,9 +24,9 @@ def prune_checkpoints(
 ) -> list[Path]:
     """Remove the checkpoints that are older than the newest `keep_last` valid ones, and return them.
 
-    Kept are also the best, the steps in `protected` (the one resumed from) and multiples of `keep_every`. A damaged file
-    does not count as one of the newest, and is removed only when it is older than those. Call this after a save, under the
-    folder's lock. Raise ResourceError if a file cannot be removed.
+    Also kept are the best, the steps in `protected` (the one resumed from) and multiples of `keep_every`. A damaged
+    file does not count as one of the newest and is removed only when it is older than those. Call this after a save,
+    holding the folder's lock. Raise ResourceError if a file cannot be removed.
     """
     if keep_last < 2:
         raise ValueError(f"keep_last is {keep_last}; below 2 one damaged file would end a run")
@@ -55,10 +55,10 @@ def prune_checkpoints(
 
 
 def record_best(folder: Path, path: Path, validation_loss: float, *, windows: int = 0, io_ops: IoOps = IO_OPS) -> bool:
-    """Write `best.json` if this checkpoint has a lower validation loss than the one that it names; return whether it has.
+    """Write `best.json` if this checkpoint's validation loss is lower than that of the one named there; return whether.
 
-    `windows` is on how many windows the loss was measured: losses over other windows are not compared, and the newer one
-    starts the comparison again.
+    `windows` is the number of windows on which the loss was measured: losses over different numbers are not compared,
+    and the newer one restarts the comparison.
     """
     best = _read_best(folder)
     is_comparable = best is not None and best.get("windows", windows) == windows
@@ -71,7 +71,7 @@ def record_best(folder: Path, path: Path, validation_loss: float, *, windows: in
 
 
 def recompute_best(folder: Path, windows: int, io_ops: IoOps = IO_OPS) -> None:
-    """Let `best.json` name the best of the checkpoints that are left, if the one that it names is gone.
+    """Make `best.json` name the best of the remaining checkpoints if the one that it names is gone.
 
     The losses are those in metrics.jsonl over `windows` windows. Without any, `best.json` is removed.
     """
@@ -88,7 +88,7 @@ def recompute_best(folder: Path, windows: int, io_ops: IoOps = IO_OPS) -> None:
 
 
 def move_superseded(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Path]:
-    """Move the checkpoints after `step` to `superseded/`, each under a name that is free; return the new paths.
+    """Move the checkpoints after `step` to `superseded/`, each under an unused name; return the new paths.
 
     A run that resumes from an older checkpoint takes another course. After a kill, `--resume auto` must not find the newer
     checkpoints of the old course.
@@ -117,7 +117,7 @@ def _free_name(folder: Path, path: Path) -> Path:
 
 
 def _read_validation_losses(folder: Path, windows: int) -> dict[int, float]:
-    """Return the validation loss by step, of the metrics rows whose loss was measured on `windows` windows."""
+    """Return the validation loss by step, from the metrics rows whose loss was measured on `windows` windows."""
     losses: dict[int, float] = {}
     try:
         lines = (folder / METRICS).read_bytes().splitlines()

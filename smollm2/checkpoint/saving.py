@@ -1,6 +1,6 @@
-"""Write checkpoints while training continues: the state is copied, then written, read back and checked in a thread.
+"""Write checkpoints while training continues: the state is copied, then written, read back and checked on a thread.
 
-The run's own thread reports the outcome of a save at the next step, or at the next save at the latest. If memory for a second
+The main thread reports a save's outcome at the next step, or at the next save at the latest. If memory for a second
 copy of the state is scarce, or the save must succeed, the run waits for it.
 """
 
@@ -56,7 +56,7 @@ class Saver:
         resumed_step: int,
         must_succeed: bool,
     ) -> None:
-        """Start to write step_XXXX.pt; afterwards remove older ones by keep_last and keep_every.
+        """Start writing step_XXXX.pt; afterwards remove older ones according to keep_last and keep_every.
 
         The checkpoint before each of `spikes` and that of `resumed_step` are kept. `validation_loss` was measured on
         `windows` windows. A full disk is reported, and the run continues to its next save. Raise ResourceError if this
@@ -68,8 +68,8 @@ class Saver:
         waits = must_succeed or not (self.buffers or has_room_for_copy(state))
         state = state if waits else take_snapshot(state, self.buffers)
         self.step = state["step"]
-        # A new thread for each save. OpenMP would count one that stays among its workers, let all of them sleep between
-        # two operations, and make every small operation take 28 us instead of 8 (measured 2026-11).
+        # A new thread for each save. OpenMP would count a lasting one among its workers, let all of them sleep between
+        # operations, and make every small operation take 28 us instead of 8 (measured 2026-11).
         thread = ThreadPoolExecutor(1, THREAD_NAME)
         self.pending = thread.submit(self._write, state, validation_loss, windows, {resumed_step}, spikes)
         thread.shutdown(wait=False)
@@ -112,10 +112,10 @@ class Saver:
 
 
 def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO_OPS) -> Path:
-    """Write `step_XXXX.pt`, then `latest.json`, each whole or not at all, and read the file back before it gets its name.
+    """Write `step_XXXX.pt`, then `latest.json`, each atomically; the checkpoint is read back before it gets its name.
 
-    `state` may be a snapshot. Raise ResourceError if the disk refuses (every older file is intact), TrainingError if a
-    weight is not finite, and TypeError, for a bug of the caller, if the state is not made of plain values.
+    `state` may be a snapshot. Raise ResourceError if the write fails (older files stay intact), TrainingError if a
+    weight is not finite, and TypeError, a bug in the caller, if the state is not made of plain values.
     """
     content = state
     if "tied" not in state:

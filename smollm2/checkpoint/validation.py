@@ -1,7 +1,7 @@
-"""Read a checkpoint as a file that a stranger may have made.
+"""Read a checkpoint as an untrusted file.
 
-torch.load does not notice a flipped bit (588 of 600 loaded with wrong numbers), but the archive has checksums: they are
-verified at each save and each load.
+torch.load does not detect a flipped bit (588 of 600 loaded with wrong numbers), but the archive has checksums: they are
+verified on each save and each load.
 """
 
 import copy
@@ -25,7 +25,7 @@ TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
 
 
 def read_checked(path: Path) -> State:
-    """Return the checked state in a file, its tensors memory-mapped. Raise CheckpointError with the reason alone."""
+    """Return the checked state from a file, its tensors memory-mapped. Raise CheckpointError with only the reason."""
     try:
         tensor_bytes = _check_archive(path)
         with _no_added_globals():
@@ -40,7 +40,7 @@ def read_checked(path: Path) -> State:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # for arbitrary bytes the parsers raise nearly everything
+    except Exception as error:  # for arbitrary bytes the parsers can raise nearly anything
         # torch's message is not passed on: it advises weights_only=False, which runs the file's code.
         raise CheckpointError(f"is damaged, or not a checkpoint of this program ({type(error).__name__})") from None
     if problem:
@@ -50,7 +50,7 @@ def read_checked(path: Path) -> State:
 
 
 def read_own_step(path: Path) -> State:
-    """Return `read_checked` of a file whose name must give the step inside."""
+    """Return `read_checked` of a file, whose name must match the step inside it."""
     state = read_checked(path)
     if state["step"] != step_of(path):
         raise CheckpointError(f"holds step {state['step']}, which is not the step of its name")
@@ -75,7 +75,7 @@ def detach_from_disk(state: State) -> State:
 
 
 def _check_archive(path: Path) -> int:
-    """Return the bytes of the tensors in a zip as torch writes it. Raise CheckpointError if it is not, or is damaged.
+    """Return the byte size of the tensors in a zip as torch writes it. Raise CheckpointError if it is not, or damaged.
 
     Nothing in the file is interpreted before this.
     """
@@ -108,7 +108,7 @@ def _is_plain_record(record: zipfile.ZipInfo) -> bool:
 
 @contextmanager
 def _no_added_globals() -> Iterator[None]:
-    """Load without the classes that other packages of this process have allowed for torch.load."""
+    """Load without the classes that other packages in this process have allowed for torch.load."""
     added = get_safe_globals()
     clear_safe_globals()
     try:
@@ -129,11 +129,11 @@ def _find_wrong_format(state: object) -> str | None:
 
 
 def _find_wrong_value(state: State, tensor_bytes: int) -> str | None:
-    """Return what is wrong if a value has a type that no checkpoint has, or the tensors do not have the file's size."""
+    """Return what is wrong if a value's type is not allowed or the tensors' size is not the file's; else None."""
     storages: dict[int, int] = {}
     for name, value in walk(state):
         if type(value) is Tensor and value.layout is torch.strided and value.device.type == "cpu":
-            # A file of 1.5 kB can hold a tensor of 10^12 entries that are all the same byte.
+            # A file of 1.5 kB can hold a tensor of 10^12 entries that all share the same byte.
             storages[value.data_ptr()] = value.nbytes
             if value.untyped_storage().nbytes() != value.nbytes:
                 return f"{name[:80]!r} is a tensor whose storage does not have its size"
@@ -171,7 +171,7 @@ def find_wrong_entry(state: State) -> str | None:
 
 
 def find_wrong_weight(model: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong if a weight is NaN or infinite, or None. Its extremes show that without a copy of it."""
+    """Return what is wrong if a weight is NaN or infinite, or None. Checking its extremes needs no copy."""
     for name, weight in model.items():
         if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
             return f"{name[:80]!r} in model holds values that are not finite"

@@ -1,8 +1,8 @@
 """Batch n as a pure function of (seed, n), in O(1) memory and time: resuming needs a number and nothing else.
 
-The windows are read in epochs, each in an order of its own: a keyed bijection of 0..size-1, computed for each index and
+The windows are read in epochs, each in its own order: a keyed bijection of 0..size-1, computed for each index and
 never stored. Six rounds of a Feistel network permute the next even power of two; an index that falls outside is
-permuted again until it falls inside (cycle walking), at most 4 times on average. World size only slices a batch.
+permuted again until it falls inside (cycle walking), at most 4 times on average. World size only affects slicing.
 """
 
 from collections.abc import Generator
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from smollm2.data.windows import Batch, Windows, stack
 
 ORDER_VERSION = 1
-"""Raised when (seed, n) gives other windows: a checkpoint of another version is not resumed bit-exactly."""
+"""Incremented when (seed, n) gives other windows: a checkpoint of another version is not resumed bit-exactly."""
 
 ROUNDS = 6
 
@@ -45,7 +45,7 @@ class Batches:
 
 
 def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[Batch]:
-    """Yield rows start to stop - 1 of batches n, n + 1, ...; the next one is made while the caller uses this one.
+    """Yield rows start to stop - 1 of batches n, n + 1, ...; the next is prepared while the caller uses this one.
 
     Close the iterator, or drop the last reference to it, to end its thread.
     """
@@ -58,7 +58,7 @@ def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[Bat
 
 
 def permute(index: Ints, size: int, key: Words | np.uint64) -> Ints:
-    """Return the position of each of `index`, within 0..size-1, in the order of `key` (one for all or one per index)."""
+    """Return the position of each `index`, within 0..size-1, in the order of `key` (one for all, or one per index)."""
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape)

@@ -2,7 +2,7 @@
 
 It is the language reference (`pydoc_data.topics`) and the docstrings of the standard library: about 2 MB, one document
 per topic or module. The source files are parsed, never imported: importing `antigravity` opens a browser. Examples
-(`>>>`) are left out, and a docstring that many functions share is kept once.
+(`>>>`) are left out, and a docstring shared by many functions is kept once.
 """
 
 import ast
@@ -24,9 +24,9 @@ LEFT_OUT = {"dist-packages", "idle_test", "idlelib", "lib2to3", "pydoc_data", "s
 
 
 def write_sample_corpus(path: Path) -> str:
-    """Write the corpus to `path` whole or not at all; return one line that describes it.
+    """Write the corpus to `path` atomically; return one line that describes it.
 
-    The text depends on the Python version alone. Raise DataError if this Python has no source files.
+    The text depends only on the Python version. Raise DataError if this Python has no source files.
     """
     library = Path(sysconfig.get_path("stdlib"))
     documents = dict(read_topics(library)) | dict(read_modules(library))

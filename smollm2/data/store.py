@@ -1,11 +1,11 @@
 """Tokens on disk: cache/<fingerprint>/ holds train.bin, validation.bin and header.json, or does not exist.
 
-The fingerprint covers the text, the tokenizer, the chunk rule and the split, so a cache is never stale. It is built in
-a temporary folder, synced and renamed. Opening it reads a header and two sizes, never the tokens: ids are checked when
+The fingerprint covers the text, the tokenizer, the chunk rule and the split, so a cache is never stale. Each is built
+in a temporary folder, synced, renamed. Opening it reads a header and two sizes, never the tokens: ids are checked when
 they are written and again as each window is read. Ids are little-endian uint16 up to 65,536 entries, else uint32.
 
 Validation: from 20 documents on, whole documents in a fixed random order until the fraction is reached; with fewer,
-the tail of the stream. Neither depends on the run's seed, so that runs of several seeds share a cache and compare.
+the tail of the stream. Neither depends on the run's seed: runs with different seeds share a cache and can be compared.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ UNKNOWN_REPORTED, UNKNOWN_REFUSED = 0.001, 0.05
 BLOCK = 2**20
 
 MIN_VALIDATION_TOKENS = 3
-"""Fewer have no target but an end of text, which stands for no byte: such a text has no bits per byte."""
+"""With fewer, the only target is an end of text, which stands for no byte: bits per byte would be undefined."""
 
 
 class Encoder(Protocol):
@@ -46,7 +46,7 @@ class Encoder(Protocol):
     fingerprint: str
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
-        """Return the ids of `text`, and how many of its bytes they do not express."""
+        """Return the ids of `text`, and how many of its bytes they do not represent."""
         ...
 
 
@@ -66,7 +66,7 @@ class Statistics:
 
     @property
     def unknown_share(self) -> float:
-        """Return the share of the bytes that the tokenizer cannot express."""
+        """Return the share of the bytes that the tokenizer cannot represent."""
         return self.unknown_bytes / self.bytes
 
     @property
@@ -75,7 +75,7 @@ class Statistics:
         return self.characters / self.tokens
 
     def describe(self, train: Windows) -> str:
-        """Return the line that proves that nothing of the corpus is lost."""
+        """Return the line that shows that no part of the corpus is lost."""
         documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
         dropped = f" ({self.blank_documents:,} blank dropped)" if self.blank_documents else ""
         unknown = f"{self.unknown_share:.2%}" if self.unknown_bytes else "none"
@@ -115,13 +115,13 @@ def prepare_tokens(
     show_progress: Callable[[float], None] = lambda fraction: None,
     stop: Callable[[], None] = do_nothing,
 ) -> TokenStore:
-    """Return the tokens of `text`, from the cache or made and cached. `stop` is called often and may raise.
+    """Return the tokens of `text`, from the cache, or encoded and then cached. `stop` is called often and may raise.
 
     Adds at most 300 MB to the memory of the process, for a text of any size. Raise DataError if the tokenizer cannot
-    express the text, ResourceError if the cache cannot be written.
+    represent the text, ResourceError if the cache cannot be written.
     """
     rule = [STORE_VERSION, CHUNK_RULE, text.sha256, tokenizer.fingerprint, text.separator, validation_fraction]
-    if text.blank_characters:  # version 0.1.0 kept documents of white space: other texts keep its fingerprint
+    if text.blank_characters:  # version 0.1.0 kept documents of white space; texts without any keep its fingerprint
         rule.append("without blank documents")
     fingerprint = hashlib.sha256(json.dumps(rule).encode()).hexdigest()
     cache_dir = expand_home(cache_dir)
@@ -164,7 +164,7 @@ def _build(
     show_progress: Callable[[float], None],
     stop: Callable[[], None],
 ) -> None:
-    """Make `folder` whole or not at all."""
+    """Build `folder` atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     work = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
@@ -181,7 +181,7 @@ def _build(
             _sync(file_path)
         if folder.exists() and open_tokens(folder) is None:  # damaged
             shutil.rmtree(folder)
-        if not folder.exists():  # else another run was faster
+        if not folder.exists():  # otherwise another run was faster
             work.rename(folder)
             _sync(folder.parent)
     finally:
@@ -253,9 +253,9 @@ def _split(work: Path, lengths: "array[int]", fraction: float, itemsize: int, st
 
 
 def _choose_documents(lengths: "array[int]", target: float) -> bytearray:
-    """Return 1 for each validation document, else 0. One that would take them over 1.5 times the target is skipped.
+    """Return 1 for each validation document, else 0. One that would bring the total over 1.5 x target is skipped.
 
-    At least one is chosen and never all: the shortest of 20 is at most a twentieth of the text.
+    At least one is chosen, and never all: the shortest of 20 is at most a twentieth of the text.
     """
     chosen, taken, count = bytearray(len(lengths)), 0, len(lengths)
     for first in range(0, count, BLOCK):
@@ -290,7 +290,7 @@ def _describe_unknown(s: Statistics) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs of this machine left behind when they made `folder`."""
+    """Remove what killed runs on this machine left behind while building `folder`."""
     for leftover in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*"):
         pid = leftover.suffix[1:]
         if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):

@@ -1,9 +1,9 @@
-"""A text file, checked once and then streamed in chunks: bounded memory, and chunks that do not depend on the read size.
+"""A text file, checked once and then streamed in chunks, in bounded memory; the chunks do not depend on the read size.
 
 `open_text` reads the file once to check that it is UTF-8, to hash it and to count its documents. `Text.chunks` reads it
-again and stops if it changed. A document is cut into chunks of at least 64 Ki characters, after a newline or before a
+again and fails if it changed. A document is cut into chunks of at least 64 Ki characters, after a newline or before a
 single space between two characters that are not white space: there a ByteLevel tokenizer, with or without Digits, gives
-the same tokens with and without the cut. If 128 Ki characters hold no such place, the cut is made there anyway and may
+the same tokens with and without the cut. If 128 Ki characters contain no such place, the cut is made after them and may
 change the tokens around it.
 """
 
@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 from smollm2.errors import DataError, ResourceError, lay_out
 
 CHUNK_RULE = 1
-"""Raised when the chunks of a text change, and so perhaps its tokens."""
+"""Incremented when the chunks of a text change, and with them possibly its tokens."""
 
 CHUNK = 2**16
 LONGEST_CHUNK = 2**17
@@ -47,7 +47,7 @@ BINARY_KINDS = (
     (rb"(?s)(?:[^\0]\0){8}", "UTF-16 text", "convert it with iconv -f UTF-16LE -t UTF-8"),
     (rb"(?s)(?:\0[^\0]){8}", "UTF-16 text", "convert it with iconv -f UTF-16BE -t UTF-8"),
 )
-"""The first bytes of files that are not UTF-8 text, the name of the kind, and what to do."""
+"""The first bytes of files that are not UTF-8 text, the name of each kind, and what to do about it."""
 
 JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 
@@ -65,7 +65,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was read once from end to end and is UTF-8 with at least one document."""
+    """A text that was read once in full and is UTF-8 with at least one document."""
 
     name: str
     path: Path
@@ -79,7 +79,7 @@ class Text:
     spool: tempfile.TemporaryDirectory[str] | None = None  # the copy of a pipe, removed together with the Text
 
     def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
-        """Yield every document in chunks, without the blank ones. `stop` is called often and may raise.
+        """Yield every document, except the blank ones, in chunks. `stop` is called often and may raise.
 
         Raise DataError if the file is no longer the one that was opened.
         """
@@ -129,7 +129,7 @@ def open_text(
 
 
 class _Scan:
-    """What the first reading of a file counts."""
+    """The counts of the first pass over a file."""
 
     def __init__(self, separator: str | None) -> None:
         self.separator = separator
@@ -143,7 +143,7 @@ class _Scan:
         self.digest.update(block)
 
     def count(self, blocks: Iterator[str]) -> Iterator[str]:
-        """Pass the blocks on, and count characters and separators, also those that lie across two blocks."""
+        """Pass the blocks on and count characters and separators, including separators that span two blocks."""
         tail, longest = "", max(map(len, self.found))
         for block in blocks:
             self.characters += len(block)
@@ -171,7 +171,7 @@ class _Scan:
 
 
 def _list_spellings(separator: str) -> list[str]:
-    """Return what may be meant by a separator that does not occur: backslash escapes, or the other kind of line end."""
+    """Return what a separator that does not occur may have meant: backslash escapes, or the other line ending."""
     plain = separator
     for escape, character in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t"), (r"\f", "\f")):
         plain = plain.replace(escape, character)
@@ -180,7 +180,7 @@ def _list_spellings(separator: str) -> list[str]:
 
 
 def expand_home(name: str | Path) -> Path:
-    """Return the path with `~` and `~user` expanded, as a shell does; without such a user it is left as it is."""
+    """Return the path with `~` and `~user` expanded as in a shell; if there is no such user, it is left unchanged."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -190,12 +190,12 @@ def expand_home(name: str | Path) -> Path:
 def split_documents(
     blocks: Iterator[str], separator: str | None, report_blank: Callable[[int], object] = lambda characters: None
 ) -> Iterator[Chunk]:
-    """Split a stream of characters into documents and these into chunks; blank documents are dropped.
+    """Split a stream of characters into documents, and these into chunks; blank documents are dropped.
 
     A document is blank if it is empty or holds only white space; `report_blank` is called with its length. The empty
     text before a separator at the start, or after one at the end, is not a document.
     """
-    held: list[bytes] = []  # the white space that a document begins with; compressed, because it may be long
+    held: list[bytes] = []  # the white space at the start of a document; compressed, because it may be long
     length, begun = 0, False
     for chunk in _cut_chunks(blocks, separator):
         if not begun and not chunk.text.strip():
@@ -213,7 +213,7 @@ def split_documents(
 def _cut_chunks(blocks: Iterator[str], separator: str | None) -> Iterator[Chunk]:
     """Cut a stream of characters into chunks of documents, blank ones included, by the rule at the top of this file.
 
-    Every decision reads the same `need` characters (or all that are left), so that block sizes do not matter.
+    Every decision looks at the same `need` characters (or all that are left), so block sizes do not matter.
     """
     need = LONGEST_CHUNK + 1 + len(separator or "")
     buffer, start, more, first = "", 0, True, True

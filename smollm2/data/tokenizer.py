@@ -1,10 +1,10 @@
 """Text to ids and back: a byte-level BPE trained on the corpus, raw bytes, or any `tokenizer.json`.
 
-`encode` adds nothing, and the text of a special token is plain text. The encoder is tiktoken if it is provably exact:
+`encode` adds no tokens and treats the text of a special token as plain text. tiktoken encodes if it is provably exact:
 ByteLevel with or without Digits, no normalizer, and every merge result alone encodes to itself. By induction over token
 length, both algorithms then make the same merges in the same order. A text on which tiktoken would panic (a byte
-without a token, a very long run of spaces; the panic is a BaseException) is encoded by `tokenizers`, which is decided
-before the call. Text that a tokenizer cannot represent becomes its unknown id, or is dropped if it has none, and is counted.
+without a token, a very long run of spaces; the panic is a BaseException) is detected beforehand and encoded by
+`tokenizers`. Text that a tokenizer cannot represent becomes its unknown id, or is dropped without one, and is counted.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from smollm2.errors import DataError
 
 BYTES = "bytes"
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
-"""Names of the end-of-text token, in order of preference, if a tokenizer's own config names none."""
+"""Names of the end-of-text token, in order of preference, for a tokenizer whose own config gives none."""
 
 MAX_VOCAB_SIZE = 2**21
 LONG_SPACE = re.compile(r"\s{131072}")
 """tiktoken's regex engine overflows its stack between 262,144 and 1,048,576 spaces in a row (0.14, measured)."""
 
 LONG_RUN = re.compile(r"(\S{256})")
-"""Training cuts longer words: 2 MB of DNA without a space then takes 2 s instead of 52 s."""
+"""Training splits longer words: 2 MB of DNA without a space then take 2 s instead of 52 s."""
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -84,7 +84,7 @@ class Tokenizer:
         return self.encode_counted(text)[0]
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
-        """Return the ids of `text`, and how many of its UTF-8 bytes the tokenizer cannot express."""
+        """Return the ids of `text`, and how many of its UTF-8 bytes the tokenizer cannot represent."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -96,7 +96,7 @@ class Tokenizer:
         ids, spans = self._encode_slowly(text)
         if self._byte_level:
             return ids, lost
-        # A Unigram or word model turns the text "</s>" into a control token: that is not expressed either.
+        # A Unigram or word model turns the text "</s>" into a control token: that counts as unrepresented too.
         known = [self.unknown if i in self._controls else i for i in ids]
         return [i for i in known if i is not None], _count_unknown(text, known, spans, self.unknown)
 
@@ -115,11 +115,11 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and transformers read."""
         end: str = self._backend.id_to_token(self.end_of_text)
         config = {
-            # transformers 4.57 and 5 both know this class; 4.57 does not know the name that 5 itself writes.
+            # Both transformers 4.57 and 5 know this class; 4.57 does not know the name that version 5 writes.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": end,
             "clean_up_tokenization_spaces": False,
-            # By default 4.57 also returns token_type_ids, which generate() of these models refuses.
+            # By default 4.57 also returns token_type_ids, which these models' generate() refuses.
             "model_input_names": ["input_ids", "attention_mask"],
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def _find_fast_encoder(self, spec: dict[str, Any]) -> Callable[[str], list[int]] | None:
-        """Return tiktoken's encoder of the same BPE, or None if it may give other ids."""
+        """Return tiktoken's encoder for the same BPE, or None if it might give different ids."""
         pattern, ranks = _find_pattern(spec), _rank_tokens(spec["model"])
         if pattern is None or not ranks:
             return None
@@ -174,7 +174,7 @@ def tokenizer_from_text(text: str, end_of_text: int | None = None) -> Tokenizer:
 def train_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
     """Return a byte-level BPE of up to `vocab_size` ids, fewer if `chunks` support fewer; never under 257.
 
-    It splits digits as SmolLM2's does and has all 256 bytes, so that it can express any text. The same chunks give the
+    It splits digits as SmolLM2's does and has all 256 bytes, so it can represent any text. The same chunks give the
     same tokenizer. The caller limits the sample (`Text.sample`).
     """
     backend = _byte_level_backend()
@@ -254,7 +254,7 @@ def _fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
         folder = Path(hub.snapshot_download(name, allow_patterns=files, local_files_only=True))
         if (folder / "tokenizer.json").is_file():
             return folder
-    except ValueError:  # not a possible name of a repository
+    except ValueError:  # not a valid repository name
         what, advice = f"{absent}, and this is not a hub name", "name an existing folder, `bytes` or `auto`"
         raise DataError(name, what, advice) from None
     except OSError:
@@ -262,7 +262,7 @@ def _fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
     report(f"{name}: the tokenizer is not on this machine; trying the Hugging Face hub (25 s without a network)")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=files, etag_timeout=5))
-    except Exception as error:  # the library may change the class of its HTTP errors; none of them is our fault
+    except Exception as error:  # the library may change the class of its HTTP errors; none of them is a bug of ours
         what = f"{absent}, and the download from the hub failed ({type(error).__name__})"
         advice = f"run `hf download {name}` on a machine with a network, or name a folder, `bytes` or `auto`"
         raise DataError(name, what, advice) from None
@@ -287,8 +287,8 @@ def _find_pattern(spec: dict[str, Any]) -> str | None:
 
 
 def _rank_tokens(model: dict[str, Any]) -> dict[bytes, int] | None:
-    """Return tiktoken's ranks, or None unless they mean the same as the merges: ids ascend, and each result alone
-    encodes to itself."""
+    """Return tiktoken's ranks, or None unless they are equivalent to the merges: the ids of the merge results ascend,
+    and each result encodes to itself on its own."""
     alphabet, ids = map_bytes(), model.get("vocab")
     if model["type"] != "BPE" or not isinstance(ids, dict):
         return None
@@ -319,7 +319,7 @@ def _list_token_bytes(backend: Any, spec: dict[str, Any], ids: dict[str, int], s
 
 
 def _measure_tokens(backend: Any, ids: dict[str, int], spec: dict[str, Any]) -> Iterator[int]:
-    """Yield the UTF-8 bytes of each id of a tokenizer that is not byte-level: what a second copy adds to the text."""
+    """Yield each id's number of UTF-8 bytes in a tokenizer that is not byte-level: what a second copy adds to text."""
     special = {token["id"] for token in spec["added_tokens"] if token["special"]}
     names = {i: token for token, i in ids.items()}
     size = max(names) + 1
@@ -335,7 +335,7 @@ def _measure_tokens(backend: Any, ids: dict[str, int], spec: dict[str, Any]) -> 
 
 
 def _count_unknown(text: str, ids: list[int | None], spans: list[tuple[int, int]], unknown: int | None) -> int:
-    """Return the UTF-8 bytes of the characters, except white space, that no known token covers."""
+    """Return the number of UTF-8 bytes of the characters, except white space, that no known token covers."""
     covered = bytearray(len(text))
     for i, (start, end) in zip(ids, spans, strict=True):
         if i != unknown:

@@ -1,8 +1,8 @@
-"""A stream of tokens as windows: window i reads length + 1 tokens, starting at token i x stride.
+"""A stream of tokens, read as windows: window i reads length + 1 tokens, starting at token i x stride.
 
 Every token but the first of the stream is a target exactly once: if windows overlap, the shared tokens are context
 (label -100), and the last window is padded, never dropped. If documents are isolated, the first token of each is not a
-target either, because no token that its position may attend to comes before it.
+target either, because no token that may be attended to comes before it.
 """
 
 from collections.abc import Sequence
@@ -65,14 +65,14 @@ class Windows:
 
     @property
     def tokens_used(self) -> int:
-        """Return how many tokens the windows read: all of them, as the statistics line shows."""
+        """Return how many tokens the windows read: it is all of them, as the statistics line shows."""
         return min(len(self.tokens), (len(self) - 1) * self.stride + self.length + 1)
 
     def read(self, i: int) -> Batch:
         """Return window i.
 
         Raise DataError if an id is outside the vocabulary or the file has changed: both are checked here, as the window
-        is read. (Beyond the end of a truncated file, the system would end the process with SIGBUS.)
+        is read. (A read beyond the end of a truncated file would end the process with SIGBUS.)
         """
         if (now := self._identify()) != self.identity and now[:1] == self.identity[:1]:
             what, advice = "the file changed while the run was reading it", "delete its folder and use --resume auto"
@@ -93,8 +93,8 @@ class Windows:
         return Batch(input_ids, labels, number_documents(input_ids, self.end_of_text))
 
     def _identify(self) -> tuple[int, ...]:
-        """Return inode, size and modification time of the mapped file. A file that was removed or replaced stays
-        mapped as it was, so that another inode is not a change."""
+        """Return the inode, size and modification time of the mapped file. A file that was removed or replaced stays
+        mapped as it was, so a different inode does not count as a change."""
         if not isinstance(self.tokens, np.memmap):
             return ()
         try:

@@ -1,4 +1,4 @@
-"""The transformer, from its parts to the loss. It knows no data, no device setup and no training.
+"""The transformer, from its parts to the loss. It is independent of data, device setup and training.
 
 Read in this order: transformer.py (the whole network), functional.py (normalization, rotary embedding, SwiGLU),
 attention.py (the backends) with blocks.py (our own), loss.py, and cache.py (for generation).

@@ -1,4 +1,4 @@
-"""Causal attention: softmax(q k^T / sqrt(D)) v, each position over itself and those before it.
+"""Causal attention: softmax(q k^T / sqrt(D)) v; each position attends to itself and those before it.
 
 Shapes: q (B, H, T, D), k and v (B, K, T, D) with K dividing H; query head h reads key-value head h // (H / K). The backends
 compute the same function:
@@ -9,8 +9,8 @@ compute the same function:
     flex     torch's compiled block masks, for CUDA
     eager    the definition, and the reference of the tests
 
-With isolated documents a position sees its own document alone. Rotary positions are not restarted at a document: only their
-differences matter.
+With isolated documents a position sees only its own document. Rotary positions do not restart at each document: only
+their differences matter.
 """
 
 import functools
@@ -31,7 +31,7 @@ Backend = Literal["sdpa", "blocks", "varlen", "flex", "eager"]
 
 
 Layout = Tensor | BlockMask | None
-"""Which positions see which, in the form that a backend takes; None: each sees all those before it."""
+"""Which positions see which, in the form that a backend takes; None: each sees itself and all those before it."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend, layout: Layout = None) -> Tensor:
@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend, layout: Layout = N
     if isinstance(layout, BlockMask):
         return attend_flex(q, k, v, layout)
     if backend == "sdpa":
-        if layout is not None and q.is_cuda:  # the CUDA kernel that takes a mask takes no grouped heads
+        if layout is not None and q.is_cuda:  # the CUDA kernel that accepts a mask does not support grouped heads
             k, v = repeat_heads(q, k, v)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, layout, is_causal=layout is None, enable_gqa=grouped)
@@ -65,7 +65,7 @@ def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def see_past(length: int, device: torch.device) -> Tensor:
-    """Return (T, T): true if the position of the row may see that of the column, itself or one before it."""
+    """Return a mask (T, T): true if the row's position may see the column's, that is, itself or an earlier one."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
@@ -74,8 +74,8 @@ def lay_out(document_ids: Tensor | None, input_ids: Tensor, backend: Backend) ->
 
     `document_ids` (B, T) is the number of the document at each position and does not decrease along T; None: one document
     per sequence. The result is, for `blocks`, the position where each position's document begins, (B, T); for `varlen`,
-    where each document begins and the last ends in B x T, (N + 1); for `flex`, its block mask; for the others a mask that
-    is true if the row may see the column, (B, 1, T, T).
+    where each of the N documents begins and the last ends in B x T, (N + 1); for `flex`, its block mask; for the
+    others, a mask that is true if the row may see the column, (B, 1, T, T).
     """
     if document_ids is None:
         if backend not in ("varlen", "flex"):
@@ -94,7 +94,7 @@ def lay_out(document_ids: Tensor | None, input_ids: Tensor, backend: Backend) ->
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    """Return attention over the documents of all sequences, one after another, as torch's flash kernel takes them."""
+    """Return attention over the documents of all sequences, concatenated as torch's flash kernel expects them."""
     options: dict[str, Any] = {"is_causal": True} if takes_option("is_causal") else {"window_size": (-1, 0)}
     if takes_option("enable_gqa"):
         options["enable_gqa"] = True
@@ -137,7 +137,7 @@ def compile_flex() -> Callable[..., Tensor]:
 def choose_backend(
     requested: str, device_type: str, dtype: torch.dtype, features: frozenset[str], *, isolates: bool = False
 ) -> Backend:
-    """Return the backend for a device with `features`: a table, so that a resumed run agrees. A request is kept.
+    """Return the backend for a device with `features`, from a table, so that a resumed run agrees. Requests are kept.
 
     `isolates` says whether documents are isolated.
     """
@@ -154,7 +154,7 @@ def check_backend(
     """Compare a backend with the reference on a small case; return None if it agrees, else what is wrong.
 
     `heads` is (query heads, key-value heads, head width); with `isolates` the case has several documents. The reference is
-    computed on the CPU in float64, so that neither tf32 nor a device's own rounding is in it. The random state is not
+    computed on the CPU in float64, so that neither tf32 nor a device's own rounding affects it. The random state is not
     changed.
     """
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +168,7 @@ def check_backend(
     try:
         found = _output_and_gradients(inputs, weight.to(device), backend, None if ids is None else ids.to(device))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(". ")[0]  # what follows may be torch's advice, which is not for users
+        reason = str(error).splitlines()[0].split(". ")[0]  # the rest may be torch's advice, not meant for users
         return f"attention backend {backend} does not run on {device.type} in {dtype}: {reason}"
     exact = [x.double().requires_grad_() for x in rounded]
     reference = _output_and_gradients(exact, weight.double(), "eager", ids)

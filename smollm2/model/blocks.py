@@ -15,7 +15,7 @@ class BlockAttention(torch.autograd.Function):
     """Attention of each block of queries over the keys up to its end, by `baddbmm`, softmax and `bmm`.
 
     The queries of one key-value head become rows of one matrix, so that grouped heads share a product. The probabilities of
-    short sequences are kept for the backward pass; those of longer ones would be the largest tensor of all and are
+    short sequences are kept for the backward pass; those of longer ones would be the largest tensor and are
     recomputed. `starts` (B, T) is the position where the document of each position begins, or None.
     """
 
@@ -72,8 +72,8 @@ def _rows(queries: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _first_key(starts: Tensor | None, start: int) -> int:
-    """Return the first key that the queries from `start` on need, rounded down to a block: few shapes occur, and oneDNN
-    compiles its kernels for each. A compiler knows no values, so compiled code reads all keys."""
+    """Return the first key that the queries from `start` on need, rounded down to a block so that few shapes occur:
+    oneDNN compiles its kernels for each. A compiler does not know the values, so compiled code reads all keys."""
     if starts is None or torch.compiler.is_compiling():
         return 0
     return int(starts[:, start].min()) // QUERY_BLOCK * QUERY_BLOCK

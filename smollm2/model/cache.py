@@ -1,4 +1,4 @@
-"""The key-value cache: keys and values of the tokens that a text already has, so that each is computed once.
+"""The key-value cache: keys and values of the tokens that a text already has, so that each is computed only once.
 
 Letters in shapes as in transformer.py; S is the number of columns of the cache.
 """
@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLUMN_STEP = 64
-"""Columns of a cache are allocated and read in multiples of this. An empty column costs little, and few shapes occur: oneDNN
-compiles its kernels for each new shape, 0.4 s in bf16."""
+"""Columns of a cache are allocated and read in multiples of this. An empty column costs little, and few shapes occur:
+oneDNN compiles its kernels for each new shape, which takes 0.4 s in bf16."""
 
 
 class Slot(NamedTuple):
     """One layer's part of a cache.
 
-    Keys and values are (B, K, S, D), `column` is the first to write, and `mask` (B, 1, T, S) is added to the scores of the
-    T queries.
+    Keys and values are (B, K, S, D), `column` is the first one to write, and `mask` (B, 1, T, S) is added to the
+    scores of the T queries.
     """
 
     keys: Tensor
@@ -45,8 +45,8 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
 class KeyValueCache:
     """Keys and values of a batch of texts that end at the same column; `starts` (B,) are the columns where they begin.
 
-    `buffer_shape` is (layers, B, K, S, D); the buffers are allocated once. `positions` is the number of positions that the
-    model has.
+    `buffer_shape` is (layers, B, K, S, D); the buffers are allocated once. `positions` is the model's number of
+    positions.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class KeyValueCache:
 
     @property
     def is_full(self) -> bool:
-        """Whether no column is left, which happens if the longest text has ended."""
+        """Whether no column is left, which happens once the longest text has ended."""
         return self.length == len(self.columns)
 
     def advance(self, count: int) -> tuple[Tensor, list[Slot]]:
         """Return the positions (B, T) of the next `count` columns in their texts, and each layer's slot.
 
-        The padding before a text, and what a text that has ended still computes, stay inside the model's positions.
+        Positions are clamped to the model's range for the padding before a text and for columns after a text has ended.
         """
         first, self.length = self.length, self.length + count
         new = self.columns[first : self.length]
@@ -81,7 +81,7 @@ class KeyValueCache:
         return self.mask
 
     def _open_columns(self, new: Tensor) -> Tensor:
-        """Let each column see itself and those of its text before it. Padding sees itself: seeing nothing would give NaN."""
+        """Let each column see itself and earlier ones of its text. Padding sees itself: seeing none would give NaN."""
         inside = (self.columns >= self.starts)[:, None, None]
         seen = (self.columns <= new[:, None]) & inside | (self.columns == new[:, None])
         mask = torch.zeros_like(seen, dtype=self.mask.dtype).masked_fill_(~seen, -math.inf)

@@ -1,7 +1,7 @@
-"""Normalization, rotary embedding and SwiGLU: each in its plain form, and in one that keeps less for the backward pass.
+"""Normalization, rotary embedding and SwiGLU: each in a plain form and in one that saves less for the backward pass.
 
-Eager training takes the saving forms (on two cores in bf16: 10 % of the time and a fifth of the memory of a run,
-benchmarks/README.md). Inference takes the plain ones, and so does a compiler, which fuses them by itself.
+Eager training uses the memory-saving forms (on two cores in bf16: saves 10 % of a run's time and a fifth of its memory,
+benchmarks/README.md). Inference uses the plain ones, and so does a compiler, which fuses them by itself.
 """
 
 import torch
@@ -14,8 +14,8 @@ def _plain() -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps), in float32, rounded to the dtype of x before it is multiplied by the weight, as
-    transformers' LlamaRMSNorm does: x (..., C), weight (C,)."""
+    """x / sqrt(mean(x^2) + eps), in float32, rounded to the dtype of x before the multiplication by the weight, as in
+    transformers' LlamaRMSNorm: x (..., C), weight (C,)."""
     if _plain():
         return plain_rms_norm(x, weight, eps)
     out: Tensor = RMSNormSavingMemory.apply(x, weight, eps)  # type: ignore[no-untyped-call]
@@ -23,18 +23,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` as torch differentiates it."""
+    """`rms_norm` with torch's own backward pass."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight.to(x.dtype)
 
 
 class RMSNormSavingMemory(torch.autograd.Function):
-    """Keeps x, which the residual stream holds anyway, and one number a row."""
+    """Saves x, which the residual stream holds anyway, and one number per row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        """As `plain_rms_norm`."""
+        """The same as `plain_rms_norm`."""
         wide = x.float()
         scale = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -66,9 +66,9 @@ def rotary_tables(positions: int, width: int, theta: float, device: torch.device
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout (transformers' Llama): x (B, T, H, D), cos and sin (T, D / 2), or
-    (B, T, D / 2) where each sequence has positions of its own.
+    (B, T, D / 2) if each sequence has its own positions.
 
-    The pair (x[i], x[i + D / 2]) turns by the angle of its position.
+    The pair (x[i], x[i + D / 2]) is rotated by the angle of its position.
     """
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     if _plain():
@@ -84,18 +84,18 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotateSavingMemory(torch.autograd.Function):
-    """A rotation needs nothing of x to go back: the gradient is turned by the opposite angle."""
+    """The backward pass of a rotation does not need x: the gradient is rotated by the opposite angle."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        """As `plain_rotate`, laid out in memory as attention reads it: (B, H, T, D)."""
+        """The same as `plain_rotate`, laid out in memory as attention reads it: (B, H, T, D)."""
         ctx.save_for_backward(cos, sin)
         out = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         return _turn(x, cos, sin, out)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        """The transpose of a rotation is the rotation back; laid out as the product that made x wants it."""
+        """The transpose of a rotation is its inverse; the result is laid out as the projection behind x needs it."""
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, -sin, torch.empty_like(grad, memory_format=torch.contiguous_format)), None, None
 
@@ -118,7 +118,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class SwiGLUSavingMemory(torch.autograd.Function):
-    """Keeps gate and up; silu(gate) is computed again in the backward pass."""
+    """Saves gate and up; silu(gate) is recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

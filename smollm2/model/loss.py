@@ -1,7 +1,7 @@
 """Next-token loss as (sum, count), without ever holding the logits of all tokens.
 
 The output head and the cross-entropy are one `autograd.Function`: rows in chunks, the product in the compute dtype,
-log-sum-exp and sum in float32, gradients made while the logits of the chunk are there. At a vocabulary of 49,152 this
+log-sum-exp and sum in float32, gradients computed while the chunk's logits are in memory. At a vocabulary of 49,152 it
 takes a tenth of the memory of the plain form (benchmarks/README.md).
 """
 
@@ -22,10 +22,10 @@ def next_token_loss(
     """Sum over targets of -log softmax(hidden weight^T)[label] in float32, and the number of targets.
 
     hidden (..., C), weight (V, C), labels (...) int64 with -100 where there is no target. `z_loss` adds the gradient of
-    z_loss * logsumexp^2 for each target (PaLM, arXiv 2204.02311, section 5); the value stays the cross-entropy alone,
-    so that a loss means the same thing in every run. Autograd's first derivative only. The gradients are computed multiplied
-    by `gradient_scale` and divided by it in the backward pass: with fp16's loss scale in it, a smaller loss scale prevents
-    an overflow in the weight's gradient.
+    z_loss * logsumexp^2 for each target (PaLM, arXiv 2204.02311, section 5); the returned value is the
+    cross-entropy alone, so that a loss means the same in every run. Only first derivatives are supported. Gradients are
+    multiplied by `gradient_scale` when computed and divided by it in the backward pass: if it contains fp16's scale,
+    a smaller loss scale prevents an overflow in the weight's gradient.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -37,7 +37,7 @@ def next_token_loss(
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Keeps the gradients of hidden and weight, made chunk by chunk in the forward pass, and scales them in the backward."""
+    """Computes the gradients of hidden and weight by chunks in the forward pass; the backward pass only scales them."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -84,10 +84,10 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
-        """Scale what the forward pass made; twice through one graph is refused by autograd."""
+        """Scale the gradients from the forward pass; autograd refuses a second pass through the same graph."""
         grad_hidden, grad_weight = ctx.saved_tensors
         if ctx.gradient_scale is not None:
             grad = grad / ctx.gradient_scale
-        # In float32: `grad` rounded to 16 bits would put the same relative error of up to 0.4 % on the whole gradient.
+        # In float32: rounding `grad` to 16 bits would give the whole gradient the same relative error of up to 0.4 %.
         grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
         return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None

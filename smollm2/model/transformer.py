@@ -1,7 +1,7 @@
-"""The transformer, with Hugging Face's parameter names: its weights are a Llama's, or a StableLM's with LayerNorm.
+"""The transformer, with the parameter names of Hugging Face's Llama, or of its StableLM if the norm is LayerNorm.
 
 Letters in shapes: B sequences, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, I
-intermediate_size, V vocab_size. The model does not know its device: the dtype comes from autocast; attention backend,
+intermediate_size, V vocab_size. The model is device-independent: the dtype comes from autocast; the attention backend,
 checkpointing and compilation are set from outside.
 """
 
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Leave the drawing of the weights to SmolLM2.initialize."""
+        """Do nothing: SmolLM2.initialize draws the weights."""
 
 
 class RMSNorm(nn.Module):
@@ -63,7 +63,7 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layern
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32 whatever the model is cast to.
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), in float32 even if the model is cast.
 
     They are recomputed after every move or cast: tables rounded to bf16 change the logits by 0.68.
     """
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen = None, backend: Backend = "sdpa") -> Tensor:
-        """(B, T, C) -> (B, T, C). Each position attends to what a backend's layout allows, or to a slot of a cache too."""
+        """(B, T, C) -> (B, T, C). Each position attends to what a backend's layout allows, or also to a cache slot."""
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # B K T D
         mixed = attend_cached(q, k, v, seen) if isinstance(seen, Slot) else attend(q, k, v, backend, seen)
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         x = self.embed(input_ids)
         cos, sin = self.rotary.cos[positions].to(x.dtype), self.rotary.sin[positions].to(x.dtype)
         for layer, slot in zip(self.layers, slots, strict=True):
-            x = layer.forward(x, cos, sin, slot)  # layer(...) would compile the block once more for these shapes
+            x = layer.forward(x, cos, sin, slot)  # layer(...) would recompile the block for these shapes
         out: Tensor = self.norm(x)
         return out
 
@@ -222,8 +222,8 @@ class SmolLM2(nn.Module):
         gradient_scale: Tensor | None = None,
     ) -> Any:
         """Return the logits (B, T, V) for input_ids (B, T); with labels (B, T), where labels[t] is the token after
-        input_ids[t] and -100 is no target, the loss as (sum over the targets, float32; number of targets). With document_ids
-        (B, T), which do not decrease along T, a position sees only its own document."""
+        input_ids[t] and -100 marks no target, the loss as (sum over targets, float32; number of targets). With
+        document_ids (B, T), which do not decrease along T, a position sees only its own document."""
         hidden = self.model(input_ids, document_ids)
         if labels is None:
             return self.lm_head(hidden)

@@ -1,4 +1,4 @@
-"""Commands as the user can type them: relative to the folder where run_training.sh was called, without an activated .venv."""
+"""Commands as the user can type them: relative to where run_training.sh was called, without activating .venv."""
 
 import os
 import shlex
@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 CALLER = "SMOLLM2_CALLER"
-"""The variable in which run_training.sh, which works in its own folder, leaves the folder from which it was called."""
+"""The variable in which run_training.sh, which changes to its own folder, stores the folder it was called from."""
 
 
 def shown_path(path: Path) -> str:
     """Return a path as the user can type it: relative if it is below the user's folder, else absolute."""
     folder = Path(os.environ.get(CALLER) or Path.cwd())
-    whole = Path(os.path.normpath(Path.cwd() / path))  # links are kept: .venv's Python is a link to the system's
+    whole = Path(os.path.normpath(Path.cwd() / path))  # links stay: .venv's Python is a link to the system's
     return shlex.quote(str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole))
 
 
@@ -24,7 +24,7 @@ def shown_script(path: Path) -> str:
 
 
 def smollm2_command(python: Path | None = None) -> str:
-    """Return `smollm2` if that starts this environment, else its path. `python` is the environment's, by default this one."""
+    """Return `smollm2` if that runs this environment's command, else its path. `python` defaults to the current one."""
     python = python or Path(sys.executable)
     command = python.with_name(f"smollm2{python.suffix}")
     if not command.exists():

@@ -65,7 +65,7 @@ class Runtime:
         return name if name != "cpu" else "cpu-bf16" if self.precision.name == "bf16" else "cpu-float32"
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which the model computes."""
+        """Return the autocast context in which the model computes."""
         return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype != torch.float32)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that fails on every rank if it fails on one, so that no rank waits for one that has failed.
+        """Run a block and fail on every rank if it fails on any, so that no rank waits for one that has failed.
 
         The block must not contain a collective: the ranks exchange their results after it. The lowest rank that failed
         reports why.
@@ -100,7 +100,7 @@ class Runtime:
         error: Exception | None = None
         try:
             yield
-        except Exception as caught:  # whatever it is, the other ranks must learn of it first
+        except Exception as caught:  # whatever it is, the other ranks must be told first
             error = caught
         codes = self.gather(0 if error is None else getattr(error, "exit_code", 1))
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -116,7 +116,7 @@ class Runtime:
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Return the model as training calls it: itself, or wrapped so that ranks share their gradients."""
-        # The rotary tables are the same on every rank. Broadcast before each forward pass, they would make it a
+        # The rotary tables are the same on every rank. Broadcasting them before each forward pass would make it a
         # collective; `broadcast_buffers=False` is deprecated.
         tables = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)  # type: ignore[no-untyped-call]
@@ -129,11 +129,11 @@ class Runtime:
         os._exit(code)
 
     def stop_requested(self, otherwise: int = 0) -> int:
-        """Return the number of a signal that some rank has received, else `otherwise`; the same on all ranks."""
+        """Return the number of a signal that any rank has received, else `otherwise`; all ranks get the same result."""
         return self.highest(self.stop.number or otherwise)
 
     def raise_if_stopped(self) -> None:
-        """Raise Interrupted, on all ranks or on none, in work between two steps that can be repeated."""
+        """Raise Interrupted, on all ranks or on none; for use during repeatable work between two steps."""
         if number := self.stop_requested():
             raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
@@ -157,13 +157,13 @@ class Runtime:
 
 
 def start_runtime(config: TrainingConfig) -> Runtime:
-    """Find device and ranks, choose the precision, seed every generator.
+    """Find the device and ranks, choose the precision, and seed every generator.
 
-    Raise ConfigError for a precision that the device does not compute.
+    Raise ConfigError for a precision that the device does not support.
     """
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     handlers = [
-        # After the watch's timeout, because the watch names the rank that is late and torch's error does not.
+        # Longer than the watcher's timeout, because the watcher names the rank that is late and torch's error does not.
         InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.rank_timeout + 30)),
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
@@ -178,9 +178,9 @@ def start_runtime(config: TrainingConfig) -> Runtime:
         precision = choose_precision(config.precision, device.type, device_features(device))
     if device.type == "cpu":
         keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if precision.name == "tf32" else "highest")  # also after another run
+    torch.set_float32_matmul_precision("high" if precision.name == "tf32" else "highest")  # overrides an earlier run
     if config.deterministic:
-        # cuBLAS is deterministic only with a workspace of fixed size.
+        # cuBLAS is deterministic only with a fixed workspace size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     random.seed(config.seed)

@@ -1,4 +1,4 @@
-"""What the allocator does with memory that is freed."""
+"""How the allocator handles freed memory."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, unless MALLOC_* is set in the environment.
 
-    By default each step returns 100 MB to the system and gets every page back: 10 % of its time (benchmarks/README.md).
+    By default each step returns 100 MB to the system and refaults every page: 10 % of its time (benchmarks/README.md).
     """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)

@@ -1,6 +1,6 @@
-"""The number format of the products, and the table of what a device computes.
+"""The number format of matrix products, and the table of what a device computes at full speed.
 
-Every choice by a feature (precision, attention, decoding, Muon's dtype) reads `device_features`.
+Every choice that depends on a feature (precision, attention, decoding, Muon's dtype) reads `device_features`.
 """
 
 import functools
@@ -16,7 +16,7 @@ from smollm2.plan.machine import leaves_bf16
 
 @dataclass(frozen=True)
 class Precision:
-    """The number format of the products, and why it was chosen."""
+    """The number format of matrix products, and why it was chosen."""
 
     name: str
     reason: str
@@ -36,7 +36,7 @@ REFUSALS = {
     ("bf16", "mps"): "bf16 needs macOS 14 or newer",
     ("fp16", "cpu"): "a CPU computes fp16 13 to 25 times slower than float32",
 }
-"""Why a device that lacks a format does not get it."""
+"""Why each format is not used on a device that lacks it."""
 
 
 TF32_REFUSAL = "tf32 needs a CUDA GPU of compute capability 8 or higher"
@@ -49,9 +49,9 @@ def choose_precision(
     where: str = "training.precision",
     advice: str = "use auto or float32",
 ) -> Precision:
-    """Return the format for a device with `features`: a table, never a stopwatch, so that a resumed run agrees.
+    """Return the format for a device with `features`, from a table, never by timing, so that a resumed run agrees.
 
-    Raise ConfigError, which names `where`, if the device does not compute the requested format.
+    Raise ConfigError, which names `where`, if the device does not support the requested format.
     """
     if requested == "auto":
         if device_type == "mps":
@@ -67,7 +67,7 @@ def choose_precision(
 
 
 def muon_dtype(features: frozenset[str]) -> torch.dtype:
-    """Return the dtype of Muon's products on a device with `features`: a table, like the one of `choose_precision`.
+    """Return the dtype of Muon's products on a device with `features`, from a table as in `choose_precision`.
 
     bf16 gives the same loss, and where it is emulated it is 100 times slower than float32
     (docs/decisions/0006-muon-of-our-own.md).
@@ -76,10 +76,10 @@ def muon_dtype(features: frozenset[str]) -> torch.dtype:
 
 
 def device_features(device: torch.device) -> frozenset[str]:
-    """Return what this device computes at full speed: the one table that every choice by a feature reads.
+    """Return what this device computes at full speed: the one table that every feature-dependent choice reads.
 
     `bf16`, `fp16`, `tf32`: matrix products in that format. `varlen`: torch's flash kernel over documents of any length.
-    `packed_float32`, `packed_bf16`: products with a matrix that oneDNN laid out beforehand.
+    `packed_float32`, `packed_bf16`: products with a matrix that oneDNN packed beforehand.
     """
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device)[0] >= 8
@@ -96,7 +96,7 @@ PACKED_DTYPES = {"packed_float32": torch.float32, "packed_bf16": torch.bfloat16}
 def has_bf16_units(environment: Mapping[str, str]) -> bool:
     """Return whether this CPU computes bf16 products in hardware: AVX-512 BF16 or AMX.
 
-    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch compute as a smaller CPU would; then these units are not used.
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch compute as a lesser CPU would; these units are then unused.
     """
     if environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2") or not leaves_bf16(environment):
         return False
@@ -106,7 +106,7 @@ def has_bf16_units(environment: Mapping[str, str]) -> bool:
 
 @functools.cache
 def packs_weights(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN lays out and multiplies a matrix of this dtype. Tried, because the conditions are its own."""
+    """Return whether oneDNN can pack and multiply a matrix of this dtype. Tried: only oneDNN knows its conditions."""
     matrix = torch.zeros(16, 16, dtype=dtype)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(matrix, 1)

@@ -1,4 +1,4 @@
-"""The state of every random generator: saved in a checkpoint, restored on a resume."""
+"""The state of every random generator: saved in a checkpoint and restored on resume."""
 
 import random
 

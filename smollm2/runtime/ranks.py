@@ -1,7 +1,7 @@
-"""Several processes in one run: which rank is late, which has ended, and in what they differ.
+"""Several processes in one run: which rank is late, which has ended, and how they differ.
 
-A collective that waits for a stuck rank does not name it, and NCCL waits even for a dead one. So a thread of each rank
-writes the rank's position to a file every second and reads those of the others.
+A collective that waits for a stuck rank does not name it, and NCCL waits even for a dead one. So each rank has a thread
+that writes the rank's position to a file every second and reads those of the others.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from smollm2.storage.run_folder import RANKS
 
 SECONDS_BETWEEN_CHECKS = 1.0
 SECONDS_AFTER_A_LOSS = 5.0
-"""A rank that has made no progress for this long after another ended is waiting for it, and ends too."""
+"""A rank that makes no progress for this long while another has ended must be waiting for it, and ends too."""
 
 ADVICE = "check that process or machine, then resume with --resume auto"
 
 
 @dataclass(frozen=True)
 class Position:
-    """A rank's position in the run: `count` increases with everything it begins, `code` is None until it ends."""
+    """A rank's position in the run: `count` increases with each thing it begins; `code` is None until it ends."""
 
     rank: int
     count: int
@@ -46,7 +46,7 @@ class Position:
 
 
 class Watch:
-    """The watching thread of one rank. `position` returns (count, place, since when, whether it waits for others there)."""
+    """A rank's watcher thread. `position` returns (count, place, since when, whether it waits for others there)."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class Watch:
         end: Callable[[Smollm2Error], None],
         report: Callable[[str], None],
     ) -> None:
-        """`end` is called in the thread with the reason to give up; it ends the process.
+        """`end` is called in the thread with the reason for giving up; it ends the process.
 
-        `report` receives a line about a wait that may rightly be long: while rank 0 reads the text or saves.
+        `report` receives a line about a wait that may legitimately be long: while rank 0 reads the text or saves.
         """
         self.folder, self.rank, self.position, self.timeout, self.end = folder / RANKS, rank, position, timeout, end
         self.report, self.reported = report, -1
@@ -67,12 +67,12 @@ class Watch:
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Start to write this rank's position and to read the others'."""
+        """Start writing this rank's position and reading the others'."""
         self._write(None)
         self.thread.start()
 
     def close(self, code: int) -> None:
-        """End the thread; a rank that failed leaves its exit code for those that wait for it."""
+        """End the thread; a rank that failed leaves its exit code for the ranks that wait for it."""
         if self.closed.is_set() or not self.thread.is_alive():
             return
         self.closed.set()
@@ -85,7 +85,7 @@ class Watch:
             self.folder.rmdir()
 
     def explain_loss(self) -> Smollm2Error:
-        """Return the error of a rank that lost another, after a short wait for that one's exit code."""
+        """Return the error for a rank that lost another one, after a short wait for the other's exit code."""
         for _ in range(10):
             if ended := [position for position in self.others() if position.has_ended()]:
                 return self._describe_loss(ended)
@@ -94,7 +94,7 @@ class Watch:
         return TrainingError("the ranks", f"lost contact with each other; {describe_late(late)}", ADVICE)
 
     def others(self) -> list[Position]:
-        """Return the last written positions of the other ranks; one that has written nothing is missing."""
+        """Return the last written positions of the other ranks; a rank that has written nothing is left out."""
         found = []
         for path in self.folder.glob("rank_*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError):  # being written at this moment
@@ -118,7 +118,7 @@ class Watch:
                 self._report_wait(waited)
 
     def _report_wait(self, waited: float) -> None:
-        """Report once, by one of the ranks that wait."""
+        """Report the wait once, from only one of the waiting ranks."""
         everyone = self._everyone()
         late = find_late(everyone)
         if late and self.rank == min(p.rank for p in everyone if p not in late):
@@ -154,7 +154,7 @@ class Watch:
         return self.folder / f"rank_{rank:04d}.json"
 
     def _write(self, code: int | None) -> None:
-        """Write this rank's position, unsynced: it matters only while the run lives. A full disk must not end the run."""
+        """Write this rank's position, without fsync: it matters only during the run. A full disk must not end it."""
         path = self._path(self.rank)
         temporary = path.with_suffix(".new")
         with contextlib.suppress(OSError):
@@ -170,7 +170,7 @@ def find_late(positions: Sequence[Position]) -> list[Position]:
 
 
 def describe_late(late: Sequence[Position]) -> str:
-    """Return which ranks are behind, at what and in which process."""
+    """Return which ranks are behind, at which place and in which process."""
     if not late:
         return "all ranks are at the same place, so the network between them or a device does not answer"
     return ", ".join(f"rank {p.rank} is behind, at {p.place} (process {p.pid} on {p.host})" for p in late)
@@ -191,7 +191,7 @@ def find_disagreement(facts: Sequence[Mapping[str, object]]) -> tuple[int, list[
 
 
 def find_odd_replica(sums: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """Return (rank, index) of the first value that differs from most ranks'; of two ranks the higher is named."""
+    """Return (rank, index) of the first value that differs from most ranks'; with two ranks the higher one is named."""
     for index, values in enumerate(zip(*sums, strict=True)):
         usual = max(values, key=lambda value: (values.count(value), -values.index(value)))
         for rank, value in enumerate(values):
@@ -201,17 +201,17 @@ def find_odd_replica(sums: Sequence[Sequence[int]]) -> tuple[int, int] | None:
 
 
 class Pulse:
-    """This rank's position, for the watching thread: plain attributes, so that a mark costs nothing."""
+    """This rank's position, for the watcher thread: plain attributes, so that a mark costs nothing."""
 
     def __init__(self) -> None:
         self.step, self.count, self.place, self.waits, self.since = 0, 0, "the setup", False, time.monotonic()
 
     def mark(self, place: str, *, waits: bool = False) -> None:
-        """Note that something begins; with `waits` the other ranks must reach it too, within rank_timeout."""
+        """Record that something begins; with `waits`, the other ranks must reach it too, within rank_timeout."""
         self.count, self.place, self.waits, self.since = self.count + 1, place, waits, time.monotonic()
 
     def read(self) -> tuple[int, str, float, bool]:
-        """Return how much was begun, what last, when, and whether it waits for the others."""
+        """Return how many things were begun, the last one, when it began, and whether it waits for the others."""
         where = f"step {self.step}, {self.place}" if self.step else self.place
         return self.count, where, self.since, self.waits
 

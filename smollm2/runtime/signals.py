@@ -11,7 +11,7 @@ from types import FrameType
 from smollm2.errors import Interrupted
 
 SAME_SIGNAL_SECONDS = 2.0
-"""A launcher forwards a signal that the terminal already sent to every process: within this time both are one request."""
+"""A launcher forwards a signal that the terminal already sent to every process: within this time both count as one."""
 
 
 class StopSignal:
@@ -42,7 +42,7 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def raise_if_set(self) -> None:
-        """Raise Interrupted if a signal was received, in work that has nothing to save."""
+        """Raise Interrupted if a signal was received; for use during work that has nothing to save."""
         if self.number:
             name = signal.Signals(self.number).name
             raise Interrupted(f"stopped by {name} before the first step; nothing was lost", self.number)

@@ -1,4 +1,4 @@
-"""How fast this machine is: a short measurement of matrix products, which corrects an estimated time and nothing else."""
+"""How fast this machine is: a short measurement of matrix products, used only to correct an estimated time."""
 
 import os
 import time
@@ -16,11 +16,11 @@ SIDE = 512
 def measure_products(dtype: torch.dtype = torch.float32, seconds: float = 0.4) -> float:
     """Return the FLOP/s of matrix products on the CPU with torch's threads. Draws no random numbers.
 
-    Taken from the fastest quarter of the products: other programs, and a core that is still asleep, only make one slower.
+    Taken from the fastest quarter of the products: other programs and sleeping cores can only slow a product down.
     """
     with torch.inference_mode():
         matrix = torch.full((SIDE, SIDE), 1 / SIDE, dtype=dtype)
-        product = matrix @ matrix  # the first one is slower
+        product = matrix @ matrix  # warm-up: the first one is slower
         end = time.perf_counter() + seconds
         durations: list[float] = []
         while not durations or time.perf_counter() < end:
@@ -31,7 +31,7 @@ def measure_products(dtype: torch.dtype = torch.float32, seconds: float = 0.4) -
 
 
 def machine_of(runtime: Runtime) -> Machine:
-    """Return what the ranks of a run compute on, as the plan names it."""
+    """Return the machine that the ranks of a run compute on, as the plan names it."""
     found = find_machine(os.environ)
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if runtime.device.type == "cuda":
@@ -46,5 +46,5 @@ def measure_if_long(runtime: Runtime, machine: Machine, seconds: float) -> float
     """Return the FLOP/s of this machine's products for a run of about `seconds` on a CPU; None if it is not worth it."""
     if not machine.is_cpu or seconds < 20:
         return None
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # the ranks of a machine measure at the same time
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # all ranks on a machine measure at the same time
     return local * measure_products(runtime.precision.dtype)

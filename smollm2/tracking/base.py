@@ -1,8 +1,8 @@
-"""What a tracker is, the messages that it receives, how one message reaches several, and the fence around unreliable ones.
+"""The tracker interface, its messages, the fan-out to several trackers, and the fence around unreliable ones.
 
 Everything that a run records is a `Message`. A fenced tracker runs on its own daemon thread and receives messages through
-a bounded queue, so a server that hangs costs the run nothing: what the queue cannot hold is dropped and counted, and the
-local files are complete.
+a bounded queue, so a server that hangs costs the run nothing: what the queue cannot hold is dropped and counted, while
+the local files stay complete.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ CLOSE_SECONDS = 30.0
 QUEUE_CAPACITY = 10_000
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys instead of showing it: C0, DEL and C1, marks that reorder text, line separators; and lone
-surrogates, which cannot be written at all."""
+"""Characters that a terminal obeys instead of showing: C0, DEL and C1, marks that reorder text, line separators; and
+lone surrogates, which cannot be written at all."""
 
 Report = Callable[[str], None]
 """Shows one message to the user."""
@@ -29,7 +29,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers of one step: a training report, or a validation."""
+    """The numbers of one step: a training report or a validation."""
 
     values: Mapping[str, float | int]
 
@@ -60,7 +60,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values are between `edges[i]` and `edges[i + 1]`: one count fewer than edges."""
+    """How many values are between `edges[i]` and `edges[i + 1]`: there is one count fewer than edges."""
 
     counts: Sequence[int]
     edges: Sequence[float]
@@ -105,7 +105,7 @@ class Landscape:
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A checkpoint that was written and verified; `is_best` by its validation loss. It may be removed after the call."""
+    """A written and verified checkpoint; `is_best` by its validation loss. It may be removed after the call."""
 
     path: Path
     is_best: bool
@@ -113,14 +113,14 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Message:
-    """One record of a run. `step` is the number of optimizer steps done."""
+    """One record of a run. `step` is the number of completed optimizer steps."""
 
     step: int
     content: Metrics | Samples | Event | Diagnosis | Landscape | SavedFile
 
 
 class Tracker(Protocol):
-    """Receives the messages of a run and ignores the kinds that it has no use for."""
+    """Receives the messages of a run and ignores the kinds that it does not use."""
 
     def on(self, message: Message) -> None:
         """Record one message."""
@@ -138,7 +138,7 @@ class Fanout(Tracker):
 
     @property
     def seconds(self) -> float:
-        """The tracking overhead so far: the time that the run waited, and what fenced trackers computed beside it."""
+        """The tracking overhead so far: the time that the run waited, plus the CPU time of fenced trackers."""
         return self.seconds_in_line + sum(tracker.seconds for tracker in self.trackers if isinstance(tracker, Fence))
 
     def on(self, message: Message) -> None:
@@ -162,7 +162,7 @@ class Fanout(Tracker):
         finally:
             self.seconds_in_line += time.perf_counter() - began
 
-    # One method per kind of message, so that the training loop reads well.
+    # One method per kind of message keeps the training loop readable.
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
         """Record the numbers of a training report or a validation."""
@@ -194,12 +194,12 @@ KeepFile = Callable[[Path, bool], Path | None]
 
 
 def keep_path(path: Path, is_best: bool) -> Path:
-    """Keep the path itself: for trackers that need no more than its name."""
+    """Return the path unchanged: for trackers that need only its name."""
     return path
 
 
 class Fence(Tracker):
-    """Runs a tracker on its own thread, so that it can neither delay nor end the run; off after three failures."""
+    """Runs a tracker on its own thread, so that it can neither delay nor end the run; disabled after three failures."""
 
     def __init__(
         self,
@@ -212,10 +212,10 @@ class Fence(Tracker):
         capacity: int = QUEUE_CAPACITY,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
-        """`keep_file` is called in line for each saved file, since the file may be removed before the thread gets to it.
+        """`keep_file` is called synchronously for each saved file, which may be removed before the thread gets to it.
         `abandon` is called if the thread does not finish within `close_seconds`."""
         self.name = name
-        self.seconds = 0.0  # CPU time of this thread, which competes with the run for the interpreter's lock
+        self.seconds = 0.0  # CPU time of this thread, which competes with the run for the GIL
         self.keep_file, self.abandon = keep_file, abandon
         self.report = report
         self.close_seconds = close_seconds
@@ -264,7 +264,7 @@ class Fence(Tracker):
             )
 
     def _work(self, open_tracker: Callable[[], Tracker]) -> None:
-        """Run the thread: the one place of the project that catches every exception, because none may reach the run."""
+        """Run the thread: the one place in the project that catches every exception, because none may reach the run."""
         failures = 0
         tracker = None
         try:
@@ -295,7 +295,7 @@ class Fence(Tracker):
 
 
 def describe(error: BaseException) -> str:
-    """Return an error of a foreign library in one line: its type and the start of its first line."""
+    """Return a third-party library's error as one line: its type and the start of its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 

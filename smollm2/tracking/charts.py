@@ -18,7 +18,7 @@ Figure = dict[str, Any]
 
 @dataclass(frozen=True)
 class Flow:
-    """The norms of a layer's gradient and weights at one step, and its update ratio (norm of the update over the latter)."""
+    """The norms of a layer's gradient and weights at one step, and its update ratio (update norm / weight norm)."""
 
     gradient_norm: float
     weight_norm: float

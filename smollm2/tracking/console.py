@@ -1,7 +1,7 @@
-"""The console, which shows a run while it trains, and run.log, which holds the detail.
+"""The console, which shows a run while it trains, and run.log, which has the details.
 
 On a terminal: a progress bar with the latest numbers below it; reports, samples and messages scroll above it. Elsewhere
-each report is one plain line without control characters, because rich would wrap and truncate it at 80 columns. Only
+each report is one plain line without control characters: rich would wrap and truncate it at 80 columns. Only
 rank 0 has a console; every rank may have a log.
 """
 
@@ -40,10 +40,10 @@ FORMATS = {
 """The metrics that are shown, in order; metrics.jsonl has all of them."""
 
 SCROLLED = ("loss", "validation_loss", "validation_bpb")
-"""The metrics of a scrolling report on a terminal, which may have only 80 columns; all are shown below its bar."""
+"""The metrics of a scrolling report on a terminal, which may have only 80 columns; the bar shows all metrics."""
 
 SMOOTHING = 0.9
-"""Weight of the past in smoothed_loss: a mean over about ten reports."""
+"""Weight of past values in smoothed_loss: a mean over about ten reports."""
 
 SECONDS_BETWEEN_FRACTIONS = 2.0
 
@@ -53,7 +53,7 @@ URL_CREDENTIALS = re.compile(r"\b(\w+://)[^/\s@]+@")
 
 
 class ConsoleTracker(Tracker):
-    """Shows one run. If nobody reads the stream any more (a closed pipe), the console is silent and the run continues."""
+    """Shows one run. If nothing reads the stream any more (a closed pipe), it goes silent and the run continues."""
 
     def __init__(
         self, train_steps: int, start_step: int, stream: TextIO | None = None, log: "RunLog | None" = None
@@ -62,7 +62,7 @@ class ConsoleTracker(Tracker):
         self.run_log = log
         self.train_steps = train_steps
         self.stream = stream or sys.stdout
-        # Markup, highlighting and emoji off: "[/bold]" and ":smile:" in a sample are text. The stream alone decides
+        # Markup, highlighting and emoji are off: "[/bold]" and ":smile:" in a sample are text. Only the stream decides
         # whether it is a terminal: rich would follow FORCE_COLOR and send control characters into a pipe.
         self.is_terminal = self.stream.isatty()
         self.console = Console(
@@ -122,7 +122,7 @@ class ConsoleTracker(Tracker):
             self._write(text)
 
     def restore_smoothing(self, losses: Iterable[float]) -> None:
-        """Continue smoothed_loss from the losses that were reported before a resume."""
+        """Continue smoothed_loss from the losses reported before a resume."""
         for loss in losses:
             self._smooth(loss)
 
@@ -147,26 +147,26 @@ class ConsoleTracker(Tracker):
         self._draw(Group(top, *(Text(line, no_wrap=True) for line in below)))
 
     def _show_sample(self, sample: Sample, step: int) -> None:
-        """Show a sample with its prompt in brackets; with its line breaks on a terminal, on one line elsewhere."""
+        """Show a sample with its prompt in brackets: with line breaks on a terminal, on one line elsewhere."""
         text = escape_controls(f"[{sample.prompt}]{sample.text}", keep_newlines=self.is_terminal)
         self._write(f"step {step}/{self.train_steps}  sample: {text}")
 
     def _smooth(self, loss: float) -> float:
-        """Return the exponential mean of the losses so far, without the bias of its start; only finite losses count."""
+        """Return the exponential moving average of the losses so far, bias-corrected; only finite losses count."""
         if math.isfinite(loss):
             self.smoothed = SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
             self.smoothed_weight = SMOOTHING * self.smoothed_weight + (1 - SMOOTHING)
         return self.smoothed / self.smoothed_weight if self.smoothed_weight else loss
 
     def _time_left(self, step: int) -> str:
-        """Return the remaining time by the speed since the first report, everything included; empty before there is one."""
+        """Return the remaining time at the overall speed since the first report; empty before there is one."""
         now = time.monotonic()
         self.first_report = self.first_report or (step, now)
         first_step, then = self.first_report
         if step <= first_step:
             return ""
         seconds = (now - then) / (step - first_step) * max(0, self.train_steps - step)
-        # A clock, not format_duration: its width stays the same beside a bar.
+        # Clock format, not format_duration: its width stays constant beside a bar.
         return f"  time_left {datetime.timedelta(seconds=round(seconds))}"
 
     def _encodable(self, text: str) -> str:
@@ -175,7 +175,7 @@ class ConsoleTracker(Tracker):
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _write(self, text: str) -> None:
-        """Write lines that stay."""
+        """Write permanent lines."""
         text = self._encodable(text)
         if self.is_terminal:
             self._attempt(lambda: self._print_above(text))
@@ -186,15 +186,15 @@ class ConsoleTracker(Tracker):
         """Print above the bar, broken at spaces only: a path stays in one piece, so that it can be copied."""
         lines = [wrap_words(line, self.console.width) for line in text.split("\n")]
         self.console.print(Text("\n".join(lines)), soft_wrap=True)
-        if self.live is not None:  # rich crops it by the rule of the text above it: draw it again
+        if self.live is not None:  # rich cropped the bar like the text above it: redraw it
             self.live.refresh()
 
     def _draw(self, picture: Group | Text | None) -> None:
-        """Keep `picture` below the lines that scroll; None removes it."""
+        """Keep `picture` below the scrolling lines; None removes it."""
 
         def draw() -> None:
             if self.live is None and picture is not None:
-                # Drawn only when something changes: no thread of rich's own, no clock.
+                # Drawn only when something changes: no refresh thread and no timer of rich's.
                 self.live = Live(picture, console=self.console, auto_refresh=False, transient=True)
                 self.live.start(refresh=True)
             elif self.live is not None and picture is not None:
@@ -206,7 +206,7 @@ class ConsoleTracker(Tracker):
         self._attempt(draw)
 
     def _attempt(self, draw: Callable[[], object]) -> None:
-        """Call `draw`, one thread at a time, unless the reader has gone."""
+        """Call `draw`, one thread at a time, unless the reader is gone."""
         with self.lock:
             if self.is_silent:
                 return
@@ -214,13 +214,13 @@ class ConsoleTracker(Tracker):
                 draw()
             except (OSError, ValueError):
                 self.is_silent = True
-                # Python flushes stdout when it ends; a closed pipe would then turn the exit code into 120.
+                # Python flushes stdout at exit; a closed pipe would then turn the exit code into 120.
                 with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
                     os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 class RunLog:
-    """run.log: every message with its time and rank, errors with their traceback, without secrets.
+    """run.log: every message with its time and rank, errors with their tracebacks; secrets are redacted.
 
     The file is opened for each message, so that no disk error can reach the run.
     """
@@ -248,7 +248,7 @@ def format_metrics(metrics: Mapping[str, float | int]) -> list[str]:
 
 
 def join_in_lines(parts: Sequence[str], width: int) -> list[str]:
-    """Join the parts by two spaces in as few lines of `width` columns as they need; no part is broken."""
+    """Join the parts with two spaces into as few lines of `width` columns as possible; no part is broken."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:

@@ -1,9 +1,9 @@
 """The record of a run: metrics, events, samples and diagnostics as .jsonl in the run folder, one JSON object per line.
 
-Rows are only appended, each handed to the system before the call returns, so that a kill costs at most the end of the
-last line. A resume at step N first removes the rows after N and a torn last line: the run writes those rows again, and
-none is missing or double. That requires that everything about step N is logged, and `sync` called, before step N's
-checkpoint is written. A number that is not finite becomes null: JSON has no NaN.
+Rows are only appended, each passed to the system before the call returns, so a kill costs at most the end of the
+last line. A resume at step N first removes the rows after N and a truncated last line: the run writes those rows again,
+and none is missing or duplicated. This requires that everything about step N is logged, and `sync` called, before step
+N's checkpoint is written. A number that is not finite becomes null: JSON has no NaN.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from smollm2.tracking.base import Diagnosis, Event, Landscape, Message, Metrics,
 FILES = (METRICS, EVENTS, SAMPLES, DIAGNOSTICS)
 
 LINE_SEPARATORS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-"""JSON allows them raw, but Python's splitlines would cut a row there. Other letters stay readable."""
+"""JSON allows these unescaped, but Python's splitlines would split a row there. Other characters stay readable."""
 
 
 class JsonlTracker(Tracker):
     """Writes the four files of one run folder. If the disk is full, rows wait in memory and the run continues."""
 
     def __init__(self, folder: Path, resumed_step: int, report: Report) -> None:
-        """Repair the files of `folder` for a run that resumes after `resumed_step`; 0 is a new run and keeps nothing.
+        """Repair the files of `folder` for a run that resumes after `resumed_step`; 0 is a new run: no rows are kept.
 
         Raise ResourceError if the folder cannot be written.
         """
@@ -39,7 +39,7 @@ class JsonlTracker(Tracker):
         try:
             for name in FILES:
                 repair_rows(folder / name, resumed_step, report)
-            # Unbuffered: what write() took is the system's, and survives a kill of this process.
+            # Unbuffered: what write() accepts is in the system's hands and survives a kill of this process.
             self.files = {name: FileIO(folder / name, "ab") for name in FILES}
         except OSError as error:
             raise ResourceError(
@@ -51,7 +51,7 @@ class JsonlTracker(Tracker):
         self.is_full = False
 
     def on(self, message: Message) -> None:
-        """Append the message's rows; a landscape replaces the one before."""
+        """Append the message's rows; a landscape replaces the previous one."""
         step = message.step
         match message.content:
             case Metrics(values):
@@ -90,7 +90,7 @@ class JsonlTracker(Tracker):
     def _append(self, name: str, row: Mapping[str, object]) -> None:
         line = json.dumps(replace_nonfinite(row), ensure_ascii=False, allow_nan=False, default=str)
         line = line.translate(LINE_SEPARATORS)
-        # UTF-8 has no lone surrogates; "backslashreplace" writes them as the JSON escapes that they also are.
+        # UTF-8 cannot encode lone surrogates; "backslashreplace" writes them as escapes that are also valid JSON.
         self.unwritten[name] += line.encode("utf-8", "backslashreplace") + b"\n"
         try:
             self._write(name)
@@ -105,7 +105,7 @@ class JsonlTracker(Tracker):
         self.is_full = False
 
     def _report_full(self, name: str, error: OSError) -> None:
-        """Report once when it begins, not for each row."""
+        """Report a full disk once when it begins, not for each row."""
         if not self.is_full:
             self.is_full = True
             self.report(
@@ -145,10 +145,10 @@ def replace_nonfinite(value: object) -> object:
 
 
 def repair_rows(path: Path, last_step: int, report: Report) -> None:
-    """Keep the rows of a file up to `last_step`; all at once or not at all.
+    """Keep only the rows of a file up to `last_step`, atomically.
 
-    A torn last line is dropped silently: its row is written again. Damaged lines in the middle are moved to a file beside
-    it and counted.
+    A truncated last line is dropped silently: its row is written again. Damaged lines in the middle are moved to a file
+    beside it and counted.
     """
     if not path.exists():
         return

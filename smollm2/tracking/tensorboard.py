@@ -1,4 +1,4 @@
-"""The TensorBoard tracker, in <save_dir>/tensorboard: the names of wandb.py, so that both show the same.
+"""The TensorBoard tracker, in <save_dir>/tensorboard: it uses the names of wandb.py, so that both show the same.
 
 torch writes the files; it and the package `tensorboard` are imported on the fence's thread.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def start_tensorboard(folder: Path, resumed_step: int, report: Report) -> Tracker | None:
-    """Return a tracker that writes to `folder`/tensorboard, or None with one line if the package is absent."""
+    """Return a tracker that writes to `folder`/tensorboard; report a line and return None if the package is absent."""
     if importlib.util.find_spec("tensorboard") is None:
         report(
             "TensorBoard: tensorboard is not installed, the run continues without it. "
@@ -27,7 +27,7 @@ def start_tensorboard(folder: Path, resumed_step: int, report: Report) -> Tracke
 
 
 def open_writer(folder: Path, resumed_step: int) -> "TensorBoardTracker":
-    """Append to earlier files; readers skip what was written after `resumed_step`, since it is written again."""
+    """Append to earlier files; readers skip what was written after `resumed_step`, since it will be written again."""
     from torch.utils.tensorboard import SummaryWriter
 
     return TensorBoardTracker(SummaryWriter(str(folder), purge_step=resumed_step + 1, flush_secs=10))
@@ -61,7 +61,7 @@ class TensorBoardTracker(Tracker):
         self.writer.close()
 
     def _add_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        """Add a histogram whose sums are computed from the middles of its bins."""
+        """Add a histogram whose sums are computed from the midpoints of its bins."""
         edges, counts = list(histogram.edges), list(histogram.counts)
         middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
         self.writer.add_histogram_raw(
@@ -78,5 +78,5 @@ class TensorBoardTracker(Tracker):
 
 
 def as_code(sample: Sample) -> str:
-    """Return the sample as a Markdown code block, in which no markup has an effect."""
+    """Return the sample as a Markdown code block, where markup has no effect."""
     return "\n".join(f"    {line}" for line in f"[{sample.prompt}]{sample.text}".splitlines())

@@ -1,12 +1,12 @@
 """The Weights & Biases tracker: the only importer of wandb, and only inside functions.
 
-Everything of wandb, its import too, runs on the fence's thread, so training starts at once. What wandb would send
-unasked (git remote and diff, package list, host, program, argv, stdout, code) is turned off; of the machine it sends the
-load and nothing else. Rows have their own step, `train/step`: wandb's `step=` drops the rows that a resume writes again.
+All of wandb, including its import, runs on the fence's thread, so training starts at once. What wandb would send
+unasked (git remote and diff, package list, host, program, argv, stdout, code) is turned off; about the machine it sends
+only its load. Rows have their own step, `train/step`: wandb's `step=` drops the rows that a resume writes again.
 
-Nothing is written to the home folder: what wandb copies before it uploads is stored in the run's own wandb folder, and a
-checkpoint is not copied at all. During its upload it has a hard link there, so that `keep_last` may remove the original;
-an offline run refers to the original.
+Nothing is written to the home folder: what wandb copies before an upload is stored in the run's own wandb folder, and
+checkpoints are not copied at all. During its upload a checkpoint has a hard link there, so that `keep_last` may remove
+the original; an offline run refers to the original.
 """
 
 import contextlib
@@ -48,24 +48,24 @@ if TYPE_CHECKING:
 INIT_SECONDS = 10.0
 FINISH_SECONDS = 15.0
 CLOSE_SECONDS = 21.0
-"""For the queue and the finish together; with KILL_SECONDS the end of a run is delayed by less than 30 s."""
+"""The limit for emptying the queue and finishing; with KILL_SECONDS, it delays the end of a run by less than 30 s."""
 
 KILL_SECONDS = 3.0
-"""After that wandb's service is killed: at the end of Python wandb waits for it, as long as a host hangs."""
+"""After this long wandb's service is killed: at Python's exit, wandb would wait for it as long as a host hangs."""
 
 TABLE_ROWS = 1000
-"""Samples in one table: each round that is added lists all rounds before it."""
+"""Maximum number of samples in one table: each added round lists all earlier rounds again."""
 
 BEST = {"validation/loss": "min", "validation/bpb": "min", "train/loss": "min", "train/tokens_per_second": "max"}
-"""What the summary of a run shows of these metrics; of the others it shows the last value."""
+"""Which value a run's summary shows for these metrics; for the others it shows the last one."""
 
 
 def start_wandb(
     config: Config, folder: Path, run_id: str, environment: WandbEnvironment, report: Report, done: int = 0
 ) -> Tracker | None:
-    """Return a tracker for W&B, or None with one line that gives the reason. Takes two seconds at most.
+    """Return a tracker for W&B, or report the reason in one line and return None. Takes two seconds at most.
 
-    A resume with the same `run_id` continues the same W&B run; `done` is the number of steps done.
+    A resume with the same `run_id` continues the same W&B run; `done` is the number of completed steps.
     """
     if importlib.util.find_spec("wandb") is None:
         report("W&B: wandb is not installed, the run continues without it. Run pip install 'smollm2-training[wandb]'.")
@@ -91,7 +91,7 @@ def start_wandb(
 
 
 def end_service() -> None:
-    """Kill the service of this process after KILL_SECONDS. Without /proc, it ends by itself."""
+    """Kill this process's wandb service after KILL_SECONDS. Without /proc, it is left to end by itself."""
     time.sleep(KILL_SECONDS)
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -101,7 +101,7 @@ def end_service() -> None:
 
 
 def describe_upload(config: Config, done: int) -> str:
-    """Return the number and size of the checkpoints that the rest of the run uploads."""
+    """Describe the number and size of the checkpoints that the rest of the run uploads."""
     t, size = config.training, estimate_disk(config).checkpoint_bytes
     count = math.ceil(t.train_steps / t.save_interval) - done // t.save_interval if t.save_interval else 1
     kind, most = ("checkpoints", "") if config.wandb.log_checkpoints == "all" else ("best checkpoints", "at most ")
@@ -112,7 +112,7 @@ def describe_upload(config: Config, done: int) -> str:
 
 
 def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Report) -> "WandbTracker":
-    """Import wandb and start the run: online if that works, else offline with one line."""
+    """Import wandb and start the run: online if that works, else offline after reporting one line."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -120,7 +120,7 @@ def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Repo
     try:
         run = init_run(config, folder, run_id, mode)
     except Exception as error:
-        # The service still holds the id of the run that failed; a fresh one does not.
+        # The service still holds the id of the failed run; a new service does not.
         wandb.teardown()
         if mode == "offline":
             raise
@@ -141,7 +141,7 @@ def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Repo
 
 
 def init_run(config: Config, folder: Path, run_id: str, mode: Mode) -> "wandb.Run":
-    """Start the run in a mode, with everything turned off that wandb would send unasked."""
+    """Start the run in the given mode, with everything that wandb would send unasked turned off."""
     import wandb
 
     settings = wandb.Settings(
@@ -174,7 +174,7 @@ def init_run(config: Config, folder: Path, run_id: str, mode: Mode) -> "wandb.Ru
 
 
 def list_code() -> list[tuple[Path, str]]:
-    """Return the files that may be sent as code, and their names: this package's, and train.py of its clone."""
+    """Return the files that may be sent as code, and their names: this package's, and its clone's train.py."""
     package = Path(__file__).parents[1]
     found = [(path, f"smollm2/{path.relative_to(package)}") for path in sorted(package.rglob("*.py"))]
     root = package.parent
@@ -198,7 +198,7 @@ class WandbTracker(Tracker):
             self._log_artifact("code", "code", list_code())
 
     def on(self, message: Message) -> None:
-        """Send the message. Events are not sent: their texts may name paths of this machine."""
+        """Send the message. Events are not sent: their texts may contain paths on this machine."""
         match message.content:
             case Metrics(values):
                 self._log_row(message.step, group_metrics(values))
@@ -212,7 +212,7 @@ class WandbTracker(Tracker):
                 self._send_checkpoint(message.step, path, is_best)
 
     def close(self) -> None:
-        """Send the rest, for a bounded time; report how an offline run, or what is left of an online one, is uploaded."""
+        """Send the rest, within a time limit; report how to upload an offline run, or what is left of an online one."""
         import wandb
 
         folder = shlex.quote(str(Path(self.run.dir).parent))
@@ -225,7 +225,7 @@ class WandbTracker(Tracker):
                 f"W&B: the upload did not finish within {FINISH_SECONDS:g} s. Send the rest with: wandb sync {folder}"
             )
         finally:
-            # End its service here and not in a hook at the end of Python, which would print a traceback if it has died.
+            # End the service here and not in an exit hook of Python, which would print a traceback if it has died.
             wandb.teardown()
         if self.run.offline:
             self.report(f"W&B: the run was recorded offline. Upload it with: wandb sync {folder}")
@@ -259,13 +259,13 @@ class WandbTracker(Tracker):
         self._log_row(step, row | {"gradients/flow": as_media(flow_figure(diagnosis))})
 
     def _log_landscape(self, step: int, landscape: Landscape) -> None:
-        """Log a surface that can be turned, and the line through it."""
+        """Log a surface that can be rotated, and the line through it."""
         figures = landscape_figures(landscape)
         row = {f"landscape/{name}": as_media(figures[name]) for name in ("surface", "line")}
         self._log_row(step, {**row, "landscape/loss": landscape.loss})
 
     def _send_checkpoint(self, step: int, path: Path, is_best: bool) -> None:
-        """Send a checkpoint as a version of one artifact. `path` is its hard link, removed when it is no longer needed."""
+        """Send a checkpoint as a version of one artifact. `path` is its hard link, removed when no longer needed."""
         original = self.folder / path.name
         if self.run.offline:
             path.unlink(missing_ok=True)
@@ -285,7 +285,7 @@ class WandbTracker(Tracker):
         threading.Thread(target=self._release, args=(artifact, path), name=f"W&B {path.name}", daemon=True).start()
 
     def _log_checkpoint(self, path: Path, step: int, is_best: bool) -> "wandb.Artifact":
-        """Send a checkpoint under the aliases latest, step_0500 and best. Immutable and past the cache: wandb copies nothing."""
+        """Send a checkpoint with the aliases latest, step_0500 and best. Immutable and uncached: nothing is copied."""
         import wandb
 
         artifact = wandb.Artifact(f"checkpoints-{self.run.id}", "model", metadata={"step": step})
@@ -293,7 +293,7 @@ class WandbTracker(Tracker):
         return self.run.log_artifact(artifact, aliases=["latest", path.stem, *(["best"] if is_best else [])])
 
     def _log_artifact(self, name: str, kind: str, files: Sequence[tuple[Path, str]]) -> None:
-        """Send small files; wandb copies them first into the run's wandb folder, since they may change before they are sent."""
+        """Send small files; wandb first copies them into the run's wandb folder: they may change before the upload."""
         import wandb
 
         artifact = wandb.Artifact(name, kind)

@@ -1,6 +1,6 @@
 """Whether W&B runs online, offline or not at all, decided from the config and the machine before wandb is imported.
 
-Online or offline is decided before `wandb.init`, because that blocks for over a minute if the host is dead.
+Online or offline is decided before `wandb.init`, because that call blocks for over a minute if the host is down.
 """
 
 import configparser
@@ -22,7 +22,7 @@ PROBE_SECONDS = 2.0
 
 OWN_FOLDER = Path("wandb", "smollm2")
 OWN_FOLDERS = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
-"""Variables that name the folders of wandb's copies and logs, by default in the home folder, and their replacements."""
+"""Variables for the folders of wandb's copies and logs (by default in the home folder), and their replacements."""
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -40,9 +40,9 @@ class WandbEnvironment:
 def prepare_environment(variables: MutableMapping[str, str], folder: Path) -> WandbEnvironment:
     """Read the variables of this process (`os.environ`) and the files in which `wandb login` stores host and key.
 
-    Set what wandb 0.31 has no other switch for, unless the user has set it: WANDB_ERROR_REPORTING=false (the telemetry
-    about itself, which also delayed the end of the process by 20 s if the host hangs; measured 2026-11), and the folders
-    of its copies and logs, which move into the run folder `folder`.
+    Set the variables for which wandb 0.31 has no other switch, unless the user set them: WANDB_ERROR_REPORTING=false
+    (wandb's own telemetry, which also delayed the end of the process by 20 s if the host hung; measured 2026-11), and
+    the folders of its copies and logs, which move into the run folder `folder`.
     """
     variables.setdefault("WANDB_ERROR_REPORTING", "false")
     for name, subfolder in OWN_FOLDERS.items():
@@ -86,7 +86,7 @@ def holds_key(path: Path, host: str) -> bool:
 
 
 def make_run_id() -> str:
-    """Return eight characters like wandb's own ids; from the system, so that no random state changes."""
+    """Return eight characters like wandb's own ids, drawn from the system so that no random state changes."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
@@ -105,7 +105,7 @@ def decide_mode(config: WandbConfig, environment: WandbEnvironment) -> tuple[Mod
 
 
 def is_reachable(url: str) -> bool:
-    """Return whether a TCP connection to the URL's host opens in time; on a thread, since DNS has no timeout."""
+    """Return whether a TCP connection to the URL's host opens in time; run on a thread, since DNS has no timeout."""
     opened: list[bool] = []
 
     def connect() -> None:

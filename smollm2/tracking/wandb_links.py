@@ -14,20 +14,20 @@ def links_folder(folder: Path) -> Path:
 
 
 def remove_links(folder: Path) -> None:
-    """Remove the hard links of a run folder: those of an interrupted run may keep gigabytes of removed checkpoints."""
+    """Remove the hard links in a run folder: those of an interrupted run may hold gigabytes of removed checkpoints."""
     for path in links_folder(folder).glob("*.pt"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 class CheckpointLinks:
-    """Hard links to the checkpoints that are to be uploaded, in the run's wandb folder."""
+    """Hard links, in the run's wandb folder, to the checkpoints to be uploaded."""
 
     def __init__(self, folder: Path, config: WandbConfig, report: Report) -> None:
         self.folder, self.chosen, self.report = links_folder(folder), config.log_checkpoints, report
 
     def keep(self, path: Path, is_best: bool) -> Path | None:
-        """Return the hard link, or None if this file is not wanted or the disk has no hard links, which is reported."""
+        """Return the hard link, or None if this file is not wanted or the disk cannot hard-link, which is reported."""
         if self.chosen == "none" or (self.chosen == "best" and not is_best):
             return None
         link = self.folder / path.name
