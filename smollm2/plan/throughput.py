@@ -32,7 +32,7 @@ class CpuSpeed:
 
 
 CPU_SPEEDS = {
-    "cpu-avx2": CpuSpeed(64e9, 0.6e9, 200e-9, 10e-3),  # without bf16 units: emulated
+    "cpu-avx2": CpuSpeed(64e9, 0.6e9, 150e-9, 10e-3),  # without bf16 units: emulated
     "cpu-avx512": CpuSpeed(86e9, 0.8e9, 125e-9, 3e-3),
     "cpu-bf16": CpuSpeed(86e9, 190e9, 125e-9, 3e-3),  # AVX-512 with bf16
     "cpu-amx": CpuSpeed(100e9, 400e9, 125e-9, 3e-3),
