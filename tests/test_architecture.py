@@ -279,7 +279,7 @@ READING = {
             "training.anomalies.report_skip",  # what is reported about a step with a problem
             "training.anomalies.report_spike",
             "training.anomalies.report_out_of_memory",
-            "training.timing.correct_time",
+            "training.timing.Forecast",
             "training.timing.save_throughput",
         },
     ),

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from smollm2.config.schema import FIELDS, SECTIONS, Config, Resume
 from smollm2.config.sources import read_source
+from smollm2.config.values import Switch
 from smollm2.config.vocabulary import (
     ALIASES,
     DERIVED,
@@ -259,7 +260,9 @@ def _read_value(node: yaml.Node, kind: Any) -> Any:
     if is_null(node):
         return None
     text: str = node.value
-    if kind is bool:
+    if kind == Switch and text == "auto":
+        return text
+    if kind in (bool, Switch):
         return BOOLS[text.lower()]
     is_int = kind is int or (isinstance(kind, UnionType) and get_args(kind)[0] is int)
     if is_int and "e" in text.lower():

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from smollm2.config.values import Beta, Duration, FilePath, FolderPath, Text, expand_path, name_folder
+from smollm2.config.values import Beta, Duration, FilePath, FolderPath, Switch, Text, expand_path, name_folder
 
 Resume = Literal["free", "noted", "refused"]
 """A key that is changed on a resume is `free` (the numbers do not depend on it), `noted` (allowed and reported, but no
@@ -192,8 +192,8 @@ class TrainingConfig(Section):
     """Attention backend; auto chooses one and checks it. varlen and flex need a GPU."""
     gradient_checkpointing: bool = key(False, "noted")
     """Recompute each block in the backward pass: less memory, about 30 % more arithmetic."""
-    compile: bool = key(False, "noted")
-    """Compile each block with torch.compile; on a CPU about a tenth faster, after up to a minute at the first step."""
+    compile: Switch = key("auto", "noted", "auto, true or false")
+    """Compile each block with torch.compile, up to a minute at the first step; auto: if the run is long enough to gain from it."""
     deterministic: bool = key(False, "noted")
     """Use only deterministic GPU kernels: a run repeated on the same GPU is bit-identical, but slower."""
     seed: int = key(1337, "refused", ge=0, le=2**63 - 1)

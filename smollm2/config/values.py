@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -52,6 +52,7 @@ def name_folder(text: str) -> str:
     return str(path)
 
 
+Switch = Literal["auto"] | bool
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)]
 Text = Annotated[str, AfterValidator(check_text)]

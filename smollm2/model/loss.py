@@ -74,7 +74,9 @@ class ChunkedLoss(torch.autograd.Function):
                 gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=gradient.dtype))
                 if gradient_scale is not None:
                     gradient.mul_(gradient_scale)
-                gradient = gradient.to(hidden.dtype).masked_fill_(~kept.unsqueeze(-1), 0.0)
+                gradient = gradient.to(hidden.dtype)
+                if hidden.is_cuda or not kept.all():  # a pass over the logits that most batches do not need
+                    gradient.masked_fill_(~kept.unsqueeze(-1), 0.0)
                 torch.mm(gradient, head, out=grad_hidden[start : start + chunk])
                 grad_weight += gradient.T @ rows
         if wants_gradient:

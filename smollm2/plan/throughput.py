@@ -58,6 +58,15 @@ GPU_SECONDS_PER_BLOCK = 2e-3
 SAMPLE_SECONDS_PER_BLOCK = 1e-3
 """The seconds that one block takes per token of a sample: nano generates 250 tokens a second, 2026-11-25."""
 
+COMPILE_SECONDS = 60.0
+"""The longest that compilation took at a first step, on two cores."""
+
+COMPILE_GAIN_CPU = 1.14
+"""How much faster compiled blocks train in bf16 on a CPU (benchmarks/README.md); in float32, 1.03 and within the noise."""
+
+COMPILE_GAIN_GPU = 1.16
+"""The same on a GPU, the smaller of two public figures: torchtitan's 1.16 for 8B parameters, nanoGPT's 1.85 on an A100."""
+
 SHARE_BESIDES = 0.05
 """The time of diagnostics, loss landscape, reports and saves, as a share of step time; nano and micro, 2026-11-25."""
 
@@ -222,21 +231,40 @@ def record_key(config: Config, machine: Machine) -> str:
     if precision == "auto":
         precision = "float32" if needs_float32(config, machine.device) else "bf16"
     parts = [machine.device, precision, t.optimizer, f"{machine.cores} cores"]
-    return ", ".join([*parts, "compiled"] if t.compile else parts)
+    # On a CPU compilation changes little, and a short run's record serves the plan of a long one.
+    return ", ".join([*parts, "compiled"] if not machine.is_cpu and is_compiled(config, machine) else parts)
 
 
-def describe_correction(announced: Duration, step_seconds: Sequence[float], steps_left: int) -> str | None:
-    """Return one line with the corrected time if steps take far longer or shorter than announced, else None.
+def is_compiled(config: Config, machine: Machine) -> bool:
+    """Return whether the blocks are compiled; `auto` depends on the table alone, so that equal machines agree."""
+    setting = config.training.compile
+    if setting != "auto":
+        return setting
+    if machine.device == "mps" or (machine.is_cpu and needs_float32(config, machine.device)):
+        return False
+    gain = COMPILE_GAIN_CPU if machine.is_cpu else COMPILE_GAIN_GPU
+    seconds = estimate_duration(config, machine).total
+    return seconds - seconds / gain > COMPILE_SECONDS
 
-    The first steps are left out: they are slower. Nothing is reported if both estimates are under a minute.
+
+def correct_duration(announced: Duration, step_seconds: Sequence[float], steps_left: int) -> Duration | None:
+    """Return the corrected duration if steps take far longer or shorter than announced, else None.
+
+    A machine counts as slow only if the fastest tenth of its steps is slow: compilation and other programs slow steps
+    down, and nothing makes them faster than the machine. Nothing is corrected if both estimates are under a minute.
     """
-    step = statistics.median(step_seconds[len(step_seconds) // 4 :])
-    factor = step / announced.step
-    measured = replace(announced, step=step, besides=announced.besides * factor)
-    if 1 / MAX_DEVIATION < factor < MAX_DEVIATION or max(measured.of(steps_left), announced.of(steps_left)) < 60:
+    fast, step = sorted(step_seconds)[len(step_seconds) // 10], statistics.median(step_seconds)
+    if fast < MAX_DEVIATION * announced.step and step > announced.step / MAX_DEVIATION:
         return None
+    corrected = replace(announced, step=step, besides=announced.besides * step / announced.step)
+    return corrected if max(corrected.of(steps_left), announced.of(steps_left)) >= 60 else None
+
+
+def describe_correction(announced: Duration, corrected: Duration, steps_left: int) -> str:
+    """Return one line with the corrected time of the remaining steps."""
+    factor = corrected.step / announced.step
     speed = f"{factor:.1f} times slower" if factor > 1 else f"{1 / factor:.1f} times faster"
     return (
-        f"CORRECTED TIME: about {format_estimate(measured.of(steps_left))} left, not "
+        f"CORRECTED TIME: about {format_estimate(corrected.of(steps_left))} left, not "
         f"{format_estimate(announced.of(steps_left))}: this machine is {speed} than estimated"
     )

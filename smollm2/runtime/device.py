@@ -203,15 +203,19 @@ def compile_blocks(layers: nn.ModuleList) -> None:
 
     Raise ConfigError if torch has no usable compiler here, before the first step would fail.
     """
-    try:
-        torch.compile(torch.neg)(torch.ones(2, device=next(layers.parameters()).device))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            "training.compile", f"true: torch cannot compile here ({reason})", "set it to false"
-        ) from None
+    if problem := compiler_problem(next(layers.parameters()).device):
+        raise ConfigError("training.compile", f"true: {problem}", "set it to false")
     for layer in layers:
         layer.compile()
+
+
+def compiler_problem(device: torch.device) -> str:
+    """Return why torch cannot compile for this device, empty if it can. Takes seconds: it compiles a small function."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        return f"torch cannot compile here ({str(error).splitlines()[0]})"
+    return ""
 
 
 def machine_facts(runtime: Runtime) -> dict[str, str | int]:

@@ -43,9 +43,9 @@ from smollm2.training.optim import learning_rate_at
 from smollm2.training.pages import end_page, plan_run, report_end, report_start, start_page
 from smollm2.training.progress import Progress
 from smollm2.training.resume import check_changes, count_compared_windows, find_start, restore
-from smollm2.training.setup import Run, Setup, build_run, check_disk, fit_vocabulary, open_trackers
+from smollm2.training.setup import Run, Setup, build_run, check_disk, fit_vocabulary, open_trackers, settle_compilation
 from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, rehearse, train_step
-from smollm2.training.timing import TIME_UP, Meter, TimeLimit, correct_time, save_throughput, signal_name, stopped
+from smollm2.training.timing import TIME_UP, Forecast, Meter, TimeLimit, save_throughput, signal_name, stopped
 
 REPLICA_INTERVAL = 1000
 """Steps between comparisons of the ranks' weights; each save compares them as well."""
@@ -150,8 +150,8 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
         setup = dataclasses.replace(setup, start=find_start(setup, resume, checkpoint_path))
     tokenizer, store = share_corpus(setup)
     refuse_disagreement(runtime, start_facts(setup, tokenizer, store))
+    setup = settle_compilation(fit_vocabulary(setup, tokenizer))
     with runtime.together():
-        setup = fit_vocabulary(setup, tokenizer)
         if setup.start:
             check_changes(setup, setup.start, store)
         if runtime.rank == 0:
@@ -242,7 +242,7 @@ def run_steps(
     t, runtime = run.config.training, run.runtime
     share = run.config.global_batch_size // runtime.world_size
     first_row = runtime.rank * share
-    meter = Meter()
+    meter, forecast = Meter(), Forecast(announced)
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
@@ -250,7 +250,8 @@ def run_steps(
             if not progress.pending:  # else a signal interrupted this step's actions, and they come first
                 result, progress, size = make_step(run, progress, next(batches), size)
                 meter.add(result)
-                correct_time(run, progress.step, meter, announced)
+                if correction := forecast.add(result.seconds, t.train_steps - progress.step):
+                    run.tracker.log_event("estimate", correction, progress.step)
                 report_anomaly(run, progress, result)
                 if progress.step == 1 or is_due(progress.step, t.log_interval, is_last=progress.step == t.train_steps):
                     run.tracker.log(describe_step(run, progress, result, meter), progress.step)

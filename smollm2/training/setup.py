@@ -25,9 +25,11 @@ from smollm2.formatting import format_bytes
 from smollm2.model.attention import check_backend, choose_backend
 from smollm2.model.transformer import SmolLM2
 from smollm2.plan.arithmetic import estimate_disk
+from smollm2.plan.throughput import is_compiled
 from smollm2.report.tracker import ReportTracker
-from smollm2.runtime.device import Runtime, compile_blocks, environment
+from smollm2.runtime.device import Runtime, compile_blocks, compiler_problem, environment
 from smollm2.runtime.precision import device_features
+from smollm2.runtime.throughput import machine_of
 from smollm2.storage.atomic import write_atomically
 from smollm2.storage.run_folder import CONFIG, METRICS, REPORT, TOKENIZER
 from smollm2.tracking.base import Fanout, Fence, Tracker
@@ -107,6 +109,24 @@ def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
     return dataclasses.replace(setup, config=setup.config.with_vocab_size(found), origins=origins)
 
 
+def settle_compilation(setup: Setup) -> Setup:
+    """Return the setup with training.compile true or false. With auto, a resumed run keeps what its checkpoint has."""
+    config, runtime = setup.config, setup.runtime
+    if config.training.compile != "auto":
+        return setup
+    if setup.start:
+        compiles, origin = Config.model_validate_json(setup.start.state["config"]).training.compile, "the checkpoint"
+    else:
+        compiles, origin = is_compiled(config, machine_of(runtime)), "auto"
+        problem = compiler_problem(runtime.device) if compiles else ""
+        if problem:
+            setup.report(f"training.compile: auto -> false, because {problem}")
+        compiles = all(runtime.gather(compiles and not problem))
+    training = config.training.model_copy(update={"compile": compiles})
+    origins = {**setup.origins, "training.compile": origin}
+    return dataclasses.replace(setup, config=config.model_copy(update={"training": training}), origins=origins)
+
+
 def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
     """Return the run's windows, model and optimizers, with the console as the only tracker. Write nothing."""
     config, runtime, start = setup.config, setup.runtime, setup.start
@@ -160,7 +180,7 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
         )
     model.model.attention_backend = backend
     model.model.checkpointing = t.gradient_checkpointing
-    if t.compile:
+    if t.compile is True:
         compile_blocks(model.model.layers)
     return model
 

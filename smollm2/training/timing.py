@@ -8,13 +8,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from smollm2.errors import Interrupted, ResourceError
-from smollm2.plan.throughput import Duration, describe_correction, record_throughput
+from smollm2.plan.throughput import Duration, correct_duration, describe_correction, record_throughput
 from smollm2.runtime.throughput import machine_of
 from smollm2.training.setup import Run
 from smollm2.training.step import StepResult
 
 CHECKED_STEPS = 20
-"""Steps after which the announced time is compared with the measured one."""
+"""Fewest steps that the announced time is compared with."""
+
+CHECKED_SECONDS = 20.0
+"""Fewest seconds of slow steps before a first correction; each later one needs twice as many as the one before."""
 
 TIME_UP = 1000
 """A pseudo signal number: the run has reached its own time limit."""
@@ -74,12 +77,34 @@ def save_throughput(run: Run, meter: Meter) -> None:
             record_throughput(run.config, machine_of(run.runtime), seconds)
 
 
-def correct_time(run: Run, step: int, meter: Meter, announced: Duration) -> None:
-    """Report the corrected time once, after some steps, if the announced one was far off."""
-    if len(meter.recent) == CHECKED_STEPS:
-        message = describe_correction(announced, list(meter.recent), run.config.training.train_steps - step)
-        if message:
-            run.tracker.log_event("estimate", message, step)
+@dataclass
+class Forecast:
+    """The announced time, compared with measured steps during the whole run and corrected if it is far off.
+
+    Slow steps must last: another program that runs for a few seconds does not make the machine slow. If it runs for
+    longer, the correction is corrected in turn after it has ended.
+    """
+
+    announced: Duration
+    needed: float = CHECKED_SECONDS
+    seconds: float = 0.0
+    steps: list[float] = field(default_factory=list)
+
+    def add(self, seconds: float, steps_left: int) -> str | None:
+        """Count one step. Return the line that corrects the announced time, if it is due."""
+        self.steps.append(seconds)
+        self.seconds += seconds
+        is_long = len(self.steps) >= CHECKED_STEPS and self.seconds >= self.needed
+        if not is_long and len(self.steps) != CHECKED_STEPS:
+            return None
+        corrected = correct_duration(self.announced, self.steps, steps_left)
+        message = None
+        if corrected and (is_long or corrected.step < self.announced.step):
+            message = describe_correction(self.announced, corrected, steps_left)
+            self.announced = corrected
+        if is_long:
+            self.steps, self.seconds, self.needed = [], 0.0, 2 * self.needed
+        return message
 
 
 def stopped(number: int, step: int) -> Interrupted:

@@ -14,10 +14,9 @@ from smollm2.config.schema import Config
 from smollm2.plan.machine import Machine
 from smollm2.plan.throughput import (
     CPU_SPEEDS,
-    Duration,
-    describe_correction,
     estimate_duration,
     find_throughput,
+    is_compiled,
     record_throughput,
     table_throughput,
 )
@@ -92,6 +91,30 @@ def test_two_gpus_take_half_of_the_time_of_one() -> None:
     assert step_of(config, replace(one, devices=2)) == pytest.approx(step_of(config, one) / 2, rel=0.01)
 
 
+H100 = Machine("NVIDIA H100", 8)
+
+
+@pytest.mark.parametrize(
+    ("setting", "machine", "steps", "precision", "expected"),
+    [
+        ("auto", BF16, 100_000, "auto", True),
+        ("auto", BF16, 100, "auto", False),  # over before compilation has paid
+        ("auto", BF16, 100_000, "float32", False),  # no gain that was measured
+        ("auto", AVX2, 100_000, "auto", False),
+        ("auto", H100, 100_000, "auto", True),
+        ("auto", H100, 100, "auto", False),
+        ("auto", Machine("mps", 8), 100_000, "auto", False),
+        (True, AVX2, 1, "auto", True),
+        (False, H100, 100_000, "auto", False),
+    ],
+)
+def test_a_run_is_compiled_if_it_is_long_enough_to_gain_from_it(
+    setting: object, machine: Machine, steps: int, precision: str, expected: bool
+) -> None:
+    config = small_run(MICRO, 16, 1, compile=setting, train_steps=steps, precision=precision)
+    assert is_compiled(config, machine) == expected
+
+
 def test_a_measurement_of_the_products_scales_the_table() -> None:
     config = small_run(NANO, 16, 1)
     slow = find_throughput(config, AVX2, products=64e9)  # half of the table's
@@ -156,25 +179,3 @@ def test_training_records_its_throughput_in_the_cache_folder(tmp_path: Path) -> 
     config = tiny_config(tmp_path)
     train(config)
     assert find_throughput(config.with_vocab_size(257), machine_of(start_runtime(config.training))).measured
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (1.4, None),
-        (0.7, None),
-        (5.0, "CORRECTED TIME: about 82 minutes left, not 16 minutes: this machine is 5.0 times slower than estimated"),
-        (
-            0.2,
-            "CORRECTED TIME: about 3.3 minutes left, not 16 minutes: this machine is 5.0 times faster than estimated",
-        ),
-    ],
-)
-def test_a_time_that_was_far_off_is_corrected_in_one_line(seconds: float, expected: str | None) -> None:
-    announced = Duration(step=1.0, besides=0.0, steps=1000)
-    steps = [30.0, *19 * [seconds]]  # the first one compiles
-    assert describe_correction(announced, steps, 980) == expected
-
-
-def test_a_run_of_seconds_is_not_corrected() -> None:
-    assert describe_correction(Duration(step=0.001, besides=0.0, steps=100), 20 * [0.01], 80) is None

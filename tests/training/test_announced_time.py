@@ -6,10 +6,11 @@ import pytest
 from runs import tiny_config, write_tiny
 
 from smollm2.config.schema import Config
-from smollm2.plan.throughput import record_throughput
+from smollm2.plan.throughput import Duration, record_throughput
 from smollm2.runtime.device import start_runtime
 from smollm2.runtime.throughput import machine_of
 from smollm2.training.loop import train
+from smollm2.training.timing import Forecast
 
 
 @pytest.fixture
@@ -49,3 +50,52 @@ def test_the_end_page_shows_how_to_generate_text(config: Config, capsys: pytest.
     train(config)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  generate text")]
     assert "smollm2 generate " in line and line.endswith('/checkpoints --prompt "Once upon a time"')
+
+
+def corrections(step_seconds: list[float], announced: float = 1.0) -> list[tuple[int, str]]:
+    """Return the step and the line of each correction of a run of 1,000 steps."""
+    forecast = Forecast(Duration(step=announced, besides=0.0, steps=1000))
+    lines = [(step, forecast.add(seconds, 1000 - step)) for step, seconds in enumerate(step_seconds, 1)]
+    return [(step, line.removeprefix("CORRECTED TIME: about ")) for step, line in lines if line]
+
+
+COMPILED = 30.0
+"""Seconds of a first step, which is no evidence."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([COMPILED, *999 * [1.4]], []),
+        ([COMPILED, *999 * [0.7]], []),
+        (
+            [COMPILED, *999 * [5.0]],
+            [(20, "82 minutes left, not 16 minutes: this machine is 5.0 times slower than estimated")],
+        ),
+        (
+            [COMPILED, *999 * [0.2]],
+            [(20, "3.3 minutes left, not 16 minutes: this machine is 5.0 times faster than estimated")],
+        ),
+    ],
+)
+def test_an_announced_time_is_corrected_once_if_it_was_far_off(
+    steps: list[float], expected: list[tuple[int, str]]
+) -> None:
+    assert corrections(steps) == expected
+
+
+def test_a_few_seconds_of_another_program_are_not_taken_for_a_slow_machine() -> None:
+    usual, disturbed = 50 * [0.25], 30 * [0.6]  # 18 s
+    assert corrections([*disturbed, *usual, *usual, *disturbed, *usual], announced=0.25) == []
+
+
+def test_a_correction_is_itself_corrected_after_the_other_program_has_ended() -> None:
+    steps = [*40 * [0.75], *900 * [0.25]]
+    assert [line.partition(" than")[0].rpartition("is ")[2] for _, line in corrections(steps, announced=0.25)] == [
+        "3.0 times slower",
+        "3.0 times faster",
+    ]
+
+
+def test_the_time_of_a_run_of_seconds_is_not_corrected() -> None:
+    assert corrections(999 * [0.01], announced=0.001) == []
