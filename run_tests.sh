@@ -7,7 +7,7 @@ scripts/environment.sh --dev
 python=.venv/bin/python
 [ -e "$python" ] || python=.venv/Scripts/python.exe
 
-workers=(-n 2)
+workers=(-n 2 --dist loadfile) # a file's tests share what they set up
 for argument in "$@"; do
     case $argument in -n* | --numprocesses* | --pdb) workers=(-n 0) ;; esac
 done

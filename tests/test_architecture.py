@@ -254,7 +254,7 @@ READING = {
         {
             "config",
             "model.cache",  # generation
-            "model.attention.attend_varlen",  # a GPU
+            "model.varlen",  # a GPU
             "model.attention.attend_flex",
             "model.attention.lay_out_flex",
             "model.attention.eager_attention",  # the reference of tests and of the check at the start

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from smollm2.config.schema import ModelConfig
 from smollm2.errors import CheckpointError
@@ -35,7 +36,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     if config.tie_word_embeddings and EMBEDDING in weights:
         check_tied(weights, path)
         weights[HEAD] = weights[EMBEDDING]
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInitialization():
         model = SmolLM2(config)
     check_shapes(model.state_dict(), weights, path)
     model.to_empty(device="cpu")
@@ -46,6 +47,15 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
         if not all(map(torch.isfinite, parameter.detach().aminmax())):  # NaN spreads to both
             raise CheckpointError(path, f"{name} holds NaN or infinite values", "use an intact copy")
     return model
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Draw no initial weights: on the meta device that would import torch's compiler, which takes as long as torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor unchanged if `func` initializes it, else call `func`."""
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
 
 
 def check_dtypes(weights: Mapping[str, Tensor], path: Path) -> None:

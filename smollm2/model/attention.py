@@ -14,16 +14,14 @@ their differences matter.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from smollm2.model.blocks import BlockAttention
 
@@ -46,7 +44,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend, layout: Layout = N
     if backend == "blocks":
         out: Tensor = BlockAttention.apply(q, k, v, layout)  # type: ignore[no-untyped-call]
         return out
-    return eager_attention(q, k, v, layout) if layout is None or backend == "eager" else attend_varlen(q, k, v, layout)
+    if layout is None or backend == "eager":
+        return eager_attention(q, k, v, layout)
+    # Here, because torch's varlen imports its compiler, which takes as long as torch itself.
+    from smollm2.model.varlen import attend_varlen
+
+    return attend_varlen(q, k, v, layout)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> Tensor:
@@ -91,25 +94,6 @@ def lay_out(document_ids: Tensor | None, input_ids: Tensor, backend: Backend) ->
     if backend == "flex":
         return lay_out_flex(starts)
     return (see_past(len(positions), positions.device) & (positions >= starts.unsqueeze(-1))).unsqueeze(1)
-
-
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    """Return attention over the documents of all sequences, concatenated as torch's flash kernel expects them."""
-    options: dict[str, Any] = {"is_causal": True} if takes_option("is_causal") else {"window_size": (-1, 0)}
-    if takes_option("enable_gqa"):
-        options["enable_gqa"] = True
-    else:
-        k, v = repeat_heads(q, k, v)
-    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B T, heads, D)
-    length = q.shape[2]  # an upper bound: the length of the longest document would cost a synchronization
-    out = cast(Tensor, varlen_attn(rows[0], rows[1], rows[2], bounds, bounds, length, length, **options))
-    return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def takes_option(name: str) -> bool:
-    """Return whether this torch's `varlen_attn` has an option: causal masking is spelled differently in 2.10 and 2.12."""
-    return name in inspect.signature(varlen_attn).parameters
 
 
 def lay_out_flex(starts: Tensor) -> BlockMask:

@@ -74,7 +74,10 @@ class Rotary(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shape = (config.max_position_embeddings, config.head_dim, config.rope_theta)
-        for name, table in zip(("cos", "sin"), rotary_tables(*self.shape, torch.get_default_device()), strict=True):
+        device, shape = torch.get_default_device(), (config.max_position_embeddings, config.head_dim // 2)
+        is_meta = device.type == "meta"  # there the arithmetic would import torch's compiler
+        tables = 2 * (torch.empty(shape),) if is_meta else rotary_tables(*self.shape, device)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":

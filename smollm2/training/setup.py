@@ -115,15 +115,15 @@ def settle_compilation(setup: Setup) -> Setup:
     if config.training.compile != "auto":
         return setup
     if setup.start:
-        compiles, origin = Config.model_validate_json(setup.start.state["config"]).training.compile, "the checkpoint"
+        compiles = Config.model_validate_json(setup.start.state["config"]).training.compile
     else:
-        compiles, origin = is_compiled(config, machine_of(runtime)), "auto"
+        compiles = is_compiled(config, machine_of(runtime))
         problem = compiler_problem(runtime.device) if compiles else ""
         if problem:
             setup.report(f"training.compile: auto -> false, because {problem}")
         compiles = all(runtime.gather(compiles and not problem))
     training = config.training.model_copy(update={"compile": compiles})
-    origins = {**setup.origins, "training.compile": origin}
+    origins = {**setup.origins, "training.compile": "auto"}
     return dataclasses.replace(setup, config=config.model_copy(update={"training": training}), origins=origins)
 
 

@@ -7,26 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import Command, run
 from runs import TINY, WORDS, metrics, outcome, write_tiny
 
 from smollm2.cli.main import main
 from smollm2.cli.train import resume_command
-
-
-def run(*arguments: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`smollm2 ...` in a folder, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "smollm2", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
-
 
 QUESTIONS = {
     "help": (["--help"], 0),
@@ -155,7 +142,7 @@ def test_a_config_error_lists_every_problem(tmp_path: Path) -> None:
 
 def test_standard_input_is_a_text(tmp_path: Path) -> None:
     write_tiny(tmp_path)
-    done = run("train", "--input_file", "-", "--train_steps", "1", folder=tmp_path, input=WORDS * 40)
+    done = run("train", "--input_file", "-", "--train_steps", "1", folder=tmp_path, text=WORDS * 40)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoints" / "step_0001.pt").exists()
 
@@ -188,22 +175,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_the_resumed_run_is_bit_identical(name: str, whole: Path, tmp_path: Path) -> None:
     write_long(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "smollm2", "train"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Command("train", folder=tmp_path)
     rows = tmp_path / "checkpoints" / "metrics.jsonl"
     while not (rows.exists() and rows.stat().st_size > 300):
         time.sleep(0.01)
     number = getattr(signal, name)
     os.kill(process.pid, number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}; step " in error
-    assert "Resume with: smollm2 train --resume auto" in error
+    done = process.wait(60)
+    assert done.returncode == 128 + number
+    assert f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}; step " in done.stderr
+    assert "Resume with: smollm2 train --resume auto" in done.stderr
     assert run("train", "--resume", "auto", folder=tmp_path).returncode == 0
     assert outcome(tmp_path / "checkpoints", 150) == outcome(whole, 150)
 

@@ -458,9 +458,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-@settings(max_examples=3000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(text=DOCUMENTS)
-def test_any_document_is_a_config_or_a_list_of_one_line_problems(folder: Path, text: str) -> None:
+@pytest.mark.parametrize("examples", [400, pytest.param(3000, marks=pytest.mark.slow)])
+def test_any_document_is_a_config_or_a_list_of_one_line_problems(folder: Path, examples: int) -> None:
+    settle = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    settle(given(text=DOCUMENTS)(check_document))(folder=folder)
+
+
+def check_document(folder: Path, text: str) -> None:
     path = folder / "fuzz.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     problem = None

@@ -461,6 +461,7 @@ def run_export(source: Path, target: Path, **environment: str) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
 
 
+@pytest.mark.slow  # it compiles every module anew, without docstrings
 def test_a_transformers_that_cannot_run_here_is_named_and_the_other_reader_decides(tmp_path: Path) -> None:
     """With PYTHONOPTIMIZE=2 there are no docstrings, of which transformers builds its own."""
     done = run_export(written(tmp_path / "source"), tmp_path / "out", PYTHONOPTIMIZE="2")
