@@ -183,6 +183,17 @@
   const DRAW = { curves: drawCurves, heat: drawHeat, surface: drawSurface, line: drawLine };
   const drawAll = (kinds) => figures.filter((one) => kinds.includes(one.kind)).forEach((one) => DRAW[one.kind](one));
 
+  // A surface takes as long as all else together, so it waits until the reader is near.
+  const isNear = new WeakSet();
+  const drawSurfaces = () => figures.filter((one) => isNear.has(one.figure)).forEach(drawSurface);
+  const approach = new IntersectionObserver((entries) => {
+    for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
+      approach.unobserve(target);
+      isNear.add(target);
+      drawSurface(figures.find((one) => one.figure === target));
+    }
+  }, { rootMargin: "50%" });
+
   // The numbers of a figure as rows of a table.
   const TABLE = {
     curves: ({ data }) => [["curve", "step", "tokens", "seconds", "value"], ...data.curves.flatMap((curve) => curve.y.map((y, i) => [curve.name, curve.step[i], curve.tokens[i], curve.seconds[i], y]))],
@@ -274,7 +285,7 @@
     root.dataset.theme = name;
     toggle.textContent = name === "dark" ? "Light theme" : "Dark theme";
     drawAll(["curves", "heat", "line"]);
-    requestAnimationFrame(() => setTimeout(() => drawAll(["surface"]))); // it takes as long as all else together, so it comes last
+    drawSurfaces();
   };
   toggle.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
   dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));
@@ -308,4 +319,5 @@
   for (const id of links.keys()) observer.observe(document.getElementById(id));
 
   setTheme(dark.matches ? "dark" : "light");
+  for (const one of figures) if (one.kind === "surface") approach.observe(one.figure);
 })();

@@ -16,7 +16,12 @@ from smollm2.report.reading import read_runs
 from smollm2.report.sections import SECTIONS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
-DRAWN = "document.querySelectorAll('.plot:not(:has(.main-svg))').length === 0"
+SURFACE = "figure[data-chart=surface] .plot"
+UNDRAWN = ".plot:not(:has(.main-svg))"
+DRAWN = f"document.querySelectorAll('{UNDRAWN}').length === 0"
+DRAWN_FIRST = f"document.querySelectorAll('figure:not([data-chart=surface]) {UNDRAWN}').length === 0"
+"""All but the surface, which is drawn when the reader comes near."""
+
 BUSY_SECONDS = 200
 """A page draws in two seconds; a machine that runs other tests may need much longer."""
 
@@ -38,7 +43,9 @@ def browser() -> Iterator[Any]:
 class Visit:
     """An opened page, with its errors and its requests."""
 
-    def __init__(self, browser: Any, path: Path, width: int = 1440, theme: str = "light") -> None:
+    def __init__(
+        self, browser: Any, path: Path, width: int = 1440, theme: str = "light", *, scrolls: bool = True
+    ) -> None:
         self.context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=theme, offline=True, reduced_motion="reduce"
         )
@@ -54,13 +61,19 @@ class Visit:
         tools.send("Performance.enable")
         began = time.perf_counter()
         self.page.goto(path.as_uri())
-        self.seconds_to_curves = (
-            time.perf_counter() - began
-        )  # all but the surface are drawn before the page counts as loaded
-        self.page.wait_for_function(DRAWN)
+        self.page.wait_for_function(DRAWN_FIRST)
         self.seconds = time.perf_counter() - began
         measured = {one["name"]: one["value"] for one in tools.send("Performance.getMetrics")["metrics"]}
         self.cpu_seconds = float(measured["ThreadTime"])
+        if scrolls:
+            self.scroll_through()
+
+    def scroll_through(self) -> None:
+        """Scroll down and back, as a reader does, so that everything is drawn."""
+        for surface in self.page.locator(SURFACE).all():
+            surface.scroll_into_view_if_needed()
+        self.page.wait_for_function(DRAWN)
+        self.page.evaluate("scrollTo(0, 0)")
 
     def points(self, figure: int, trace: int) -> dict[str, Any]:
         """Return the points of a trace."""
@@ -203,7 +216,7 @@ def test_a_command_is_copied_or_selected(visit: Visit) -> None:
 def test_the_keyboard_reaches_every_control_visibly(visit: Visit) -> None:
     page = visit.page
     page.reload()
-    page.wait_for_function(DRAWN)
+    visit.scroll_through()
     page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
@@ -238,7 +251,7 @@ def test_the_keyboard_reaches_every_control_visibly(visit: Visit) -> None:
 def test_collapsed_sections_are_opened_by_their_links(visit: Visit) -> None:
     page = visit.page
     page.reload()
-    page.wait_for_function(DRAWN)
+    visit.scroll_through()
     shown = "[...document.querySelectorAll('.collapsed')].map(one => [one.parentNode.id, one.open])"
     assert page.evaluate(shown) == [["config", False], ["machine", False], ["events", False]]
     page.locator("nav a[href='#machine']").click()
@@ -334,15 +347,25 @@ def test_names_of_runs_are_text_in_labels_and_legends(browser: Any, tmp_path: Pa
     visit.context.close()
 
 
-def test_a_hundred_thousand_rows_are_drawn_in_three_seconds(browser: Any, tmp_path: Path) -> None:
-    """Counted in the seconds that the page's thread worked, since other programs may keep it waiting."""
-    run = write_many_rows(tmp_path, 100_000)
-    (run / "report.html").write_text(build_page(read_runs([run])), encoding="utf-8")
-    visit = Visit(browser, run / "report.html")
-    size = (run / "report.html").stat().st_size
-    seconds = {"curves": visit.seconds_to_curves, "all": visit.seconds, "cpu": visit.cpu_seconds}
-    print(json.dumps({"seconds": {name: round(value, 2) for name, value in seconds.items()}, "bytes": size}))
+def test_a_surface_is_drawn_when_the_reader_comes_near(browser: Any, path: Path) -> None:
+    visit = Visit(browser, path, scrolls=False)
+    surface = visit.page.locator(f"{SURFACE} .main-svg")
+    assert surface.count() == 0
+    visit.page.locator(SURFACE).scroll_into_view_if_needed()
+    surface.first.wait_for(state="attached")
     assert visit.errors == []
     visit.context.close()
-    if visit.cpu_seconds >= 3:
-        pytest.xfail(f"the page took {visit.cpu_seconds:.1f} s; on two AVX2 cores 3.6 alone, 4.1 beside other tests")
+
+
+def test_a_hundred_thousand_rows_are_drawn_in_three_seconds(browser: Any, tmp_path: Path) -> None:
+    """Counted in the seconds that the page's thread worked, since other programs may keep it waiting; of the second visit,
+    since the first one starts parts of the browser."""
+    run = write_many_rows(tmp_path, 100_000)
+    (run / "report.html").write_text(build_page(read_runs([run])), encoding="utf-8")
+    for _ in range(2):
+        visit = Visit(browser, run / "report.html")
+        assert visit.errors == []
+        visit.context.close()
+    size = (run / "report.html").stat().st_size
+    print(json.dumps({"seconds": round(visit.seconds, 2), "cpu": round(visit.cpu_seconds, 2), "bytes": size}))
+    assert visit.cpu_seconds < 3
