@@ -93,20 +93,21 @@ def pace_of_nanogpt(turns: int = 5, steps: int = 20) -> float:
 
 
 def main() -> None:
-    """Run both recipes."""
+    """Run each recipe with each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     beside = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
     parser.add_argument("--input_file", type=Path, default=beside)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--every", type=int, default=50, help="updates between two validations")
     args = parser.parse_args()
     found = machine("transformers")
     rows, results = [], []
-    for (name, recipe), seed in itertools.product(RECIPES.items(), args.seeds):
+    for name, seed in itertools.product(args.recipes, args.seeds):
         before = pace_of_nanogpt()
         with tempfile.TemporaryDirectory() as folder:
-            log = learn(args.input_file.resolve(), Path(folder), recipe, seed, args.steps, args.every)
+            log = learn(args.input_file.resolve(), Path(folder), RECIPES[name], seed, args.steps, args.every)
         theirs = STEPS * statistics.mean((before, pace_of_nanogpt()))
         losses = {row["step"]: row["validation_loss"] for row in log if "validation_loss" in row}
         rates = [row["tokens_per_second"] for row in log if row.get("tokens_per_second")]

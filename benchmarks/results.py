@@ -66,7 +66,7 @@ def publish(script: str, columns: Sequence[str], rows: Sequence[Sequence[object]
 
 
 class Contestant:
-    """A child process of a benchmark, which does a number of things when told and answers with one JSON line."""
+    """A child process of a benchmark, which does a number of things when asked to and answers with one JSON line."""
 
     def __init__(self, script: str, *flags: str) -> None:
         command = [sys.executable, script, *flags]

@@ -157,7 +157,7 @@ def build_litgpt(task: Task) -> Callable[[], float]:
 
 
 def serve_trainer(task: Task, threads: int) -> None:
-    """Child process: transformers' Trainer with its defaults, which waits before an update until it is told to go on."""
+    """Child process: transformers' Trainer with its defaults, which waits before a step until it may continue."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 

@@ -54,7 +54,7 @@ class Command:
         return self.process.pid
 
     def wait(self, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
-        """Return how it ended and what it printed. Raise TimeoutExpired if it goes on for longer."""
+        """Return how it ended and what it printed. Raise TimeoutExpired if it takes longer."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()

@@ -131,11 +131,17 @@ def try_signals(folder: Path, titles: list[str]) -> None:
         began = time.monotonic()
         code = finish(in_a_fork(place, before=interrupting(stage, number)))
         seconds = time.monotonic() - began
-        said = (place / "out.txt").read_text().splitlines()[-1:]
+        reported = (place / "out.txt").read_text().splitlines()[-1:]
         left = [path.name for path in list_checkpoints(place / "checkpoints")]
         again = finish(in_a_fork(place, "--resume", "auto"))
         same = again == 0 and outcome(place / "checkpoints", STEPS) == expected
-        trial = {"stage": stage.title, "signal": int(number), "signals": stage.signals, "code": code, "said": said}
+        trial = {
+            "stage": stage.title,
+            "signal": int(number),
+            "signals": stage.signals,
+            "code": code,
+            "reported": reported,
+        }
         print(
             json.dumps({**trial, "left": left, "resumed": again, "same": same, "seconds": round(seconds, 2)}),
             flush=True,

@@ -12,7 +12,7 @@ OPERATIONS = [name for name in vars(IoOps) if not name.startswith("_")]
 
 
 class WatchedIo(IoOps):
-    """Calls `before(number, name, arguments)` ahead of every operation; what it raises is what the system said."""
+    """Calls `before(number, name, arguments)` ahead of every operation; what it raises is the error of the system."""
 
     def __init__(self, before: Callable[[int, str, tuple[Any, ...]], None]) -> None:
         self.before, self.count = before, 0

@@ -105,12 +105,12 @@ def plant(run: Path, text: str) -> None:
         file.write(f"mine:\n  {json.dumps(text)}: {quoted}  # {quoted}\n")
     (run / "best.json").write_text(json.dumps({"file": text}))
     *_, last = (run / "diagnostics.jsonl").read_text().splitlines()
-    look = json.loads(last)
+    diagnostics = json.loads(last)
     for part in ("gradient_norms", "weight_norms", "update_ratios"):
-        look[part][text] = 1.0
-    look["activations"][text] = {"rms": 1.0}
+        diagnostics[part][text] = 1.0
+    diagnostics["activations"][text] = {"rms": 1.0}
     with (run / "diagnostics.jsonl").open("a") as file:
-        file.write(json.dumps(look) + "\n")
+        file.write(json.dumps(diagnostics) + "\n")
 
 
 def write_many_rows(folder: Path, count: int) -> Path:

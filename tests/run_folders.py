@@ -75,13 +75,13 @@ def log_report(tracker: Fanout, step: int, steps: int, noise: random.Random) -> 
 
 
 def write_words(noise: random.Random, done: float) -> str:
-    """Text that gets longer words as a run goes on."""
+    """Text that gets longer words as a run progresses."""
     words = ["the", "of", "a", "in", "is", "function", "returns", "value", "object", "sequence", "otherwise"]
     return " " + " ".join(noise.choice(words[: 3 + int(8 * done)]) for _ in range(40)) + "."
 
 
 def log_inside(tracker: Fanout, step: int, steps: int, noise: random.Random) -> None:
-    """A look inside a model of four blocks."""
+    """Diagnostics of a model of four blocks."""
     done = step / steps
     names = [f"model.layers.{layer}.{part}.weight" for layer in range(4) for part in PARTS]
     names = ["model.embed_tokens.weight", *names, "model.norm.weight"]

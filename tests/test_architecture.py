@@ -124,7 +124,7 @@ def test_the_list_names_each_file_and_folder_once() -> None:
 
 
 @pytest.mark.parametrize("module", PLACED)
-def test_a_file_imports_only_what_stands_above_it(module: str) -> None:
+def test_a_file_imports_only_what_is_listed_above_it(module: str) -> None:
     above = ORDER[: ORDER.index(part_of(module))]
     assert own_imports(module) <= set(above)
 

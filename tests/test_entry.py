@@ -75,9 +75,9 @@ def test_it_is_the_command_smollm2_train(tmp_path: Path) -> None:
 
 
 def test_its_exit_code_is_the_trainers(tmp_path: Path) -> None:
-    code, _, said = run(sys.executable, ROOT / "train.py", "--no_such_flag", cwd=tmp_path)
+    code, _, reported = run(sys.executable, ROOT / "train.py", "--no_such_flag", cwd=tmp_path)
     assert code == 2
-    assert "--no_such_flag" in said
+    assert "--no_such_flag" in reported
 
 
 def test_a_python_without_the_dependencies_starts_the_one_of_the_environment(
@@ -85,33 +85,33 @@ def test_a_python_without_the_dependencies_starts_the_one_of_the_environment(
 ) -> None:
     make_python(checkout / ".venv")
     give_dependencies(checkout / ".venv")
-    code, shown, said = run(bare_python, checkout / "train.py", "--help", cwd=tmp_path)
-    assert (code, said) == (0, "")
+    code, shown, reported = run(bare_python, checkout / "train.py", "--help", cwd=tmp_path)
+    assert (code, reported) == (0, "")
     assert "--checkpoint_path" in shown
 
 
 def test_without_an_environment_one_line_names_the_script_to_run(
     checkout: Path, bare_python: Path, tmp_path: Path
 ) -> None:
-    code, shown, said = run(bare_python, checkout / "train.py", cwd=tmp_path)
+    code, shown, reported = run(bare_python, checkout / "train.py", cwd=tmp_path)
     assert (code, shown) == (2, "")
-    assert said.count("\n") == 1
-    assert f"Run {checkout / 'scripts' / 'environment.sh'} once." in said
+    assert reported.count("\n") == 1
+    assert f"Run {checkout / 'scripts' / 'environment.sh'} once." in reported
 
 
 def test_an_environment_that_lacks_the_dependencies_is_tried_once(
     checkout: Path, bare_python: Path, tmp_path: Path
 ) -> None:
     make_python(checkout / ".venv")
-    code, _, said = run(bare_python, checkout / "train.py", cwd=tmp_path)
+    code, _, reported = run(bare_python, checkout / "train.py", cwd=tmp_path)
     assert code == 2
-    assert said.count("scripts/environment.sh") == 1
+    assert reported.count("scripts/environment.sh") == 1
 
 
 def test_a_python_that_is_too_old_is_reported(checkout: Path, tmp_path: Path) -> None:
-    code, _, said = run(find_old_python(), checkout / "train.py", cwd=tmp_path)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "older than 3.11" in said
+    code, _, reported = run(find_old_python(), checkout / "train.py", cwd=tmp_path)
+    assert (code, reported.count("\n")) == (2, 1)
+    assert "older than 3.11" in reported
 
 
 def find_old_python() -> str:

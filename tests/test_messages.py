@@ -40,7 +40,7 @@ def test_a_message_follows_the_rules_of_its_layout(message: object) -> None:
 @pytest.mark.parametrize(
     "message", [message for message in THREE_PARTS if message.module.startswith(CONVERTED)], ids=str
 )
-def test_a_message_says_what_to_do(message: object) -> None:
+def test_a_message_names_what_to_do(message: object) -> None:
     what, advice = message.what, message.advice  # type: ignore[attr-defined]
     assert advice or what.startswith("must be ")
 

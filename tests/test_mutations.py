@@ -28,7 +28,7 @@ SABOTAGES = [
         "runtime/random_state.py",
         '    torch.set_rng_state(state["torch"])',
         "    pass",
-        "runtime/test_random_state.py::test_every_generator_goes_on_where_it_stood",
+        "runtime/test_random_state.py::test_every_generator_continues_from_its_state",
     ),
     Sabotage(
         "a file is not synced",
@@ -50,7 +50,7 @@ SABOTAGES = [
         "        path = save_checkpoint",
         "        if t.keep_last is not None:\n"
         "            prune_checkpoints(self.folder, t.keep_last)\n        path = save_checkpoint",
-        "training/test_faults.py::test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last",
+        "training/test_faults.py::test_a_spike_is_reported_and_the_checkpoint_from_before_it_outlives_keep_last",
     ),
     Sabotage(
         "a checkpoint is written from the weights that training moves",
@@ -85,7 +85,7 @@ SABOTAGES = [
         "checkpoint/discovery.py",
         "key=lambda path: (step_of(path), path.name)",
         "key=lambda path: path.stat().st_mtime",
-        "checkpoint/test_retention.py::test_clocks_have_no_say_in_what_is_newest_and_what_goes",
+        "checkpoint/test_retention.py::test_clocks_do_not_decide_which_checkpoint_is_newest_or_deleted",
     ),
     Sabotage(
         "gradients are not clipped",

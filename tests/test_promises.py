@@ -43,15 +43,15 @@ def test_each_test_that_the_page_on_watching_names_exists(file: str, name: str) 
     assert name in find_tests(file)
 
 
-def test_every_promise_that_a_test_claims_stands_there() -> None:
+def test_every_promise_that_a_test_claims_is_listed() -> None:
     claimed = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.FunctionDef)
                 and node.name.startswith("test_")
-                and (said := ast.get_docstring(node))
+                and (reported := ast.get_docstring(node))
             ):
-                found = re.match(r"(?:Promises? )?([A-G][0-9]+(?:(?:,| and|, and) [A-G][0-9]+)*)\b", said)
+                found = re.match(r"(?:Promises? )?([A-G][0-9]+(?:(?:,| and|, and) [A-G][0-9]+)*)\b", reported)
                 claimed |= set(re.findall(r"[A-G][0-9]+", found[1])) if found else set()
     assert claimed <= {identity for identity, _, _ in ROWS}

@@ -98,9 +98,9 @@ def pip_calls(checkout: Path) -> list[list[str]]:
 
 
 def test_the_package_is_installed_editable_under_the_constraints(furnished: Path, tmp_path: Path) -> None:
-    code, said, complaint = set_up(furnished, cwd=tmp_path)
+    code, reported, complaint = set_up(furnished, cwd=tmp_path)
     assert (code, complaint) == (0, "")
-    assert "GB" in said
+    assert "GB" in reported
     [call] = pip_calls(furnished)
     assert call[0] == "install"
     assert call[-4:] == ["--constraint", "constraints.txt", "--editable", ".[wandb]"]
@@ -158,9 +158,9 @@ def test_of_two_calls_at_once_one_installs_and_the_other_waits(furnished: Path) 
         stdout=subprocess.DEVNULL,
     )
     wait_for(lambda: bool(pip_calls(furnished)))
-    code, said, _ = set_up(furnished)
+    code, reported, _ = set_up(furnished)
     assert (first.wait(), code) == (0, 0)
-    assert said == "Waiting for another scripts/environment.sh to finish.\n"
+    assert reported == "Waiting for another scripts/environment.sh to finish.\n"
     assert len(pip_calls(furnished)) == 1
 
 
@@ -317,17 +317,17 @@ def test_two_processes_train_together_and_print_the_next_commands(trainer: Path,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "reported"),
     [
         (("--no_such_flag",), 2, "--no_such_flag: unknown"),
         (("--input_file", "absent.txt"), 3, "absent.txt: file not found"),
     ],
 )
 def test_the_code_of_several_processes_is_that_of_the_trainer(
-    arguments: tuple[str, ...], code: int, said: str, trainer: Path
+    arguments: tuple[str, ...], code: int, reported: str, trainer: Path
 ) -> None:
     done = run(trainer / "run_training.sh", *arguments, NUM_PROCESSES="2")
-    assert (done.returncode, done.stderr.count(said)) == (code, 1)
+    assert (done.returncode, done.stderr.count(reported)) == (code, 1)
     assert "Traceback" not in done.stderr
 
 

@@ -66,7 +66,7 @@ class Statistics:
 
     @property
     def unknown_share(self) -> float:
-        """Return the share of the bytes that the tokenizer cannot represent."""
+        """Return the share of the bytes that the tokenizer cannot encode."""
         return self.unknown_bytes / self.bytes
 
     @property
@@ -284,7 +284,7 @@ def _choose_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
 
 def _describe_unknown(s: Statistics) -> str:
     return (
-        f"the tokenizer cannot express {s.unknown_share:.2%} of the bytes "
+        f"the tokenizer cannot encode {s.unknown_share:.2%} of the bytes "
         f"({s.unknown_bytes:,} in {s.unknown_documents:,} of {s.documents:,} documents)"
     )
 

@@ -4,7 +4,7 @@
 ByteLevel with or without Digits, no normalizer, and every merge result alone encodes to itself. By induction over token
 length, both algorithms then make the same merges in the same order. A text on which tiktoken would panic (a byte
 without a token, a very long run of spaces; the panic is a BaseException) is detected beforehand and encoded by
-`tokenizers`. Text that a tokenizer cannot represent becomes its unknown id, or is dropped without one, and is counted.
+`tokenizers`. Text that a tokenizer cannot encode becomes its unknown id, or is dropped without one, and is counted.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ class Tokenizer:
         return self.encode_counted(text)[0]
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
-        """Return the ids of `text`, and how many of its UTF-8 bytes the tokenizer cannot represent."""
+        """Return the ids of `text`, and how many of its UTF-8 bytes the tokenizer cannot encode."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:

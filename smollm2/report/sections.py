@@ -174,7 +174,7 @@ def data_section(run: RunFolder) -> Context:
 
 
 def describe_unknown(share: float, documents: str) -> str:
-    """Return how much of the text the tokenizer cannot represent."""
+    """Return how much of the text the tokenizer cannot encode."""
     if math.isnan(share):
         return "–"
     return f"{share:.2%}, in {documents} documents" if share else "none"

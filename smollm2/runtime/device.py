@@ -100,7 +100,7 @@ class Runtime:
         error: Exception | None = None
         try:
             yield
-        except Exception as caught:  # whatever it is, the other ranks must be told first
+        except Exception as caught:  # whatever it is, the other ranks must learn of it first
             error = caught
         codes = self.gather(0 if error is None else getattr(error, "exit_code", 1))
         failed = [rank for rank, code in enumerate(codes) if code]

@@ -173,11 +173,11 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
         t, wandb = run.config.training, run.config.wandb
         needs_histograms = (wandb.enabled and wandb.log_gradients) or t.tensorboard
         self.run, self.problem = run, ""
-        self.look = StepDiagnostics(run.model, run.tracker.counted, histograms=needs_histograms)
+        self.collector = StepDiagnostics(run.model, run.tracker.counted, histograms=needs_histograms)
 
     def __enter__(self) -> "Diagnostics":
         try:
-            self.look.__enter__()
+            self.collector.__enter__()
         except Exception as error:
             self.problem = describe(error)
         return self
@@ -186,7 +186,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
         if self.problem or error[0]:
             return
         try:
-            self.look.__exit__(*error)
+            self.collector.__exit__(*error)
         except Exception as failure:
             self.problem = describe(failure)
 
@@ -197,7 +197,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
             report_skipped(self.run, "diagnostics", "the diagnostics", self.problem, progress.step)
             return
         clipped, steps = progress.clipped
-        found = dataclasses.replace(self.look.diagnosis, activations=activations, clipped=clipped / steps)
+        found = dataclasses.replace(self.collector.diagnosis, activations=activations, clipped=clipped / steps)
         self.run.tracker.log_diagnosis(found, progress.step)
 
     def _measure_activations(self, micro_batch: MicroBatch) -> dict[str, dict[str, float]]:

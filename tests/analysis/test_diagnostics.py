@@ -1,4 +1,4 @@
-"""What a look inside the model says equals a plain computation of it, and the run is the same bits with and without."""
+"""Diagnostics equal a plain computation of the same values, and leave the run bit-identical."""
 
 import contextlib
 import json
@@ -42,24 +42,24 @@ def micro_batches() -> list[tuple[Tensor, Tensor]]:
     return [(ids[:4, :-1], ids[:4, 1:]), (ids[4:, :-1], ids[4:, 1:])]
 
 
-def update_under_a_look(
+def step_with_diagnostics(
     runtime: Runtime, model: SmolLM2, *, histograms: bool = False
 ) -> tuple[StepDiagnostics, StepResult]:
     optimizers = build_optimizers(model, TrainingConfig(optimizer="muon"))
-    look = StepDiagnostics(model, contextlib.nullcontext, histograms=histograms)
+    diagnostics = StepDiagnostics(model, contextlib.nullcontext, histograms=histograms)
     result = train_step(
-        model, optimizers, micro_batches(), runtime, learning_rate=0.01, max_grad_norm=0.1, diagnostics=look
+        model, optimizers, micro_batches(), runtime, learning_rate=0.01, max_grad_norm=0.1, diagnostics=diagnostics
     )
-    return look, result
+    return diagnostics, result
 
 
 def test_the_norms_are_those_of_a_loop_over_the_parameters(runtime: Runtime) -> None:
     """Gradients as they were before clipping, weights as the update left them."""
     twin, model = small_model(), small_model()
     accumulate_gradients(twin, micro_batches(), runtime)
-    look, result = update_under_a_look(runtime, model)
+    diagnostics, result = step_with_diagnostics(runtime, model)
     assert result.clipped
-    found = look.diagnosis
+    found = diagnostics.diagnosis
     assert list(found.gradient_norms) == [name for name, _ in model.named_parameters()]
     for (name, before), after in zip(twin.named_parameters(), model.parameters(), strict=True):
         assert found.gradient_norms[name] == pytest.approx(cast(Tensor, before.grad).double().norm().item(), rel=1e-6)
@@ -69,24 +69,24 @@ def test_the_norms_are_those_of_a_loop_over_the_parameters(runtime: Runtime) -> 
     assert math.hypot(*found.gradient_norms.values()) == pytest.approx(result.grad_norm, rel=1e-6)
 
 
-def test_an_update_that_is_not_finite_is_looked_at_too(runtime: Runtime) -> None:
+def test_a_skipped_step_has_its_diagnostics_too(runtime: Runtime) -> None:
     model = small_model()
     weight = blocks_of(model)[1].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
-    look, result = update_under_a_look(runtime, model, histograms=True)
+    diagnostics, result = step_with_diagnostics(runtime, model, histograms=True)
     assert result.skipped
     bad = "model.layers.1.mlp.up_proj.weight"
-    assert [name for name, norm in look.diagnosis.gradient_norms.items() if not math.isfinite(norm)] == [bad]
-    assert set(look.diagnosis.update_ratios.values()) == {0.0}
-    assert bad not in look.diagnosis.gradient_histograms
+    assert [name for name, norm in diagnostics.diagnosis.gradient_norms.items() if not math.isfinite(norm)] == [bad]
+    assert set(diagnostics.diagnosis.update_ratios.values()) == {0.0}
+    assert bad not in diagnostics.diagnosis.gradient_histograms
 
 
-def test_a_look_holds_no_copy_afterwards(runtime: Runtime) -> None:
-    look, _ = update_under_a_look(runtime, small_model())
-    assert look.before == []
+def test_diagnostics_hold_no_copy_afterwards(runtime: Runtime) -> None:
+    diagnostics, _ = step_with_diagnostics(runtime, small_model())
+    assert diagnostics.before == []
 
 
-def test_what_a_look_takes_is_counted(runtime: Runtime) -> None:
+def test_the_time_of_diagnostics_is_counted(runtime: Runtime) -> None:
     model, tracker = small_model(), Fanout([])
     accumulate_gradients(model, micro_batches(), runtime)
     with StepDiagnostics(model, tracker.counted, histograms=False):
@@ -196,13 +196,13 @@ def looked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_looks_fall_on_multiples_of_their_interval_and_on_the_last_step(looked: Path) -> None:
+def test_diagnostics_are_due_at_multiples_of_their_interval_and_at_the_last_step(looked: Path) -> None:
     rows = diagnoses(looked / "checkpoints")
     assert [row["step"] for row in rows] == [5, 10, 12]
     assert rows[0].keys() >= {"gradient_norms", "weight_norms", "update_ratios", "activations", "clipped"}
 
 
-def test_a_run_has_the_same_bits_without_looks(looked: Path, tmp_path: Path) -> None:
+def test_a_run_is_bit_identical_without_diagnostics(looked: Path, tmp_path: Path) -> None:
     """Promise C11."""
     write_tiny(tmp_path)
     train(tiny_config(tmp_path, training__diagnostics_interval=0))
@@ -214,8 +214,8 @@ def test_a_run_has_the_same_bits_without_looks(looked: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("step", [3, 5, 11])
-def test_a_resumed_run_says_the_same_of_each_look(step: int, looked: Path, tmp_path: Path) -> None:
-    """The share of clipped updates among it, which is counted from the look before."""
+def test_a_resumed_run_has_the_same_diagnostics(step: int, looked: Path, tmp_path: Path) -> None:
+    """The share of clipped updates among it, which is counted since the diagnostics before."""
     shutil.copytree(looked, tmp_path / "run")
     run = tmp_path / "run" / "checkpoints"
     for path in run.glob("step_*.pt"):
@@ -226,7 +226,7 @@ def test_a_resumed_run_says_the_same_of_each_look(step: int, looked: Path, tmp_p
     assert (run / "diagnostics.jsonl").read_bytes() == expected
 
 
-def test_the_share_of_clipped_updates_is_that_of_the_reported_norms(looked: Path) -> None:
+def test_the_share_of_clipped_steps_is_that_of_the_reported_norms(looked: Path) -> None:
     norms = {row["step"]: row["grad_norm"] for row in metrics(looked / "checkpoints") if "loss" in row}
     clipped = [float(norms[step] > 1.0) for step in range(1, 13)]
     expected = [sum(part) / len(part) for part in (clipped[:5], clipped[5:10], clipped[10:])]
@@ -253,7 +253,7 @@ def test_a_count_of_clipped_updates_of_another_type_is_refused(looked: Path, tmp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
-def test_of_two_ranks_one_looks_and_none_waits(looked: Path, tmp_path: Path) -> None:
+def test_of_two_ranks_one_runs_diagnostics_and_none_waits(looked: Path, tmp_path: Path) -> None:
     write_tiny(tmp_path)
     words = ["train", "--config", "config.yaml", "--training.diagnostics_interval", "5"]
     ended = run_ranks(lambda rank: main(words), tmp_path)

@@ -89,7 +89,7 @@ def test_a_row_of_zeros_stays() -> None:
     assert not direction.any()
 
 
-def test_every_point_is_measured_once_where_it_lies() -> None:
+def test_every_point_is_measured_once_at_its_place() -> None:
     model = small_model()
     before, measured = copy_of(model), []
 
@@ -209,7 +209,7 @@ def test_a_resumed_run_leaves_the_same_landscape(trained: Path, tmp_path: Path) 
     assert landscape_of(run) == landscape_of(trained / "checkpoints")
 
 
-def test_a_run_that_is_stopped_within_its_landscape_is_saved_and_draws_it_when_it_goes_on(
+def test_a_run_that_is_stopped_within_its_landscape_is_saved_and_draws_it_when_it_resumes(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, tmp_path / "run")
@@ -253,7 +253,7 @@ def test_the_command_draws_what_the_run_drew_and_a_page(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json"]
 
 
-def test_a_command_that_was_stopped_goes_on_to_the_same_landscape(
+def test_a_command_that_was_stopped_continues_to_the_same_landscape(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, twice = tmp_path / "whole.json", tmp_path / "twice.json"
@@ -277,7 +277,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_landscape(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_run_without_memory_for_its_landscape_says_so_and_ends_well(
+def test_a_run_without_memory_for_its_landscape_reports_it_and_finishes(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained, tmp_path / "run")
@@ -310,7 +310,7 @@ def test_positions_reach_from_minus_one_to_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "reported"),
     [
         (["--points", "6"], "--points: must be odd (got 6)"),
         (["--points", "1"], "--points: must be a whole number from 3 to 401 (got '1')"),
@@ -319,10 +319,10 @@ def test_positions_reach_from_minus_one_to_one() -> None:
     ],
 )
 def test_an_impossible_flag_is_one_line(
-    flags: list[str], said: str, trained: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], reported: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert draw(trained, *flags) == 2
-    assert said in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 def test_another_text_is_tokenized_and_nothing_is_left_of_it(

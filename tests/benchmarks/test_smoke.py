@@ -61,7 +61,7 @@ def test_a_benchmark_runs_at_a_tiny_size_and_writes_its_json_and_its_table(name:
 @pytest.mark.parametrize(
     ("preset", "billions"), [("smollm2-135m", 1.019), ("smollm2-360m", 2.548), ("smollm2-1.7b", 10.87), ("", 0.940)]
 )
-def test_mfu_counts_the_flops_that_the_formula_of_the_table_says(preset: str, billions: float) -> None:
+def test_mfu_counts_the_flops_of_the_table(preset: str, billions: float) -> None:
     """6 N_nonembedding + 6 V d + 6 L d_attention T at T = 2,048."""
     config = load_config(preset=preset) if preset else Config.model_validate({})
     assert flops_per_token(config.model, 2048) / 1e9 == pytest.approx(billions, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder are found, in which order, and what is said where one is missing."""
+"""Which checkpoints of a folder are found, in which order, and what is reported if one is missing."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["step_1.pt", "absent/step_1.pt"])
-def test_a_missing_checkpoint_beside_none_says_so(tmp_path: Path, name: str) -> None:
+def test_a_missing_checkpoint_in_an_empty_folder_is_reported(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     assert describe_missing(path) == (
         f"{path}: does not exist, and {path.parent} holds no checkpoint. Train first, or name another file."

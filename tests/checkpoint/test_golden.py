@@ -82,7 +82,7 @@ def test_a_golden_checkpoint_of_adamw_resumes_to_the_end_of_its_own_version(vers
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=REDUCED_ACCURACY, msg=name)
 
 
-def test_a_golden_checkpoint_of_muon_resumes_and_one_line_says_that_its_arithmetic_changed(
+def test_a_golden_checkpoint_of_muon_resumes_and_one_line_reports_that_its_arithmetic_changed(
     version: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """B3. The momentum of torch.optim.Muon is of use to the Muon that replaced it, which orthogonalizes otherwise."""

@@ -20,7 +20,7 @@ from smollm2.errors import ResourceError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_clocks_have_no_say_in_what_is_newest_and_what_goes(tmp_path: Path) -> None:
+def test_clocks_do_not_decide_which_checkpoint_is_newest_or_deleted(tmp_path: Path) -> None:
     """Promise A12."""
     paths = save_steps(tmp_path, 9, 10, 11)
     for path, time in zip(paths, (2e9, -1e6, 0.0), strict=True):

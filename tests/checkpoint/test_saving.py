@@ -104,7 +104,7 @@ def test_an_error_at_any_operation_of_a_save_comes_out_as_itself_and_loses_nothi
         assert not list(folder.glob(".*.tmp.*"))
 
 
-def test_a_checkpoint_stands_before_anything_names_it_and_before_an_older_one_goes(
+def test_a_checkpoint_is_complete_before_anything_names_it_and_before_an_older_one_is_deleted(
     tmp_path: Path, two_steps: Path
 ) -> None:
     """Promise A3."""
@@ -123,7 +123,7 @@ def test_a_checkpoint_stands_before_anything_names_it_and_before_an_older_one_go
     ]
 
 
-def test_a_save_without_room_says_how_much_it_needs_before_it_writes(tmp_path: Path) -> None:
+def test_a_save_without_room_reports_how_much_it_needs_before_it_writes(tmp_path: Path) -> None:
     """Promise A4."""
 
     class FullDisk(IoOps):

@@ -71,7 +71,9 @@ def test_a_validation_text_has_a_target_that_is_not_an_end_of_text(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("text", "fraction"), [("abc", 0.5), ("some text", 0.0)])
-def test_the_statistics_line_says_that_there_is_no_validation_text(text: str, fraction: float, tmp_path: Path) -> None:
+def test_the_statistics_line_reports_that_there_is_no_validation_text(
+    text: str, fraction: float, tmp_path: Path
+) -> None:
     store = prepare(tmp_path, text, fraction)
     assert "for training, none for validation;" in store.statistics.describe(Windows(store.train, 4, 4, 257))
 
@@ -204,12 +206,12 @@ def test_an_unknown_share_over_a_thousandth_is_reported(
     assert store.statistics.unknown_bytes == unknown
     assert bool(store.notes) == reported
     if unknown == 499:
-        assert store.notes == ("the tokenizer cannot express 4.99% of the bytes (499 in 1 of 1 documents)",)
+        assert store.notes == ("the tokenizer cannot encode 4.99% of the bytes (499 in 1 of 1 documents)",)
 
 
 def test_an_unknown_share_over_a_twentieth_stops(tmp_path: Path, smollm2_tokenizer_folder: Path) -> None:
     tokenizer = tokenizer_from_text((smollm2_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    with pytest.raises(DataError, match=r"cannot express 5\.01% of the bytes \(501 in 1 of 2 documents\)"):
+    with pytest.raises(DataError, match=r"cannot encode 5\.01% of the bytes \(501 in 1 of 2 documents\)"):
         prepare(tmp_path, "\x04" * 501 + "." * 9_490 + "\f" + "." * 8, tokenizer=tokenizer)
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back, tiktoken and tokenizers agree, and bytes that cannot be expressed are counted."""
+"""Tokenizers: text comes back, tiktoken and tokenizers agree, and bytes that cannot be encoded are counted."""
 
 import json
 import os
@@ -211,7 +211,7 @@ def test_the_end_of_text_is_the_folders_own(configs: dict[str, Any], end_of_text
     assert load_tokenizer(str(tmp_path)).end_of_text == end_of_text
 
 
-def test_an_unknown_id_stands_for_what_cannot_be_expressed() -> None:
+def test_an_unknown_id_stands_for_what_cannot_be_encoded() -> None:
     tokenizer = tokenizer_from_text(word_level("[UNK]", "[UNK]", "cat"))
     assert tokenizer.unknown == 1
     assert tokenizer.encode_counted("cat d\u00f6g cat") == ([2, 1, 2], 4)
@@ -328,7 +328,7 @@ def load_from_hub(name: str, cache: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_hub_name_is_looked_for_on_this_machine_first(tmp_path: Path) -> None:
+def test_a_hub_name_is_searched_for_on_this_machine_first(tmp_path: Path) -> None:
     repository = tmp_path / "models--someone--letters"
     tokenizer_from_text("bytes").save(repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()

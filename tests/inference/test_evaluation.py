@@ -138,7 +138,7 @@ def test_isolated_documents_are_scored_alone_without_their_first_token(model: Sm
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 10, 25, 40])
 @pytest.mark.parametrize("stride", [1, 3, 8])
 @pytest.mark.parametrize("block", [1, 4, 100])
-def test_every_target_lies_in_one_row_whatever_the_blocks(count: int, stride: int, block: int) -> None:
+def test_every_target_is_in_one_row_whatever_the_blocks(count: int, stride: int, block: int) -> None:
     ids = list(range(count))
     blocks = [ids[start : start + block] for start in range(0, count, block)]
     rows = list(slide(0, blocks, 8, stride))

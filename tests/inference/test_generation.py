@@ -127,31 +127,31 @@ def test_torchs_random_state_is_left_alone(model: SmolLM2, tokenizer: Tokenizer)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_prompt_longer_than_the_context_loses_its_start_and_that_is_said(
+def test_a_prompt_longer_than_the_context_loses_its_start_and_that_is_reported(
     model: SmolLM2, tokenizer: Tokenizer
 ) -> None:
-    said: list[str] = []
+    reported: list[str] = []
     long = "word " * 60
     pieces = stream(
-        model, tokenizer, [long], [0], max_new_tokens=1, sampling=Sampling(temperature=0), report=said.append
+        model, tokenizer, [long], [0], max_new_tokens=1, sampling=Sampling(temperature=0), report=reported.append
     )
     text = "".join(piece.text for piece in pieces)
-    assert said == ["the prompt has 300 tokens and the context 128: the first 172 are ignored"]
+    assert reported == ["the prompt has 300 tokens and the context 128: the first 172 are ignored"]
     assert [text] == generate(model, tokenizer, [long[-128:]], max_new_tokens=1, temperature=0)
 
 
 def test_a_full_context_slides_by_its_older_half(model: SmolLM2, tokenizer: Tokenizer) -> None:
-    said: list[str] = []
+    reported: list[str] = []
     prompt = "x" * 120
     sampling = Sampling(temperature=0)
-    pieces = stream(model, tokenizer, [prompt], [0], max_new_tokens=10, sampling=sampling, report=said.append)
+    pieces = stream(model, tokenizer, [prompt], [0], max_new_tokens=10, sampling=sampling, report=reported.append)
     ids = tokenizer.encode(prompt)
     for _ in range(10):
         window = ids if len(ids) <= 128 else ids[129 - 64 :]
         with torch.no_grad():
             ids.append(int(model(torch.tensor([window]))[0, -1].argmax()))
     assert "".join(piece.text for piece in pieces) == tokenizer.decode(ids[120:])
-    assert said == ["the context of 128 tokens is full: from now on the model reads the last 64"]
+    assert reported == ["the context of 128 tokens is full: from now on the model reads the last 64"]
 
 
 def test_a_bf16_model_writes(model: SmolLM2, tokenizer: Tokenizer) -> None:
@@ -402,11 +402,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "code", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+@pytest.mark.parametrize(("arguments", "code", "reported"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_gets_one_line_and_its_exit_code(
     arguments: list[str],
     code: int,
-    said: str,
+    reported: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -416,7 +416,7 @@ def test_a_mistake_gets_one_line_and_its_exit_code(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found, out, error = ask(capsys, *arguments)
     assert (found, out, error.count("\n")) == (code, "", 1)
-    assert said in error
+    assert reported in error
 
 
 @without_bf16

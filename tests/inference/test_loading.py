@@ -53,7 +53,7 @@ def test_the_released_config_is_understood(smollm2_tokenizer_folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reported"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Use llama or stablelm"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
@@ -72,24 +72,26 @@ def test_the_released_config_is_understood(smollm2_tokenizer_folder: Path) -> No
         ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
     ],
 )
-def test_a_setting_of_another_model_is_refused_by_name(change: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_a_setting_of_another_model_is_refused_by_name(
+    change: dict[str, object], reported: str, tmp_path: Path
+) -> None:
     write_hugging_face_folder(small_model(), tmp_path, **change)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=reported):
         load_hugging_face_model(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "reported"),
     [
         ("config.json", b"{", "cannot be read as JSON"),
         ("config.json", b"[]", "instead of a JSON object"),
         ("model.safetensors", b"\xff" * 64, "incomplete, or not a safetensors file"),
     ],
 )
-def test_a_damaged_file_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(name: str, content: bytes, reported: str, tmp_path: Path) -> None:
     write_hugging_face_folder(small_model(), tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name}: .*{said}"):
+    with pytest.raises(CheckpointError, match=f"{name}: .*{reported}"):
         load_hugging_face_model(tmp_path)
 
 

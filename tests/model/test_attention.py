@@ -130,7 +130,7 @@ def test_nothing_is_laid_out_where_documents_are_not_isolated(backend: attention
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
-def test_a_backend_that_does_not_run_here_says_so_in_one_sentence(backend: attention.Backend) -> None:
+def test_a_backend_that_does_not_run_here_is_refused_in_one_sentence(backend: attention.Backend) -> None:
     found = attention.check_backend(backend, torch.device("cpu"), torch.bfloat16, (4, 2, 32))
     assert found is not None and "\n" not in found
     assert found.startswith(f"attention backend {backend} does not run on cpu in torch.bfloat16: ")

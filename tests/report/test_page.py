@@ -143,11 +143,11 @@ def test_a_folder_with_many_samples_events_and_diagnostics_is_a_page_under_6_meg
         tracker.log_event("checkpoint", "x" * 5000, step)
     tracker.close()
     names = {f"model.layers.{layer}.{part}.weight": 0.123456 for layer in range(80) for part in range(9)}
-    look = {"gradient_norms": names, "weight_norms": names, "update_ratios": names, "clipped": 0.1}
+    diagnostics = {"gradient_norms": names, "weight_norms": names, "update_ratios": names, "clipped": 0.1}
     blocks = {f"model.layers.{layer}": {"rms": 1.234, "max_abs": 2.345, "dead_units": 0.5} for layer in range(80)}
     with (copy / "diagnostics.jsonl").open("a") as file:
         for step in range(400, 700):
-            file.write(json.dumps({"step": step, **look, "activations": blocks}) + "\n")
+            file.write(json.dumps({"step": step, **diagnostics, "activations": blocks}) + "\n")
     assert len(build_page(read_runs([copy])).encode()) < 6 * MEGABYTE
 
 

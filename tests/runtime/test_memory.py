@@ -11,7 +11,7 @@ from smollm2.runtime.memory import keep_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
-def test_what_an_update_frees_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_freed_by_a_step_is_reused_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     import resource  # Windows has none
 
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:

@@ -116,15 +116,15 @@ def test_a_run_that_changes_its_number_of_ranks_reads_the_windows_of_one_that_do
     write_tiny(tmp_path)
     run_ranks(noting_windows(training_with("--save_dir", "whole")), tmp_path, world_size=1)
     expected = windows_read(tmp_path)
-    said = ""
+    reported = ""
     for steps, world_size in ((4, 2), (8, 1), (12, 2)):
         flags = ("--save_dir", "changing", "--resume", "auto", "--train_steps", str(steps))
         ended = run_ranks(noting_windows(training_with(*flags)), tmp_path, world_size)
         assert [rank.code for rank in ended] == [0] * world_size
-        said += ended[0].out
+        reported += ended[0].out
     assert windows_read(tmp_path) == expected
-    assert "not bit-exact, because of world_size 2 -> 1" in said
-    assert "not bit-exact, because of world_size 1 -> 2" in said
+    assert "not bit-exact, because of world_size 2 -> 1" in reported
+    assert "not bit-exact, because of world_size 1 -> 2" in reported
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_that_they_can(tmp_path: Path) -> None:
@@ -133,10 +133,10 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_that_th
         training_with("--training.batch_size", "3", "--training.gradient_accumulation_steps", "1"), tmp_path
     )
     assert [rank.code for rank in ended] == [2, 2]
-    assert said_once(ended, "which 2 devices cannot share equally. The nearest that they can: 2 or 4")
+    assert reported_once(ended, "which 2 devices cannot share equally. The nearest that they can: 2 or 4")
 
 
-def said_once(ended: list[Ended], sentence: str) -> bool:
+def reported_once(ended: list[Ended], sentence: str) -> bool:
     """Whether the ranks together wrote one line of errors, with this in it."""
     errors = "".join(rank.err for rank in ended)
     assert sentence in errors, ended
@@ -147,7 +147,7 @@ def said_once(ended: list[Ended], sentence: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "reported"),
     [
         (("--input_file", "absent.txt"), 3, "absent.txt: file not found"),
         (("--checkpoint_path", "absent.pt"), 4, "absent.pt"),
@@ -155,13 +155,13 @@ def said_once(ended: list[Ended], sentence: str) -> bool:
         (("--training.precision", "fp16"), 2, "fp16: a CPU computes fp16"),
     ],
 )
-def test_a_mistake_is_said_by_one_rank_and_ends_all(
-    flags: tuple[str, ...], code: int, said: str, tmp_path: Path
+def test_a_mistake_is_reported_by_one_rank_and_ends_all(
+    flags: tuple[str, ...], code: int, reported: str, tmp_path: Path
 ) -> None:
     write_tiny(tmp_path)
     ended = run_ranks(training_with(*flags), tmp_path)
     assert [rank.code for rank in ended] == [code, code]
-    assert said_once(ended, said)
+    assert reported_once(ended, reported)
     assert max(rank.seconds for rank in ended) < 15
     assert not (tmp_path / "checkpoints").exists()
 
@@ -192,7 +192,7 @@ def change_tokenizer(rank: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reported"),
     [
         (change_seed, "rank 1: is not in the same run as rank 0: training.seed 1337 -> 2"),
         (change_code, "the code "),
@@ -201,13 +201,13 @@ def change_tokenizer(rank: int) -> list[str]:
     ],
 )
 def test_ranks_that_are_not_in_the_same_run_are_refused(
-    change: Callable[[int], list[str]], said: str, tmp_path: Path
+    change: Callable[[int], list[str]], reported: str, tmp_path: Path
 ) -> None:
     """Promise F5."""
     write_tiny(tmp_path)
     ended = run_ranks(lambda rank: main(train_words(*change(rank))), tmp_path)
     assert [rank.code for rank in ended] == [5, 5]
-    assert said_once(ended, said)
+    assert reported_once(ended, reported)
     assert not list(tmp_path.glob("checkpoints/step_*.pt"))
 
 
@@ -237,7 +237,7 @@ def failing_saves(steps: set[int], work: Work) -> Work:
     return failing
 
 
-def test_a_save_that_fails_on_rank_0_is_said_and_all_go_on(tmp_path: Path) -> None:
+def test_a_save_that_fails_on_rank_0_is_reported_and_all_continue(tmp_path: Path) -> None:
     """Promise F4."""
     write_tiny(tmp_path)
     ended = run_ranks(failing_saves({4}, training_with()), tmp_path)
@@ -254,7 +254,7 @@ def test_a_last_save_that_fails_on_rank_0_ends_all_with_its_code(tmp_path: Path)
     write_tiny(tmp_path)
     ended = run_ranks(failing_saves({12}, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [6, 6]
-    assert said_once(ended, "the disk is full")
+    assert reported_once(ended, "the disk is full")
 
 
 def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], work: Work) -> Work:
@@ -306,7 +306,7 @@ def test_weights_that_differ_by_one_bit_stop_the_run_before_they_are_saved(tmp_p
     write_tiny(tmp_path)
     ended = run_ranks(on_rank_1_before_step(6, flip_a_bit, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [5, 5]
-    assert said_once(ended, "step 8: the weights of rank 1 differ from those of the others")
+    assert reported_once(ended, "step 8: the weights of rank 1 differ from those of the others")
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
@@ -369,21 +369,21 @@ def kill_itself(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "codes", "said"),
+    ("act", "codes", "reported"),
     [
         (raise_a_data_error, [3, 3], ("error: rank 1: a window cannot be read", "rank 1 ended with exit code 3")),
         (kill_itself, [5, -9], ("rank 1 was killed or crashed",)),
     ],
 )
 def test_a_rank_that_ends_ends_the_run_and_is_named(
-    act: Callable[[torch.nn.Module], object], codes: list[int], said: tuple[str, ...], tmp_path: Path
+    act: Callable[[torch.nn.Module], object], codes: list[int], reported: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Promise F1."""
     write_tiny(tmp_path)
     ended = run_ranks(on_rank_1_before_step(6, act, training_with()), tmp_path)
     assert [rank.code for rank in ended] == codes, ended
     assert ended[0].seconds - ended[1].seconds < 10
-    assert all(sentence in ended[0].err + ended[1].err for sentence in said), ended
+    assert all(sentence in ended[0].err + ended[1].err for sentence in reported), ended
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
@@ -433,7 +433,7 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(receivers: list[int], t
         os.kill(ranks.pids[rank], signal.SIGTERM)
     ended = ranks.wait()
     assert [rank.code for rank in ended] == [143, 143]
-    assert said_once(ended, "stopped by SIGTERM; step ")
+    assert reported_once(ended, "stopped by SIGTERM; step ")
     step = int(re.search(r"step (\d+) is saved", ended[0].err)[1])  # type: ignore[index]
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == f"step_{step:04d}.pt"
     assert "torchrun --nproc_per_node 2" in ended[0].err

@@ -47,7 +47,7 @@ def trials(what: str, folder: Path, *flags: str) -> list[dict[str, object]]:
 def check_stop(trial: dict[str, object]) -> None:
     assert trial["code"] == 128 + int(str(trial["signal"])), trial
     if trial["signals"] == 1:
-        assert "stopped by " in str(trial["said"]) and "smollm2 train --resume auto" in str(trial["said"])
+        assert "stopped by " in str(trial["reported"]) and "smollm2 train --resume auto" in str(trial["reported"])
     assert trial["same"], trial
 
 
@@ -59,7 +59,7 @@ def test_kill_9_at_random_moments_changes_no_bit_of_the_finished_run(tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_signal_at_any_stage_ends_with_its_code_and_the_command_to_go_on_and_loses_no_bit(tmp_path: Path) -> None:
+def test_a_signal_at_any_stage_ends_with_its_code_and_the_command_to_resume_bit_identically(tmp_path: Path) -> None:
     """A7, A8: sixteen stages from reading the text to closing the trackers, and two of them with a second signal."""
     found = trials("signals", tmp_path)
     assert len(found) == len(STAGES) >= 12
@@ -79,7 +79,7 @@ def test_a_signal_within_an_evaluation_ends_it_and_the_resume_does_it_again(
 ) -> None:
     """A7."""
     check_stop(two_trials[0])
-    assert "step 5 is saved" in str(two_trials[0]["said"])
+    assert "step 5 is saved" in str(two_trials[0]["reported"])
 
 
 def test_a_second_signal_within_a_save_ends_at_once_and_the_checkpoint_before_is_whole(
@@ -95,8 +95,8 @@ def test_a_run_ends_by_itself_in_time_for_its_own_save(tmp_path: Path, capsys: p
     flags = ["train", "--config", str(path), "--input_file", str(tmp_path / "input.txt"), "--save_dir"]
     short = [*flags, str(tmp_path / "short"), "--training.save_interval", "0"]
     assert main([*short, "--training.time_limit", "0.01"]) == 75
-    said = capsys.readouterr().err
-    assert said.startswith("training.time_limit is reached; step 1 is saved. ")
+    reported = capsys.readouterr().err
+    assert reported.startswith("training.time_limit is reached; step 1 is saved. ")
     assert main([*short, "--resume", "auto"]) == 0
     assert main([*flags, str(tmp_path / "whole")]) == 0
     assert outcome(tmp_path / "short", 12) == outcome(tmp_path / "whole", 12)
@@ -142,9 +142,9 @@ def test_out_of_memory_begins_the_step_anew_in_smaller_parts_with_the_bits_of_a_
     write_tiny(tmp_path)
     cramp(monkeypatch, 2, after)
     train(tiny_config(tmp_path, "cramped", training__train_steps=6))
-    said = capsys.readouterr().out
-    assert "out of memory with 4 sequences at once. Continuing with 2 at once" in said
-    assert "set training.batch_size 2 and training.gradient_accumulation_steps 4" in said
+    reported = capsys.readouterr().out
+    assert "out of memory with 4 sequences at once. Continuing with 2 at once" in reported
+    assert "set training.batch_size 2 and training.gradient_accumulation_steps 4" in reported
     monkeypatch.undo()
     parts = {"training__batch_size": 2, "training__gradient_accumulation_steps": 4}
     train(tiny_config(tmp_path, "small", training__train_steps=6, **parts))
@@ -172,9 +172,9 @@ def test_the_next_micro_batch_after_running_out_of_memory_is_at_most_half(
     assert smaller_micro_batch(share, size) == smaller
 
 
-@pytest.mark.parametrize(("room", "said"), [(4, None), (3, "Processing 2 at once")])
+@pytest.mark.parametrize(("room", "reported"), [(4, None), (3, "Processing 2 at once")])
 def test_on_a_cpu_the_planned_memory_decides_before_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, said: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int, reported: str | None
 ) -> None:
     """C10: on a machine with room for so many sequences at once."""
     write_tiny(tmp_path)
@@ -182,7 +182,7 @@ def test_on_a_cpu_the_planned_memory_decides_before_the_run(
     monkeypatch.setattr(memory, "memory_limit", lambda: plan.estimate_memory(roomy, "cpu-float32").total)
     train(tiny_config(tmp_path, training__train_steps=1))
     shown = capsys.readouterr().out
-    assert said in shown if said else "at once" not in shown
+    assert reported in shown if reported else "at once" not in shown
 
 
 def test_a_cpu_without_room_for_one_sequence_is_refused_before_the_run(
@@ -227,7 +227,7 @@ def out_of_memory(*arguments: object, **named: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "said"),
+    ("owner", "name", "reported"),
     [
         (actions, "generate", "step 6: skipped the sample after 'a' (RuntimeError: DefaultCPU"),
         (StepDiagnostics, "__enter__", "step 12: skipped the diagnostics (RuntimeError: DefaultCPU"),
@@ -244,13 +244,13 @@ def test_an_extra_that_fails_is_reported_and_the_run_ends_with_the_same_bits(
     capsys: pytest.CaptureFixture[str],
     owner: object,
     name: str,
-    said: str,
+    reported: str,
 ) -> None:
     write_tiny(tmp_path)
     monkeypatch.setattr(actions, "choose_side", lambda *arguments: 5)
     monkeypatch.setattr(owner, name, out_of_memory)
     train(tiny_config(tmp_path))
-    assert said in capsys.readouterr().out
+    assert reported in capsys.readouterr().out
     assert outcome(tmp_path / "checkpoints", 12) == outcome(whole, 12)
 
 
@@ -296,7 +296,7 @@ def test_a_spike_is_a_loss_over_six_deviations_of_128_finite_ones() -> None:
     assert not is_spike(calm[1:], 100.0)
 
 
-def test_a_spike_is_told_and_the_checkpoint_from_before_it_outlives_keep_last(
+def test_a_spike_is_reported_and_the_checkpoint_from_before_it_outlives_keep_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C5; the losses of the window come back on a resume (A1)."""
@@ -346,7 +346,9 @@ def test_a_token_cache_that_changes_under_the_run_stops_it(
     assert find_resumable(tmp_path / "checkpoints", print) is not None
 
 
-def test_the_text_and_the_cache_may_go_once_the_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_and_the_cache_may_be_deleted_once_the_run_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """D7: the run reads tokens, and those that it has opened stay with it."""
     write_tiny(tmp_path)
     original = actions.validate
@@ -360,7 +362,7 @@ def test_the_text_and_the_cache_may_go_once_the_run_has_begun(tmp_path: Path, mo
     assert train(tiny_config(tmp_path)).step == 12
 
 
-def test_a_full_disk_is_said_training_goes_on_and_the_end_is_exit_code_6(
+def test_a_full_disk_is_reported_training_continues_and_the_exit_code_is_6(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A4, with the answer of a full disk."""
@@ -394,7 +396,7 @@ def small_disk(tmp_path: Path) -> "object":
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on(
+def test_a_real_disk_that_fills_keeps_the_earlier_checkpoint_and_training_continues(
     tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A4, on a tmpfs that another fills during the run."""
@@ -422,7 +424,7 @@ def test_a_real_disk_that_fills_keeps_the_checkpoint_before_and_training_goes_on
     assert found is not None and found[0].name == "step_0004.pt"
 
 
-def test_a_resume_on_another_machine_says_that_it_is_not_bit_exact(
+def test_a_resume_on_another_machine_reports_that_it_is_not_bit_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """B4."""

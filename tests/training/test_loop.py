@@ -85,7 +85,7 @@ def test_the_effective_config_names_the_origin_of_each_value(run: Path) -> None:
     assert "weight_decay: 0.01  # default" in text
 
 
-def test_tokens_an_update_are_those_of_the_batch(run: Path) -> None:
+def test_tokens_per_step_are_those_of_the_batch(run: Path) -> None:
     first = metrics(run)[0]
     assert first["tokens"] == 8 * 32
 
@@ -119,7 +119,7 @@ def test_a_quiet_run_prints_nothing_calls_back_after_each_step_and_returns_its_c
     assert result.checkpoint_path == tmp_path / "checkpoints" / "step_0012.pt" and result.checkpoint_path.exists()
 
 
-def test_a_run_without_validation_text_says_so_and_logs_no_number_for_it(
+def test_a_run_without_validation_text_reports_it_and_logs_no_number_for_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiny(tmp_path, text="hi")
@@ -146,17 +146,17 @@ def test_no_two_prompts_of_a_round_are_drawn_with_the_same_seed(
 
 
 @pytest.mark.parametrize(
-    ("steps", "said"),
+    ("steps", "reported"),
     [
         (100, "reaches 0.01 of 0.01 at its end"),
         (40, "reaches 0.004 of 0.01 at its end and never decays. Set it to 4"),
         (101, ""),
     ],
 )
-def test_a_warmup_that_takes_the_whole_run_is_reported_with_the_rate_that_is_reached(steps: int, said: str) -> None:
+def test_a_warmup_that_takes_the_whole_run_is_reported_with_the_rate_that_is_reached(steps: int, reported: str) -> None:
     config = TrainingConfig(train_steps=steps, warmup_steps=100, learning_rate=1e-2)
     message = describe_warmup(config)
-    assert said in message if said else not message
+    assert reported in message if reported else not message
 
 
 def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_number_that_does(
@@ -190,7 +190,7 @@ def test_weights_that_break_stop_the_run_after_ten_skips(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_users_own_config_makes_two_updates_here(tmp_path: Path) -> None:
+def test_the_users_own_config_makes_two_steps_here(tmp_path: Path) -> None:
     """137 million parameters; the sequence is shortened, and the vocabulary is what the text supports."""
     shutil.copy(ROOT / "config.yaml", tmp_path / "config.yaml")
     (tmp_path / "input.txt").write_text(WORDS * 400, encoding="utf-8")

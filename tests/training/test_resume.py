@@ -178,7 +178,7 @@ def test_another_order_of_the_batches_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("changed", "device", "deterministic", "said"),
+    ("changed", "device", "deterministic", "reported"),
     [
         ([], "cpu", False, "bit-exact"),
         ([], "cuda", True, "bit-exact"),
@@ -187,9 +187,9 @@ def test_another_order_of_the_batches_is_reported(
     ],
 )
 def test_a_resume_is_called_bit_exact_only_if_it_is(
-    changed: list[str], device: str, deterministic: bool, said: str
+    changed: list[str], device: str, deterministic: bool, reported: str
 ) -> None:
-    assert resume.describe_exactness(changed, device, deterministic=deterministic).startswith(said)
+    assert resume.describe_exactness(changed, device, deterministic=deterministic).startswith(reported)
 
 
 @pytest.mark.parametrize("name", [".", "run", "a/..", "run/"])
@@ -208,7 +208,7 @@ def test_a_finished_run_has_nothing_to_do(uninterrupted: Path, tmp_path: Path) -
     assert metrics(run) == before
 
 
-def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
+def test_a_finished_run_continues_if_more_steps_are_requested(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = resumed(uninterrupted, tmp_path / "run", [12], training__train_steps=14)
@@ -217,7 +217,7 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("flags", "error", "said"),
+    ("flags", "error", "reported"),
     [
         ({"training__train_steps": 6}, ConfigError, "training.train_steps: 6 is less than the 12"),
         ({"model__hidden_size": 64}, CheckpointError, "model.hidden_size 32 -> 64"),
@@ -227,9 +227,9 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
     ],
 )
 def test_another_run_is_refused_with_what_differs(
-    uninterrupted: Path, tmp_path: Path, flags: dict[str, object], error: type[Smollm2Error], said: str
+    uninterrupted: Path, tmp_path: Path, flags: dict[str, object], error: type[Smollm2Error], reported: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=reported):
         resumed(uninterrupted, tmp_path / "run", [12], **flags)
 
 
@@ -240,7 +240,7 @@ def test_another_text_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
         train(tiny_config(tmp_path / "run"), resume="auto")
 
 
-def test_a_batch_cut_otherwise_goes_on_and_says_that_bits_may_differ(
+def test_another_micro_batch_size_resumes_and_reports_that_bits_may_differ(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = {"training__batch_size": 8, "training__gradient_accumulation_steps": 1}

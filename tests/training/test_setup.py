@@ -41,7 +41,7 @@ def test_auto_is_settled_when_a_run_starts_and_kept_when_it_resumes(
     assert "bit-exact" in shown and "training.compile" not in shown
 
 
-def test_auto_does_without_a_compiler_and_tells_why(
+def test_auto_does_without_a_compiler_and_reports_why(
     compiles: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiny(tmp_path)
