@@ -1,4 +1,4 @@
-"""SmolLM2 Training: text goes in, a model that the world can load comes out.
+"""SmolLM2 Training: train language models from text, and export them for other libraries.
 
 Public names are imported when they are first used, so that `import smollm2` does not import torch.
 """

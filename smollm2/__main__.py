@@ -1,4 +1,4 @@
-"""`python -m smollm2` is the command `smollm2`."""
+"""Run the command `smollm2` as `python -m smollm2`."""
 
 import sys
 

@@ -1,12 +1,12 @@
 """Errors that a user can cause and correct, with their exit codes.
 
     Smollm2Error
-    ├── ConfigError      2   a key, a value, a flag, a missing extra
-    ├── DataError        3   the text, the tokenizer, the token cache
-    ├── CheckpointError  4   a checkpoint or an export that is absent, damaged or foreign
+    ├── ConfigError      2   an invalid key, value or flag, or a missing extra
+    ├── DataError        3   an unusable text, tokenizer or token cache
+    ├── CheckpointError  4   a checkpoint or an export that is missing, damaged, or from another run or program
     ├── TrainingError    5   a run that cannot continue: non-finite numbers, a failed check, ranks that disagree
-    ├── ResourceError    6   disk, memory, a folder that cannot be written or that another run holds
-    └── Interrupted      130, 143 or 138 after SIGINT, SIGTERM or SIGUSR1; 75 at training.time_limit: the run is saved and can be resumed
+    ├── ResourceError    6   too little disk space or memory, or a folder that is not writable or in use by another run
+    └── Interrupted      130, 143 or 138 after SIGINT, SIGTERM or SIGUSR1; 75 at training.time_limit. It can be resumed
 
 A message has three parts, given as arguments and formatted here: `where: what is wrong (with the value). What to do.`
 """
@@ -14,14 +14,14 @@ A message has three parts, given as arguments and formatted here: `where: what i
 from pathlib import Path
 
 EXIT_CODE_FILE = "SMOLLM2_EXIT_CODE_FILE"
-"""The environment variable naming the file for rank 0's exit code: torchrun returns 1 whatever the ranks return."""
+"""The environment variable with the path of the file for rank 0's exit code; torchrun returns 1 for every failure."""
 
 TIME_LIMIT_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: it lets a job scheduler tell a run that reached its time limit from a finished one."""
+"""EX_TEMPFAIL from sysexits.h: a job scheduler can tell a run that reached its time limit from a finished one."""
 
 
 class Smollm2Error(Exception):
-    """A failure that a user can cause and correct; `exit_code` is what the command returns.
+    """A failure that a user can cause and correct; `exit_code` is the exit code of the command.
 
     If several processes fail for the same reason, only the process with rank `rank` reports it.
     """
@@ -30,15 +30,15 @@ class Smollm2Error(Exception):
     rank = 0
 
     def __init__(self, where: str | Path, what: str = "", advice: str = "") -> None:
-        """`where` is a file, key or flag; `what` names the problem and the value; `advice` is what to do about it.
+        """Lay out the message. `where` is a file, key or flag, `what` the problem with the value, `advice` what to do.
 
-        `where` alone is a complete, already formatted message, such as a list of config problems.
+        If only `where` is given, it is a complete, already formatted message, such as a list of config problems.
         """
         super().__init__(lay_out(where, what, advice))
 
 
 def lay_out(where: str | Path, what: str = "", advice: str = "") -> str:
-    """Return `where: what. Advice.`; any part may be empty and then leaves no punctuation behind."""
+    """Return `where: what. Advice.`; if a part is empty, its punctuation is omitted as well."""
     head = f"{where}: {what}" if str(where) and what else f"{where}{what}"
     if not advice:
         return head
@@ -58,7 +58,7 @@ class DataError(Smollm2Error):
 
 
 class CheckpointError(Smollm2Error):
-    """A checkpoint or an exported folder is missing, damaged, foreign or in the way."""
+    """A checkpoint or an exported folder is missing, damaged or from another run, or would be overwritten."""
 
     exit_code = 4
 
@@ -70,13 +70,13 @@ class TrainingError(Smollm2Error):
 
 
 class ResourceError(Smollm2Error):
-    """The machine lacks a resource: disk space, memory, or a writable folder that no other run holds."""
+    """The machine lacks a resource: disk space, memory, or a writable folder that no other run is using."""
 
     exit_code = 6
 
 
 class Interrupted(Smollm2Error):
-    """A signal, or the time limit (number 0), ended the run; it is saved."""
+    """A signal, or the time limit (`signal_number` 0), ended the run, which can be resumed."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

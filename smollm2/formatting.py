@@ -1,4 +1,4 @@
-"""Human-readable numbers: the only place that formats bytes, seconds and counts."""
+"""Human-readable numbers: the only module that formats sizes in bytes, durations and counts."""
 
 import math
 
@@ -9,7 +9,7 @@ CLOCK_UNITS = (("d", 86_400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s"
 
 
 def format_bytes(size: float) -> str:
-    """Return `1.6 GB`: three significant digits, decimal units."""
+    """Return a size such as `1.6 GB`, with three significant digits and decimal units."""
     for unit, factor in BYTE_UNITS:
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
@@ -17,7 +17,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """Return `2.05 M`: three significant digits."""
+    """Return a count such as `2.05 M`, with three significant digits."""
     for unit, factor in COUNT_UNITS:
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
@@ -25,7 +25,7 @@ def format_count(number: float) -> str:
 
 
 def format_estimate(seconds: float) -> str:
-    """Return `3 minutes`, `2.5 hours` or `620 years`: an estimated duration, two significant digits."""
+    """Return an estimated duration such as `2.5 hours` or `620 years`: two digits, or a whole number from 10 up."""
     for unit, factor in LONG_UNITS:
         if seconds >= 2 * factor:
             return f"{seconds / factor:,.0f} {unit}" if seconds >= 10 * factor else f"{seconds / factor:.2g} {unit}"
@@ -33,7 +33,7 @@ def format_estimate(seconds: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return `2 min 41 s`: a measured duration in its two largest units."""
+    """Return a measured duration in its two largest units, such as `2 min 41 s`."""
     whole = round(seconds)
     for unit, size, smaller, part in CLOCK_UNITS:
         if whole >= size:
@@ -42,12 +42,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_step_time(seconds: float) -> str:
-    """Return `0.34 s per step`."""
+    """Return the duration of a step, such as `0.34 s per step`."""
     if seconds < 0.1:
         return f"{seconds:.2g} s per step"
     return f"{seconds:.2f} s per step" if seconds < 10 else f"{seconds:,.0f} s per step"
 
 
 def format_number(number: float, form: str = "{:.4f}") -> str:
-    """Return the number in `form`, or a dash for NaN."""
+    """Return the number formatted with `form`, or a dash for NaN."""
     return "–" if math.isnan(number) else form.format(number)

@@ -1,8 +1,8 @@
-"""Diagnostics of the model at one step: gradients, weights, how far the step moved them, and activations.
+"""Diagnostics of the model at one step: gradients, weights, weight updates and activations.
 
-Nothing is registered or kept between diagnostics, and they only read: a run is bit-identical with and without them.
-Activations are measured in a separate forward pass, without gradients, after the step: it needs less memory than the
-step, and does not touch the compiled or checkpointed graph of the training.
+Diagnostics only read the model, and no hooks or copies remain afterwards: a run is bit-identical with and without them.
+Activations are measured after the step, in a separate forward pass without gradients. This pass needs less memory than
+the step and does not touch the compiled or checkpointed graph that training uses.
 """
 
 import contextlib
@@ -19,20 +19,21 @@ from smollm2.tracking.base import Diagnosis, Histogram
 
 BINS = 64
 DEAD = 1e-3
-"""A hidden unit is dead if no token of the micro-batch raises it above this share of its block's root mean square."""
+"""A hidden unit is dead if, for every token of the micro-batch, its absolute value is at most this fraction of the root
+mean square of its block's hidden units."""
 
 COUNTABLE = 2**24
-"""torch.histc counts in float32, which represents every integer up to here."""
+"""torch.histc counts in float32, which represents every integer up to this one exactly."""
 
 SCORES = 2**24
-"""The most attention logits in memory at one time."""
+"""The maximum number of attention logits in memory at one time."""
 
 
 class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
-    """Collects diagnostics around an optimizer's step: entered with complete gradients, left after the step.
+    """A context manager around an optimizer step that collects diagnostics; the gradients must be complete on entry.
 
-    In between it holds a copy of the weights, 4 bytes per parameter, while no activations are in memory. With several ranks
-    the gradients are already averaged, so one rank collects alone, without a collective.
+    It keeps a copy of the weights (4 bytes per parameter) until it exits, while no activations are in memory. If
+    there are several ranks, the gradients are already averaged, so one rank collects alone, without a collective.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
         *,
         histograms: bool,
     ) -> None:
-        """All work is done inside `counted()`. Histograms cost the most, so they are made only on request."""
+        """`counted()` measures the time of all work. Histograms are optional because they cost the most time."""
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.counted, self.histograms = counted, histograms
         self.diagnosis = Diagnosis({}, {}, {}, {}, math.nan)
@@ -67,7 +68,7 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
                 torch.stack(torch._foreach_norm(weights)),
                 torch.stack(torch._foreach_norm(updates)),
             )
-            gradient_norms, weight_norms, update_norms = torch.stack(norms).tolist()  # the only synchronization
+            gradient_norms, weight_norms, update_norms = torch.stack(norms).tolist()  # the only sync besides histograms
             ratios = [u / w if w else math.nan for u, w in zip(update_norms, weight_norms, strict=True)]
             self.diagnosis = Diagnosis(
                 gradient_norms=dict(zip(self.weights, gradient_norms, strict=True)),
@@ -81,7 +82,7 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
 
 
 def make_histograms(tensors: Mapping[str, Tensor]) -> dict[str, Histogram]:
-    """Return the values of each tensor in 64 equal bins from smallest to largest; non-finite tensors are omitted."""
+    """Return a histogram of each tensor, with 64 equal bins from minimum to maximum; omit non-finite tensors."""
     extremes = torch.stack([torch.stack(tensor.aminmax()) for tensor in tensors.values()]).tolist()
     ranges = {
         name: (low, high) if low < high else (low - 0.5, high + 0.5)
@@ -107,14 +108,14 @@ def count(tensor: Tensor, low: float, high: float) -> Tensor:
 def measure_activations(
     model: SmolLM2, input_ids: Tensor, document_ids: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return the activations by block, for input_ids (B, T) and their document_ids, if any.
+    """Return activation statistics of each block in a forward pass over input_ids (B, T), with document_ids if given.
 
-    Per block: root mean square and largest absolute value of its output, its largest attention logit, and the share of its
-    SwiGLU's hidden units that are dead. The hooks are always removed.
+    For each block: the root mean square and the largest absolute value of its output, its largest attention logit, and
+    the fraction of its SwiGLU hidden units that are dead. The hooks are always removed.
     """
     found: dict[str, dict[str, Tensor]] = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a hook inside would recompile a block
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks would make compiled blocks recompile
         for number, layer in enumerate(model.model.layers):
             readings = found[f"model.layers.{number}"] = {}
             for handle in hook(cast(Block, layer), readings):
@@ -128,7 +129,7 @@ def measure_activations(
 
 
 def hook(block: Block, readings: dict[str, Tensor]) -> Iterator[RemovableHandle]:
-    """Register hooks that write a block's readings when it is called; yield their handles."""
+    """Register hooks that store a block's statistics in `readings` when it is called; yield their handles."""
 
     def read_attention(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         readings["max_attention_logit"] = find_largest_logit(cast(Attention, attention), *inputs[:3])
@@ -154,7 +155,7 @@ def root_mean_square(x: Tensor) -> Tensor:
 
 
 def find_largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the largest q k^T / sqrt(D) of a position with itself or one before it, in float32: x is (B, T, C)."""
+    """Return the largest attention logit q k^T / sqrt(D) under the causal mask, in float32; x is (B, T, C)."""
     q, k = attention.queries_and_keys(x, cos, sin)
     q = q.reshape(*k.shape[:2], -1, *q.shape[2:])  # B K H/K T D
     keys = k.unsqueeze(2).transpose(-1, -2)

@@ -1,9 +1,10 @@
-"""The loss around the weights of a model, along a random direction and over the plane spanned by two (Li et al. 2018).
+"""The loss around a model's weights, along a random direction and over the plane spanned by two (Li et al. 2018).
 
-Each row of a matrix moves by a random vector of its own norm (filter normalization, arXiv 1712.09913, section 4); without
-that, two networks that compute the same function at different internal scales would have different landscapes. Norms and
-biases do not move. A point of the plane is a pair of integers, so that measured points can be looked up and the line
-through the centre is measured once. The weights are always restored from a copy.
+Each row of a weight matrix is perturbed by a random vector with the norm of that row (filter normalization, arXiv
+1712.09913, section 4). Without it, two networks that compute the same function at different internal scales would have
+different landscapes. The weights and biases of norms are not perturbed. Points of the plane are pairs of integers, so
+that measured points can be looked up and those on the line through the centre are measured only once. The weights are
+always restored from a copy.
 """
 
 import contextlib
@@ -34,19 +35,19 @@ from smollm2.tracking.base import Landscape
 from smollm2.tracking.jsonl import landscape_json
 
 WINDOWS = 8
-"""The number of windows on which each point is measured, spread over the validation split."""
+"""The number of windows on which the loss is measured at each point; they are spread over the validation split."""
 
 REACH = 1.0
-"""The distance along a direction, each way, in norms of the weights."""
+"""The largest distance from the centre along a direction, as a multiple of the weights' norm."""
 
 SHARE = 0.015
-"""The share of a run's compute that its landscape may take."""
+"""The fraction of a run's compute that one landscape may use."""
 
 SIDES = (25, 21, 17, 13, 11, 9, 7, 5)
-"""Points on a side of the plane; a run uses the most that it can afford. Odd, so that there is a centre."""
+"""Possible numbers of points per side of the plane; a run uses the largest affordable one. Odd, to have a centre."""
 
 COPIES = 3
-"""Copies of the matrices besides the weights: the two directions and the original weights."""
+"""Extra copies of the weight matrices that are kept in memory: the two directions and the original weights."""
 
 SECONDS_BETWEEN_WRITES = 2.0
 
@@ -54,10 +55,11 @@ Point = tuple[int, int]
 
 
 def choose_side(config: Config, device: str, sequences: int) -> int:
-    """Return the points per side of the plane a run draws; 0 if it is too short or the copies need too much memory.
+    """Return the points per side of a run's landscape; 0 if the run is too short or the copies need too much memory.
 
-    Decided by calculation, not by the clock, so that a resumed run draws the same: a forward pass is a third of a
-    step, and the copies must fit into the memory of gradients and activations. `device` is a name in plan's tables.
+    The number is calculated, not timed, so a resumed run chooses the same one. A forward pass counts as a third of a
+    step, and the copies must fit into the memory that a step uses for gradients, activations and loss. `device` is a
+    device name as in `estimate_memory`.
     """
     t = config.training
     at_once = config.model_copy(update={"training": t.model_copy(update={"batch_size": sequences})})
@@ -69,7 +71,7 @@ def choose_side(config: Config, device: str, sequences: int) -> int:
 
 
 def list_points(side: int) -> list[Point]:
-    """Return the centre (side - 1, side - 1), the line through it in half steps, then the plane; each point once."""
+    """Return each point once: the centre (side - 1, side - 1), the line through it in half grid steps, the plane."""
     centre = side - 1
     line = [(along, centre) for along in range(2 * side - 1)]
     plane = [(2 * i, 2 * j) for i in range(side) for j in range(side)]
@@ -86,10 +88,10 @@ def measure_landscape(
     known: Mapping[Point, float] | None = None,
     on_point: Callable[[Point, float], None] = lambda point, loss: None,
 ) -> Landscape:
-    """Return the landscape around the model's weights, on a plane of `side` x `side` points (odd).
+    """Return the landscape around the model's weights, on a grid of `side` x `side` points; `side` is odd.
 
-    `measure_loss` returns the loss at the current weights, over `targets` tokens. Points in `known` are not measured again.
-    `on_point` is called after each measured point and may raise.
+    `measure_loss` returns the mean loss over `targets` tokens at the current weights. The losses of `known` points are
+    reused. `on_point` is called after each measured point and may raise.
     """
     losses = dict(known or {})
     with movable(model, seed) as move:
@@ -111,14 +113,14 @@ def measure_landscape(
 
 
 def position(index: int, side: int) -> float:
-    """Return the coordinate of a half step, from -REACH to REACH; the centre is 0."""
+    """Return the coordinate of an index in half grid steps: -REACH to REACH, with 0 at the centre."""
     return REACH * (index - (side - 1)) / (side - 1)
 
 
 @contextlib.contextmanager
 @torch.no_grad()
 def movable(model: nn.Module, seed: int) -> Iterator[Callable[[float, float], None]]:
-    """Yield a function that moves the weights to a point of the plane; after the block they are restored."""
+    """Yield a function that moves the weights to a point of the plane; restore the weights on exit."""
     matrices: list[Tensor] = [p for p in model.parameters() if p.ndim > 1]
     generator = torch.Generator().manual_seed(seed)
     first, second = ([draw_direction(m, generator) for m in matrices] for _ in range(2))
@@ -137,20 +139,20 @@ def movable(model: nn.Module, seed: int) -> Iterator[Callable[[float, float], No
 
 
 def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random matrix with this one's row norms; drawn on the CPU, so that it is the same on every device."""
+    """Return a random matrix with the row norms of `matrix`, drawn on the CPU to be the same on every device."""
     direction = torch.randn(matrix.shape, generator=generator).to(matrix)
     return direction.mul_(matrix.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
 
 
 def choose_windows(windows: Windows) -> tuple[list[int], int]:
-    """Return the windows on which a landscape is measured, and their number of targets."""
+    """Return the indices of the windows on which a landscape is measured, and the total number of their targets."""
     indices = spread(len(windows), WINDOWS)
     return indices, sum(int((windows.read(index)[1] != IGNORE_INDEX).sum()) for index in indices)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose landscape is drawn, and the text on which it is measured."""
+    """A checkpoint whose landscape is measured, and the text on which the loss is measured."""
 
     path: Path
     state: Mapping[str, Any]
@@ -165,14 +167,16 @@ class Source:
 def open_source(
     path: Path, input_file: str | None, spool: Path, device: str, report: Callable[[str], None], *, best: bool = False
 ) -> Source:
-    """Open a `.pt`, or the newest valid (or best) one of a run folder, and the tokens of its run.
+    """Open a `.pt` file, or the newest valid (or the best) checkpoint of a run folder, and load its tokens.
 
-    The tokens come from the cache, else from the run's text or `input_file`, tokenized into `spool`. Raise CheckpointError or
-    DataError.
+    The tokens are those of `input_file` if given, else the cached tokens of the run, else those of the run's text. Text
+    is tokenized into `spool`. Raise CheckpointError or DataError.
     """
     model, tokenizer, state = load_source(path, best=best, report=report)
     if state is None:
-        raise CheckpointError(path, "an exported model does not name its training text", "name a checkpoint")
+        raise CheckpointError(
+            path, "an exported model does not record its training text", "use a checkpoint or a run folder"
+        )
     path = checkpoint_path(path, state["step"]) if path.is_dir() else path
     config = read_config(state, path)
     store = open_store(config, state, tokenizer, input_file, spool)
@@ -187,7 +191,7 @@ def open_source(
 def open_store(
     config: Config, state: Mapping[str, Any], tokenizer: Tokenizer, input_file: str | None, spool: Path
 ) -> TokenStore:
-    """Return the tokens of the checkpoint's run, or of another text. Nothing is written to a path that a checkpoint names."""
+    """Return the tokens of the checkpoint's run, or of `input_file`; write nothing to paths in the checkpoint."""
     data = config.data
     if input_file is None and (store := open_tokens(Path(data.cache_dir) / state["data"]["tokens_fingerprint"])):
         return store
@@ -204,8 +208,11 @@ def draw_landscape(
     report: Callable[[str], None],
     show: Callable[[float], None],
 ) -> Landscape:
-    """Measure the landscape and write `output`. Show the cost first; resume an interrupted call, whose points are stored
-    beside the output until all are measured. Raise ResourceError if the folder cannot be written."""
+    """Report the estimated time, then measure the landscape and write it to `output`.
+
+    Measured points are saved beside `output` until the landscape is complete, so an interrupted call can be resumed.
+    Raise ResourceError if the folder cannot be written.
+    """
     probe_folder(output.parent, "--output")
     partial, points = output.with_name(f"{output.name}.partial"), list_points(side)
     subject = {
@@ -251,7 +258,7 @@ def draw_landscape(
 
 
 def read_points(path: Path, subject: Mapping[str, object]) -> dict[Point, float]:
-    """Return the points that an earlier call measured; none if the file is absent, damaged or of another landscape."""
+    """Return the points that an earlier call measured; none if the file is absent, damaged or for another landscape."""
     try:
         content = json.loads(path.read_bytes())
         if content["subject"] == subject:
@@ -262,6 +269,6 @@ def read_points(path: Path, subject: Mapping[str, object]) -> dict[Point, float]
 
 
 def write_points(path: Path, subject: Mapping[str, object], losses: Mapping[Point, float]) -> None:
-    """Write the points atomically."""
+    """Write the measured points atomically, with the `subject` that identifies their landscape."""
     points = [[*point, loss] for point, loss in losses.items()]
     write_atomically(path, json.dumps({"subject": subject, "points": points}).encode())

@@ -1,4 +1,4 @@
-"""Find and load the checkpoints of a run folder. `latest.json` is a hint: they are found by listing the folder."""
+"""Find and load the checkpoints of a run folder, by listing the folder; `latest.json` is only a hint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from smollm2.storage.run_folder import CHECKPOINT, step_of
 
 
 def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
-    """Return the files in a folder that are named like checkpoints, oldest step first. Links are not followed."""
+    """Return the files in a folder that are named like checkpoints, lowest step first. Symbolic links are left out."""
     try:
         paths = [folder / name for name in io_ops.listdir(folder) if CHECKPOINT.fullmatch(name)]
         files = [path for path in paths if path.is_file() and not path.is_symlink()]
@@ -19,12 +19,15 @@ def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
         return []
     except OSError as error:
         raise ResourceError(folder, f"cannot be read ({error.strerror})", "make it readable") from error
-    # Sorted by number: as text, step_10000 comes before step_9500. Never by file time: the clock may jump.
+    # Sorted by number: as text, step_10000 comes before step_9500. Never by modification time: the clock may jump.
     return sorted(files, key=lambda path: (step_of(path), path.name))
 
 
 def load_checkpoint(path: Path) -> State:
-    """Return the state in a file of any name, on the CPU. Runs no code from it. Raise CheckpointError naming the problem."""
+    """Load a checkpoint file of any name to the CPU, without running any code from it.
+
+    Raise CheckpointError, which names the problem, if the file is missing or not a valid checkpoint.
+    """
     try:
         absent = path.is_dir() or not path.exists()
     except OSError:
@@ -35,14 +38,15 @@ def load_checkpoint(path: Path) -> State:
         return detach_from_disk(read_checked(path))
     except CheckpointError as error:
         raise CheckpointError(
-            path, str(error), "name another checkpoint, or take the newest valid one with --resume auto"
+            path, str(error), "use another checkpoint, or continue from the newest valid one with --resume auto"
         ) from None
 
 
 def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, State] | None:
-    """Return the newest valid checkpoint of a folder and its state, or None if there are no checkpoints.
+    """Return the path and state of the newest valid checkpoint in a folder, or None if the folder has no checkpoints.
 
-    Each newer one that is rejected is reported. Raise CheckpointError if none is valid: no new run may overwrite them.
+    Each newer checkpoint that is rejected is reported. Raise CheckpointError if none is valid: a new run must not
+    overwrite them.
     """
     refused = []
     for path in reversed(list_checkpoints(folder)):
@@ -56,8 +60,8 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, S
     more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
     raise CheckpointError(
         folder,
-        f"none of its {len(refused)} checkpoints can be used: {'; '.join(refused[:3])}{more}",
-        "restore a copy of one, or start a new run with another --save_dir",
+        f"none of its checkpoints ({len(refused)}) can be used: {'; '.join(refused[:3])}{more}",
+        "restore one from a backup, or start a new run with another --save_dir",
     )
 
 
@@ -67,8 +71,8 @@ def describe_missing(path: Path) -> str:
     names = [found.name for found in list_checkpoints(folder)]
     what = "is a folder" if path.is_dir() else "does not exist"
     if "XXXX" in path.name:
-        what += "; XXXX stands for the number of a step"
+        what += "; XXXX stands for a step number"
     if not names:
-        return lay_out(path, f"{what}, and {folder} holds no checkpoint", "train first, or name another file")
+        return lay_out(path, f"{what}, and {folder} contains no checkpoints", "train first, or choose another file")
     more = f", and {len(names) - 20} older ones" if len(names) > 20 else ""
-    return f"{path}: {what}. {folder} holds {', '.join(names[-20:])}{more}."
+    return f"{path}: {what}. {folder} contains {', '.join(names[-20:])}{more}."

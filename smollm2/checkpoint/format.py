@@ -1,4 +1,4 @@
-"""The contents of a `step_XXXX.pt`: a dictionary of plain values and tensors, with the entries listed in ENTRIES."""
+"""The contents of a checkpoint `step_XXXX.pt`: a dictionary of plain values and tensors; ENTRIES lists its entries."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -54,21 +54,22 @@ ENTRIES: dict[str, tuple[type, ...]] = {
     "wandb_run_id": (str,),
     "created_unix": (int, float),
 }
-"""The entries of every checkpoint by dotted name, and their types. `tied` is added on saving and removed on loading:
-pairs of names in `model` for the same tensor, which is stored once, under the second name."""
+"""The entries of every checkpoint by dotted name, and their types. `tied` is added when saving and removed when
+loading: it lists pairs of names in `model` that share one tensor, which is stored once, under the second name."""
 
 LATER_ENTRIES: dict[str, tuple[type, ...]] = {"stability.clipped": (list,), "optimizer.muon.arithmetic": (int,)}
-"""Entries that older checkpoints of this format lack and no weight depends on; if present, they have this type."""
+"""Optional entries: older checkpoints of this format lack them, and no weight depends on them. If present, they must
+have these types."""
 
 SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype)
 MAX_DEPTH = 16
 
 
 def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
-    """Return a copy in host memory, for `save_checkpoint` to write while training continues.
+    """Return a copy of the state in host memory, which `save_checkpoint` can write while training continues.
 
-    `buffers` keeps the copy's tensors for the next one: allocating new memory costs ten times as much as copying. Raise
-    TypeError, a bug in the caller, if the state is not made of plain values.
+    `buffers` keeps the copied tensors, so that the next snapshot can reuse them: allocating new memory costs ten times
+    as much as copying. Raise TypeError, a bug in the caller, if the state is not made of plain values.
     """
 
     def copy_to_host(tensor: Tensor, name: str) -> Tensor:
@@ -85,7 +86,7 @@ def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
 
 
 def content_hash(state: Mapping[str, Any]) -> str:
-    """Return a hash of all values and tensors of a state, in any order: equal means bit-identical."""
+    """Return an order-independent hash of a state's values and tensors: equal hashes mean bit-identical states."""
     digest = hashlib.sha256()
     for name, value in sorted(walk(to_plain(state, "state")), key=lambda leaf: leaf[0]):
         if isinstance(value, Tensor):
@@ -97,9 +98,10 @@ def content_hash(state: Mapping[str, Any]) -> str:
 
 
 def walk(state: object) -> Iterator[tuple[str, object]]:
-    """Yield every value that is not a container with its dotted name. Not recursive: a file may nest 100,000 deep.
+    """Yield the dotted name and value of every entry that is not a container.
 
-    Raise CheckpointError for a container that is nested too deeply or occurs twice: one inside itself would never end.
+    It is not recursive, because a file may contain 100,000 nested levels. Raise CheckpointError for a container that is
+    nested too deeply or occurs twice: one that contains itself would never end.
     """
     waiting: list[tuple[str, object, int]] = [("", state, 0)]
     seen: set[int] = set()
@@ -109,16 +111,19 @@ def walk(state: object) -> Iterator[tuple[str, object]]:
             yield name, value
             continue
         if depth > MAX_DEPTH or (value and id(value) in seen):
-            raise CheckpointError(f"{name[:80]!r} is nested too deeply, or inside itself")
+            raise CheckpointError(f"{name[:80]!r} is nested too deeply, or contains itself")
         seen.add(id(value))
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
             if type(key) not in (str, int):
-                raise CheckpointError(f"{name[:80]!r} has a key that is a {type(key).__name__}")
+                raise CheckpointError(f"{name[:80]!r} has a key of type {type(key).__name__}, which is not allowed")
             waiting.append((f"{name}.{key}" if name else str(key), child, depth + 1))
 
 
 def to_plain(value: Any, name: str, to_host: Callable[[Tensor, str], Tensor] = lambda tensor, _: tensor.cpu()) -> Any:
-    """Return a copy with plain containers and CPU tensors. Raise TypeError naming a value that a checkpoint cannot hold."""
+    """Return a copy of `value` with plain containers and CPU tensors.
+
+    Raise TypeError, which names the value, if a checkpoint cannot store it.
+    """
     if isinstance(value, Tensor):
         return _own_storage(to_host(value.detach(), name), name)
     if isinstance(value, Mapping):
@@ -135,7 +140,7 @@ def to_plain(value: Any, name: str, to_host: Callable[[Tensor, str], Tensor] = l
 
 
 def _own_storage(host: Tensor, name: str) -> Tensor:
-    """Return the tensor in its own storage: saving a view would save the whole storage."""
+    """Return the tensor with its own storage: saving a view would save the entire storage behind it."""
     host = host.contiguous()
     if type(host) is not Tensor:
         raise TypeError(f"{name} is a {type(host).__name__}, which a checkpoint cannot hold; gather it first")
@@ -143,7 +148,10 @@ def _own_storage(host: Tensor, name: str) -> Tensor:
 
 
 def separate_ties(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """Return each tensor once, and pairs (other name, kept name). Call it before the tensors are copied."""
+    """Return the model's tensors, each tied one only once, and the ties as [other name, kept name] pairs.
+
+    Call it before the tensors are copied: copies no longer share memory.
+    """
     kept: dict[str, Tensor] = {}
     tied: list[list[str]] = []
     names: dict[tuple[object, ...], str] = {}
@@ -158,7 +166,7 @@ def separate_ties(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
 
 
 def estimate_size(content: State) -> int:
-    """Return an upper estimate of the file size in bytes: tensors with their records, texts, and a 2 % margin."""
+    """Return an upper estimate of the file size in bytes: tensors, strings, their record headers, and a 2 % margin."""
     total = 1 << 16
     for name, value in walk(content):
         total += len(name) + 64

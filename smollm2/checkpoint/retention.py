@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, which is the best, and which are moved aside on a rollback."""
+"""Which checkpoints of a run are kept, which is the best, and which are moved aside when an older one is resumed."""
 
 import itertools
 import json
@@ -22,10 +22,10 @@ def prune_checkpoints(
     protected: Collection[int] = (),
     io_ops: IoOps = IO_OPS,
 ) -> list[Path]:
-    """Remove the checkpoints that are older than the newest `keep_last` valid ones, and return them.
+    """Remove the checkpoints that are older than the newest `keep_last` valid ones, and return their paths.
 
-    Also kept are the best, the steps in `protected` (the one resumed from) and multiples of `keep_every`. A damaged
-    file does not count as one of the newest and is removed only when it is older than those. Call this after a save,
+    The best checkpoint, the steps in `protected` and multiples of `keep_every` are kept as well. A damaged file does
+    not count as one of the newest, and is removed only if it is older than all of them. Call this after a save, while
     holding the folder's lock. Raise ResourceError if a file cannot be removed.
     """
     if keep_last < 2:
@@ -40,7 +40,7 @@ def prune_checkpoints(
             break
     best = _read_best(folder)
     if not older or (best is None and (folder / BEST).exists()):
-        return []  # the best is unknown: none may be removed
+        return []  # it is unknown which one is the best: none may be removed
     removed = []
     for path in reversed(older):
         step = step_of(path)
@@ -55,10 +55,10 @@ def prune_checkpoints(
 
 
 def record_best(folder: Path, path: Path, validation_loss: float, *, windows: int = 0, io_ops: IoOps = IO_OPS) -> bool:
-    """Write `best.json` if this checkpoint's validation loss is lower than that of the one named there; return whether.
+    """Write `best.json` if this checkpoint has the lowest validation loss so far; return whether it was written.
 
-    `windows` is the number of windows on which the loss was measured: losses over different numbers are not compared,
-    and the newer one restarts the comparison.
+    `windows` is the number of validation windows on which the loss was measured. If it differs from the number in
+    `best.json`, the losses are not comparable, and this checkpoint becomes the best.
     """
     best = _read_best(folder)
     is_comparable = best is not None and best.get("windows", windows) == windows
@@ -71,9 +71,10 @@ def record_best(folder: Path, path: Path, validation_loss: float, *, windows: in
 
 
 def recompute_best(folder: Path, windows: int, io_ops: IoOps = IO_OPS) -> None:
-    """Make `best.json` name the best of the remaining checkpoints if the one that it names is gone.
+    """Update `best.json` to name the best of the remaining checkpoints if the one that it names is gone.
 
-    The losses are those in metrics.jsonl over `windows` windows. Without any, `best.json` is removed.
+    The losses are read from the rows of metrics.jsonl that were measured on `windows` windows. If no remaining
+    checkpoint has one, `best.json` is removed.
     """
     best = _read_best(folder)
     if best is None or (folder / best["file"]).is_file():
@@ -90,8 +91,8 @@ def recompute_best(folder: Path, windows: int, io_ops: IoOps = IO_OPS) -> None:
 def move_superseded(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Path]:
     """Move the checkpoints after `step` to `superseded/`, each under an unused name; return the new paths.
 
-    A run that resumes from an older checkpoint takes another course. After a kill, `--resume auto` must not find the newer
-    checkpoints of the old course.
+    A run that resumes from an older checkpoint replaces the later steps. If it is then killed, `--resume auto` must not
+    find the checkpoints of the replaced steps.
     """
     later = [path for path in list_checkpoints(folder, io_ops) if step_of(path) > step]
     if not later:
@@ -107,7 +108,7 @@ def move_superseded(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Pat
         io_ops.fsync_dir(target)
         io_ops.fsync_dir(folder)
     except OSError as error:
-        raise ResourceError(target, f"cannot be written ({error.strerror})", "make it writable") from error
+        raise ResourceError(target, f"cannot be written to ({error.strerror})", "make it writable") from error
     return moved
 
 
@@ -126,7 +127,7 @@ def _read_validation_losses(folder: Path, windows: int) -> dict[int, float]:
     for line in lines:
         try:
             row = json.loads(line)
-            # Rows of older versions have no number of windows.
+            # Rows written by older versions have no `validation_windows`.
             if row.get("validation_windows", windows) == windows and math.isfinite(row["validation_loss"]):
                 losses[int(row["step"])] = float(row["validation_loss"])
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -155,5 +156,5 @@ def _read_best(folder: Path) -> dict[str, Any] | None:
 
 
 def to_json(value: Mapping[str, str | int | float]) -> bytes:
-    """Return the bytes of a small JSON file."""
+    """Return `value` as the bytes of a small, indented JSON file."""
     return json.dumps(value, indent=2).encode() + b"\n"

@@ -1,7 +1,7 @@
-"""Write checkpoints while training continues: the state is copied, then written, read back and checked on a thread.
+"""Write checkpoints while training continues: the state is copied, and a thread writes it, reads it back and checks it.
 
-The main thread reports a save's outcome at the next step, or at the next save at the latest. If memory for a second
-copy of the state is scarce, or the save must succeed, the run waits for it.
+The main thread reports the outcome after the first step at which the save has ended, or at the next save at the latest.
+If there is too little memory to copy the state, or if the save must succeed, the run waits for it.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ THREAD_NAME = "checkpoint"
 
 @dataclass(frozen=True)
 class Saved:
-    """The result of a save: its file, and whether its validation loss is the lowest."""
+    """The result of a save: the checkpoint's path, and whether its validation loss is the lowest so far."""
 
     path: Path
     is_best: bool
 
 
 class Saver:
-    """Writes the checkpoints of one run, on rank 0. `seconds` is the time of the longest save."""
+    """Writes the checkpoints of one run, on rank 0. `seconds` is the duration of the longest save so far."""
 
     def __init__(self, config: Config, rows: JsonlTracker, tracker: Fanout) -> None:
         self.config, self.folder, self.rows, self.tracker = config, Path(config.training.save_dir), rows, tracker
@@ -56,11 +56,12 @@ class Saver:
         resumed_step: int,
         must_succeed: bool,
     ) -> None:
-        """Start writing step_XXXX.pt; afterwards remove older ones according to keep_last and keep_every.
+        """Start writing step_XXXX.pt; afterwards remove older checkpoints according to keep_last and keep_every.
 
-        The checkpoint before each of `spikes` and that of `resumed_step` are kept. `validation_loss` was measured on
-        `windows` windows. A full disk is reported, and the run continues to its next save. Raise ResourceError if this
-        save must succeed and fails, or if it is the third in a row that fails.
+        The last checkpoint before each step in `spikes` and the one at `resumed_step` are kept. `validation_loss` was
+        measured on `windows` windows. If a save fails, for example because the disk is full, this is reported and the
+        run continues until the next save. Raise ResourceError if this save must succeed and fails, or if it is the
+        third in a row that fails.
         """
         self.finish()
         must_succeed = must_succeed or self.failures + 1 == MAX_FAILED_SAVES
@@ -68,8 +69,8 @@ class Saver:
         waits = must_succeed or not (self.buffers or has_room_for_copy(state))
         state = state if waits else take_snapshot(state, self.buffers)
         self.step = state["step"]
-        # A new thread for each save. OpenMP would count a lasting one among its workers, let all of them sleep between
-        # operations, and make every small operation take 28 us instead of 8 (measured 2026-11).
+        # Each save has a new thread. OpenMP would count a permanent one among its workers and let all of them sleep
+        # between operations: every small operation would take 28 us instead of 8 (measured 2026-11).
         thread = ThreadPoolExecutor(1, THREAD_NAME)
         self.pending = thread.submit(self._write, state, validation_loss, windows, {resumed_step}, spikes)
         thread.shutdown(wait=False)
@@ -77,12 +78,12 @@ class Saver:
             self.finish(must_succeed=must_succeed)
 
     def report_finished(self) -> None:
-        """Report the pending save if it has ended; never waits."""
+        """Report the outcome of the pending save if it has ended, without waiting for it."""
         if self.pending and self.pending.done():
             self.finish()
 
     def finish(self, *, must_succeed: bool = False) -> None:
-        """Wait for the pending save, and report it."""
+        """Wait for the pending save and report its outcome. With `must_succeed`, raise ResourceError if it failed."""
         if self.pending is None:
             return
         work, self.pending = self.pending, None
@@ -112,10 +113,11 @@ class Saver:
 
 
 def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO_OPS) -> Path:
-    """Write `step_XXXX.pt`, then `latest.json`, each atomically; the checkpoint is read back before it gets its name.
+    """Write `step_XXXX.pt`, then `latest.json`, each atomically; the checkpoint is read back before it gets this name.
 
-    `state` may be a snapshot. Raise ResourceError if the write fails (older files stay intact), TrainingError if a
-    weight is not finite, and TypeError, a bug in the caller, if the state is not made of plain values.
+    `state` may be a snapshot from `take_snapshot`. Raise ResourceError if the write fails (older files stay intact),
+    TrainingError if a weight is not finite, and TypeError, a bug in the caller, if the state is not made of plain
+    values.
     """
     content = state
     if "tied" not in state:
@@ -127,7 +129,7 @@ def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO
     path = checkpoint_path(folder, step)
     if problem := find_wrong_weight(content["model"]):
         raise TrainingError(
-            path, f"was not saved: {problem}", "lower training.learning_rate and resume from the checkpoint before"
+            path, f"was not saved: {problem}", "lower training.learning_rate and resume from the previous checkpoint"
         )
     hint: dict[str, str | int] = {"file": path.name, "step": step}
 
@@ -137,14 +139,14 @@ def save_checkpoint(folder: Path, state: State, *, step: int, io_ops: IoOps = IO
         except CheckpointError as error:
             raise ResourceError(
                 path,
-                f"was not saved, because it does not read back as written: {error}",
-                "check the disk; the checkpoints before it are intact",
+                f"was not saved, because the written file failed its check: {error}",
+                "check the disk; the earlier checkpoints are intact",
             ) from error
         with temporary.open("rb") as file:
             hint["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         hint["size"] = temporary.stat().st_size
 
-    # torch needs only `write` and `flush` of a file.
+    # torch.save calls only `write` and `flush` of a file.
     write_atomically(
         path,
         lambda file: torch.save(content, file),  # type: ignore[arg-type]
@@ -162,12 +164,12 @@ def list_before(folder: Path, step: int) -> list[Path]:
 
 
 def has_room_for_copy(state: State) -> bool:
-    """Return whether this machine has memory for two copies of the state."""
+    """Return whether this machine has enough memory available for two copies of the state."""
     return 2 * count_bytes(state) <= available_memory()
 
 
 def count_bytes(value: object) -> int:
-    """Return the bytes of all tensors in nested containers."""
+    """Return the total size in bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Read a checkpoint as an untrusted file.
+"""Read checkpoints as untrusted files.
 
-torch.load does not detect a flipped bit (588 of 600 loaded with wrong numbers), but the archive has checksums: they are
-verified on each save and each load.
+torch.load does not detect a flipped bit (588 of 600 such files loaded with wrong numbers). The archive has checksums,
+which are verified on each save and each load.
 """
 
 import copy
@@ -25,7 +25,10 @@ TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
 
 
 def read_checked(path: Path) -> State:
-    """Return the checked state from a file, its tensors memory-mapped. Raise CheckpointError with only the reason."""
+    """Return the verified state stored in a file, with its tensors memory-mapped.
+
+    Raise CheckpointError, whose message is only the reason, if the file is not a valid checkpoint.
+    """
     try:
         tensor_bytes = _check_archive(path)
         with _no_added_globals():
@@ -40,9 +43,9 @@ def read_checked(path: Path) -> State:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # for arbitrary bytes the parsers can raise nearly anything
+    except Exception as error:  # given arbitrary bytes, the parsers can raise almost any exception
         # torch's message is not passed on: it advises weights_only=False, which runs the file's code.
-        raise CheckpointError(f"is damaged, or not a checkpoint of this program ({type(error).__name__})") from None
+        raise CheckpointError(f"is damaged, or is not a checkpoint of this program ({type(error).__name__})") from None
     if problem:
         raise CheckpointError(problem)
     checked: State = state
@@ -50,15 +53,15 @@ def read_checked(path: Path) -> State:
 
 
 def read_own_step(path: Path) -> State:
-    """Return `read_checked` of a file, whose name must match the step inside it."""
+    """Return the verified state stored in a file, and check that the step in the file's name is the state's step."""
     state = read_checked(path)
     if state["step"] != step_of(path):
-        raise CheckpointError(f"holds step {state['step']}, which is not the step of its name")
+        raise CheckpointError(f"contains step {state['step']}, which does not match its name")
     return state
 
 
 def is_valid(path: Path) -> bool:
-    """Return whether `read_own_step` accepts the file."""
+    """Return whether the file is a valid checkpoint of the step in its name."""
     try:
         read_own_step(path)
     except CheckpointError:
@@ -67,7 +70,7 @@ def is_valid(path: Path) -> bool:
 
 
 def detach_from_disk(state: State) -> State:
-    """Return the state in its own memory, with tied tensors under each of their names."""
+    """Return a copy of the state that is not memory-mapped, with each tied tensor under all of its names."""
     state = copy.deepcopy(state)
     for alias, name in state.pop("tied"):
         state["model"][alias] = state["model"][name]
@@ -75,9 +78,10 @@ def detach_from_disk(state: State) -> State:
 
 
 def _check_archive(path: Path) -> int:
-    """Return the byte size of the tensors in a zip as torch writes it. Raise CheckpointError if it is not, or damaged.
+    """Return the total size in bytes of the tensors in a zip archive as torch writes it.
 
-    Nothing in the file is interpreted before this.
+    Raise CheckpointError if the file is not such an archive, or is damaged. Nothing in the file is interpreted before
+    this check.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -88,11 +92,11 @@ def _check_archive(path: Path) -> int:
         records = archive.infolist()
         names = {record.filename for record in records}
         if len(names) < len(records) or len(records) > MAX_RECORDS:
-            raise CheckpointError("has an archive with a repeated name, or too many names")
+            raise CheckpointError("is an archive with duplicate names, or with too many files")
         if any(name.endswith("constants.pkl") for name in names):
             raise CheckpointError("is a TorchScript program, not a checkpoint")
         if not all(map(_is_plain_record, records)) or sum(r.file_size for r in records) > status.st_size:
-            raise CheckpointError("has an archive that is compressed, or has paths that leave it")
+            raise CheckpointError("is an archive that is compressed, or that has paths leading out of it")
         damaged = archive.testzip()
     if damaged:
         raise CheckpointError(f"is damaged: {damaged!r} does not match its checksum")
@@ -108,7 +112,7 @@ def _is_plain_record(record: zipfile.ZipInfo) -> bool:
 
 @contextmanager
 def _no_added_globals() -> Iterator[None]:
-    """Load without the classes that other packages in this process have allowed for torch.load."""
+    """Disable, inside the `with` block, the classes that other packages in this process have allowed for torch.load."""
     added = get_safe_globals()
     clear_safe_globals()
     try:
@@ -122,23 +126,21 @@ def _find_wrong_format(state: object) -> str | None:
     if type(found) is not str or not found.startswith("smollm2-train/"):
         return "is not a checkpoint of this program"
     if found != FORMAT:
-        return (
-            f"has the format {found[:40]!r}, and this version reads {FORMAT!r}; a newer version of the program reads it"
-        )
+        return f"has the format {found[:40]!r}, but this version reads {FORMAT!r}; use a newer version of the program"
     return None
 
 
 def _find_wrong_value(state: State, tensor_bytes: int) -> str | None:
-    """Return what is wrong if a value's type is not allowed or the tensors' size is not the file's; else None."""
+    """Return what is wrong if a value's type is not allowed or the tensors' size is not `tensor_bytes`; else None."""
     storages: dict[int, int] = {}
     for name, value in walk(state):
         if type(value) is Tensor and value.layout is torch.strided and value.device.type == "cpu":
-            # A file of 1.5 kB can hold a tensor of 10^12 entries that all share the same byte.
+            # A file of 1.5 kB can contain a tensor of 10^12 elements that all share the same byte.
             storages[value.data_ptr()] = value.nbytes
             if value.untyped_storage().nbytes() != value.nbytes:
-                return f"{name[:80]!r} is a tensor whose storage does not have its size"
+                return f"{name[:80]!r} is a tensor whose storage has another size"
         elif type(value) not in SCALARS:
-            return f"{name[:80]!r} is a {type(value).__name__}, which is not allowed in a checkpoint"
+            return f"{name[:80]!r} is of type {type(value).__name__}, which is not allowed in a checkpoint"
     if sum(storages.values()) != tensor_bytes:
         return f"has tensors of {sum(storages.values()):,} bytes instead of {tensor_bytes:,}"
     return None
@@ -153,10 +155,10 @@ def find_wrong_entry(state: State) -> str | None:
         if value is ... and name in ENTRIES:
             return f"{name} is missing"
         if value is not ... and type(value) not in kinds:
-            return f"{name} is a {type(value).__name__} and must be a {kinds[0].__name__}"
+            return f"{name} is of type {type(value).__name__}, but must be a {kinds[0].__name__}"
     for name, optimizer in state["optimizer"].items():
         if not isinstance(optimizer, dict):
-            return f"optimizer.{str(name)[:80]!r} is a {type(optimizer).__name__} and must be a dict"
+            return f"optimizer.{str(name)[:80]!r} is of type {type(optimizer).__name__}, but must be a dict"
         for part, kind in (("parameters", list), ("state", dict)):
             if type(optimizer.get(part)) is not kind:
                 return f"optimizer.{str(name)[:80]!r}: {part} is missing or not a {kind.__name__}"
@@ -166,13 +168,16 @@ def find_wrong_entry(state: State) -> str | None:
             return f"{str(name)[:80]!r} in model is not a tensor"
     for pair in state["tied"]:
         if not (type(pair) is list and len(pair) == 2 and all(type(name) is str for name in pair) and pair[1] in model):
-            return "tied does not name tensors of the model"
+            return "tied does not consist of pairs of tensor names"
     return None
 
 
 def find_wrong_weight(model: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong if a weight is NaN or infinite, or None. Checking its extremes needs no copy."""
+    """Return what is wrong if a weight has a NaN or infinite value, or None.
+
+    Checking the minimum and maximum needs no copy of the weight.
+    """
     for name, weight in model.items():
         if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
-            return f"{name[:80]!r} in model holds values that are not finite"
+            return f"{name[:80]!r} in model contains values that are not finite"
     return None

@@ -16,7 +16,7 @@ OF_MPI = (
     "MV2_COMM_WORLD_LOCAL_RANK",
     "MPI_LOCALRANKID",
 )
-"""What accelerate reads instead."""
+"""The variables that accelerate reads in place of these under an MPI launcher."""
 
 OTHERS = ("MASTER_ADDR", "OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION")
 
@@ -40,13 +40,13 @@ def check_launch(environment: Mapping[str, str]) -> None:
             given = "RANK" if "RANK" in environment else "WORLD_SIZE"
             what = f"not set, but {given} is {environment[given]}"
             raise ConfigError(
-                ", ".join(missing), what, f"start with torchrun, which sets all of them, or unset {given}"
+                ", ".join(missing), what, f"start the run with torchrun, which sets all of them, or unset {given}"
             )
     # `accelerate launch --num_processes 2` without --multi_gpu silently runs one process on a CPU.
     elif {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= environment.keys():
         raise ConfigError(
             "accelerate launch",
             "started one process instead of several",
-            "use accelerate launch --multi_gpu --num_processes 2 train.py ..., which needs no GPU, or "
+            "use accelerate launch --multi_gpu --num_processes 2 train.py ..., which works without a GPU too, or "
             "torchrun --nproc_per_node 2 train.py ...",
         )

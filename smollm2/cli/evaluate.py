@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return the evaluation of one model, with documents read as they were in its training."""
+    """Return the evaluation of one model, with the text split into documents as in its training."""
     from smollm2.config.schema import DataConfig
     from smollm2.inference.evaluation import evaluate
     from smollm2.inference.loading import load_source, read_config
@@ -116,7 +116,7 @@ def describe_comparison(first: str, second: str, comparison: "Comparison | None"
 
 
 def describe_evaluation(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the table."""
+    """Yield the lines of one model's table."""
     for name, unit in (("loss", "nats per token"), ("perplexity", ""), ("bits_per_byte", "")):
         interval = found[f"{name}_interval"]
         bounds = f"  95 %: {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""

@@ -1,4 +1,4 @@
-"""`smollm2 export`: a folder that transformers, vLLM and other libraries can load."""
+"""`smollm2 export`: write a folder that transformers, vLLM and other libraries can load."""
 
 import argparse
 

@@ -92,7 +92,7 @@ def choose_device(args: argparse.Namespace) -> str:
 
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
-        raise ConfigError("--device", "torch finds no CUDA GPU here", "leave it out, or use cpu")
+        raise ConfigError("--device", "PyTorch finds no CUDA GPU on this machine", "omit this flag, or use cpu")
     return args.device or ("cuda" if has_gpu else "cpu")
 
 
@@ -136,7 +136,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, *, or_zero: bool = False) -> Callable[[str], float]:
-    """Return an argparse type for a number from `low` to `high`, or also 0 with `or_zero`."""
+    """Return an argparse type for a number from `low` to `high`; with `or_zero`, 0 is allowed too."""
 
     def read(text: str) -> float:
         try:
@@ -152,5 +152,5 @@ def number(low: float, high: float, *, or_zero: bool = False) -> Callable[[str],
 
 
 def print_note(message: str) -> None:
-    """Print a line to standard error, apart from the results."""
+    """Print a line to standard error, to keep standard output for the results."""
     print(message, file=sys.stderr, flush=True)

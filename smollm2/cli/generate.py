@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from smollm2.inference.generation import Piece
 
 Write = Callable[[Sequence[str], Sequence[int]], "Iterator[Piece]"]
-"""Prompts and their seeds -> pieces of text."""
+"""A function from prompts and their seeds to pieces of generated text."""
 
 NUMBERS: list[tuple[str, Callable[[str], float], float, str]] = [
     ("max_new_tokens", whole_number(1, 10**9), 256, "tokens to write at most"),
@@ -66,10 +66,10 @@ def add_parser(commands: "Commands[Parser]") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write text after each prompt."""
+    """Generate text after each prompt and print it."""
     rows = read_prompts(args.prompts_file) if args.prompts_file else [{"prompt": args.prompt or ""}]
     if problem := find_bad_character(args.prompt or ""):
-        raise ConfigError("--prompt", problem, "write it in UTF-8")
+        raise ConfigError("--prompt", problem, "encode it as UTF-8")
     write = prepare_generation(args)
     if args.interactive:
         continue_prompts(args, write)
@@ -92,7 +92,7 @@ def prepare_generation(args: argparse.Namespace) -> Write:
     device = choose_device(args)
     requested = args.precision or ("float32" if device == "cpu" else "auto")
     features = device_features(torch.device(device))
-    precision = choose_precision(requested, device, features, "--precision", "leave it out")
+    precision = choose_precision(requested, device, features, "--precision", "omit this flag")
     model, tokenizer, _ = load_source(Path(args.model), best=args.best, report=print_note)
     model.to(device, precision.dtype)
 
@@ -112,12 +112,14 @@ def prepare_generation(args: argparse.Namespace) -> Write:
 
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file, each with its `prompt`. Raise DataError, naming the line."""
+    """Return the rows of a JSON Lines file, each with its `prompt`. Raise DataError, naming the invalid line."""
     shown = "standard input" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise DataError(name, f"cannot be read ({error.strerror})", "name a JSON Lines file") from None
+        raise DataError(
+            name, f"cannot be read ({error.strerror})", "choose a JSON Lines file that can be read"
+        ) from None
     convert = "convert it: iconv -f WINDOWS-1252 -t UTF-8" + ("" if name == "-" else f" {shlex.quote(name)} > NEW")
     rows = []
     for count, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -142,7 +144,7 @@ def read_row(where: str, text: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise DataError(where, "is not a prompt", 'write "text" or {"prompt": "text"} on each line')
     if problem := find_bad_character(row["prompt"]):
-        raise DataError(where, problem, "write the whole character")
+        raise DataError(where, problem, "write the complete character")
     return row
 
 
@@ -171,7 +173,7 @@ def write_json_lines(args: argparse.Namespace, rows: Sequence[dict[str, Any]], w
 
 
 def write_texts(args: argparse.Namespace, prompt: str, write: Write) -> None:
-    """Print the prompt and its continuation as it is generated; several samples one after the other."""
+    """Print the prompt, and its continuation as it is generated; several samples follow one another."""
     for sample in range(args.samples):
         if args.samples > 1:
             print_note(f"sample {sample + 1}, seed {args.seed + sample}:")
@@ -192,7 +194,7 @@ def continue_prompts(args: argparse.Namespace, write: Write) -> None:
         except EOFError:
             return
         if problem := find_bad_character(prompt):
-            raise DataError("standard input", problem, "write the prompts in UTF-8")
+            raise DataError("standard input", problem, "encode the prompts as UTF-8")
         try:
             write_texts(args, prompt, write)
         except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from smollm2.cli.flags import (
 
 
 def odd_number(text: str) -> int:
-    """Return the number of points on a side; it must be odd, so that one is in the middle."""
+    """Return the number of points per side; it must be odd, so that one is in the middle."""
     value = whole_number(3, 401)(text)
     if value % 2 == 0:
         raise argparse.ArgumentTypeError(f"must be odd (got {text})")

@@ -1,7 +1,7 @@
-"""What run_training.sh starts: chooses the config and the number of processes, trains, and prints what to do next.
+"""The program behind run_training.sh: it chooses the config and the number of processes, trains, and prints next steps.
 
-Without a flag that chooses a config, the preset nano replaces the shipped config.yaml if that would take over an hour
-here. The plan's table decides this, not a measurement, so that a machine always trains the same model.
+If no flag chooses a config, the preset nano replaces the shipped config.yaml when a run of that would take over an hour
+here. This is decided by the table of `smollm2 plan`, not by timing, so that a machine always trains the same model.
 """
 
 import os
@@ -26,7 +26,7 @@ from smollm2.plan.throughput import estimate_duration, find_throughput, table_th
 from smollm2.runtime.commands import CALLER, shown_script
 
 SHIPPED_CONFIG = "b631f06d18365a34f27d8bd0093095007e2f710921f04e22668c0d0428561892"
-"""SHA-256 of config.yaml as shipped, the only config that is ever replaced. A test keeps it current."""
+"""SHA-256 of config.yaml as shipped, the only config that is ever replaced. A test checks that it is current."""
 
 LONGEST_SECONDS = 3600
 
@@ -73,12 +73,12 @@ def count_processes(environment: Mapping[str, str]) -> int:
     if not text:
         return max(1, find_machine(environment).gpus)
     if not text.isdecimal() or int(text) == 0:
-        raise ConfigError("NUM_PROCESSES", f'"{text}" is not a number of processes', "Use a number such as 2")
+        raise ConfigError("NUM_PROCESSES", f'"{text}" is not a positive whole number', "use a number such as 2")
     return int(text)
 
 
 def choose_config(flags: list[str], machine: Machine, processes: int) -> list[str]:
-    """Return the flags, with `--preset nano` if the shipped config.yaml would take over an hour. Print what was chosen."""
+    """Return the flags, with `--preset nano` if the shipped config.yaml would take over an hour. Print the choice."""
     path = Path("config.yaml")
     if not path.is_file() or sha256(path.read_bytes()).hexdigest() != SHIPPED_CONFIG:
         return flags
@@ -97,7 +97,7 @@ def choose_config(flags: list[str], machine: Machine, processes: int) -> list[st
 
 
 def estimate_here(flags: Sequence[str], machine: Machine) -> float:
-    """Return the seconds of a run with these flags, from an earlier run here or a measurement of matrix products."""
+    """Return the estimated seconds of a run with these flags, from an earlier run or a timing of matrix products."""
     config = load_run_config(cli.build_parser().parse_args(["train", *flags]))[0]
     throughput = find_throughput(config, machine)
     if machine.is_cpu and not throughput.measured:
@@ -124,7 +124,7 @@ def train_together(processes: int, flags: Sequence[str]) -> int:
         code_file = Path(folder) / "exit_code"
         threads = str(max(1, count_cores() // processes))  # torchrun's default is one per process
         environment = {"OMP_NUM_THREADS": threads, **os.environ, EXIT_CODE_FILE: str(code_file)}
-        # In a session of its own, so that Ctrl-C reaches the ranks only once, forwarded from here.
+        # In a separate session, so that Ctrl-C reaches the ranks only once, forwarded by this process.
         ranks = subprocess.Popen(torchrun, env=environment, start_new_session=True)
 
         def pass_on(number: int, frame: FrameType | None) -> None:
@@ -140,7 +140,7 @@ def train_together(processes: int, flags: Sequence[str]) -> int:
 
 
 def describe_next_steps() -> str:
-    """Return suggestions for after a run; its final summary has already shown how to generate text."""
+    """Return suggestions for what to do after a run; its summary has already shown how to generate text."""
     train, test = (shown_script(Path(name)) for name in ("run_training.sh", "run_tests.sh"))
     rows = {
         "train longer": f"{train} --train_steps N, with a higher N than before",

@@ -36,7 +36,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code.
 
-    Under run_training.sh's launcher rank 0 writes its code to a file and all ranks return 0: for any other
+    Under the launcher of run_training.sh, rank 0 writes its exit code to a file and all ranks return 0: for any other
     code, torchrun returns 1 and prints 30 lines about it.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -64,7 +64,7 @@ def run_command(argv: Sequence[str] | None) -> int:
     except OSError as error:
         if not output_fails():
             raise
-        problem = ResourceError("standard output", f"cannot be written ({error.strerror})", "free some space")
+        problem = ResourceError("standard output", f"cannot be written to ({error.strerror})", "free some space")
         report_error(problem, 0, 0)
         return problem.exit_code
     except Smollm2Error as error:
@@ -121,8 +121,8 @@ def output_fails() -> bool:
 
 
 def report_error(error: Smollm2Error, rank: int, local_rank: int) -> None:
-    """Print an error, on the rank that it names. A config error is printed once per machine: ranks read the config
-    before they can agree on which one reports it."""
+    """Print an error if this is the rank that reports it. A config error is printed once per machine: ranks read the
+    config before they can agree on which one reports it."""
     if rank == error.rank or (isinstance(error, ConfigError) and local_rank == 0):
         where = "" if isinstance(error, Interrupted) else f"error: rank {rank}: " if rank else "error: "
         print(error if "\n" in str(error) else f"{where}{error}", file=sys.stderr)

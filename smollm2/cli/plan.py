@@ -1,4 +1,4 @@
-"""`smollm2 plan`: calculate what a run will take."""
+"""`smollm2 plan`: estimate the parameters, memory, disk space and time of a run."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ def add_parser(commands: "Commands[Parser]") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table."""
+    """Print the table of estimates."""
     config, _ = load_run_config(args, args.unknown)
     from smollm2.plan.describe import describe_plan
     from smollm2.plan.machine import find_machine

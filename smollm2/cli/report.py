@@ -27,7 +27,7 @@ def add_parser(commands: "Commands[Parser]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the page, or draw the curves."""
     if args.terminal and args.output:
-        raise ConfigError("--terminal", "--output names a file for the report", "use one of the two")
+        raise ConfigError("--terminal", "cannot be combined with --output", "use one of the two")
     from smollm2.report.reading import read_runs
 
     runs = read_runs([Path(run) for run in args.runs])

@@ -1,4 +1,4 @@
-"""The flags of `train` and `plan`: those of the run itself, then one per key; and the config that they result in."""
+"""The flags of `train` and `plan`: those of the run itself, then one per config key; and the resulting config."""
 
 import argparse
 import shlex
@@ -41,13 +41,13 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def load_run_config(args: argparse.Namespace, unknown: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
-    """Return the config from file and flags, and the origin of each value; `unknown` are arguments unknown to argparse.
+    """Return the config from file and flags, and the origin of each value. `unknown` are arguments that argparse left.
 
     Raise ConfigError, listing every problem.
     """
     problems = [lay_out(*problem) for problem in describe_unknown(args.parser, unknown)]
     if args.resume and args.checkpoint_path:
-        problems.append(lay_out("--resume", "--checkpoint_path names a checkpoint too", "use one of the two"))
+        problems.append(lay_out("--resume", "cannot be combined with --checkpoint_path", "use one of the two"))
     flags = read_flags(args, problems)
     own = None if problems else find_own_config(args, flags)
     if own:
@@ -59,11 +59,11 @@ def load_run_config(args: argparse.Namespace, unknown: Sequence[str] = ()) -> tu
 
 
 def keep_config(source: Path, folder: Path) -> None:
-    """Raise ConfigError if the run would overwrite the config that it was given and that a person wrote."""
+    """Raise ConfigError if the run would overwrite the config that it was given, and a person wrote that config."""
     if source.resolve() != (folder / CONFIG).resolve():
         return
     if not source.read_text(encoding="utf-8-sig").startswith(EFFECTIVE_HEADERS):
-        what = f"the run would write its own config over {source}"
+        what = f"the run would overwrite {source} with its own config"
         raise ConfigError("training.save_dir", what, "use another folder")
 
 

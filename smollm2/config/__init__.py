@@ -1,5 +1,6 @@
 """The config of a run: its keys, and how files and flags are combined into one config.
 
-Read schema.py (the keys and their contradictions; values.py has its durations and paths), then vocabulary.py (aliases,
-suggestions, descriptions), then reading.py (file, flags and arguments to a Config, using sources.py and yaml_nodes.py).
+Read in this order: schema.py (the keys and which values contradict each other; values.py defines durations and paths),
+vocabulary.py (aliases, suggestions, descriptions), reading.py (builds a Config from a file, flags and arguments, using
+sources.py and yaml_nodes.py).
 """

@@ -1,8 +1,8 @@
-"""Turn config files and flags into a Config: all problems are reported at once, each with its line.
+"""Turn config files and flags into a Config, and report all problems at once, each with its line number.
 
-Precedence, lowest first: defaults, the file or preset, flags, keyword arguments; the origin of every value is kept. The
-key decides how a text is parsed: YAML 1.1 would read `1e-4` as text, `no` as false and `010` as 8. Anchors, aliases and
-tags are refused, so that a file cannot execute anything.
+Precedence, lowest first: defaults, the file or preset, flags, keyword arguments; the origin of every value is recorded.
+The type of a key decides how its value is parsed: YAML 1.1 would read `1e-4` as text, `no` as false and `010` as 8.
+Anchors, aliases and tags are rejected, so a file cannot execute code.
 """
 
 import argparse
@@ -44,7 +44,7 @@ BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 
 @dataclass(frozen=True)
 class Given:
-    """One value: as parsed, as written, and where it was written."""
+    """A config value: its parsed value, its original text, and where it was set."""
 
     value: Any
     text: str
@@ -52,7 +52,7 @@ class Given:
 
 
 class Change(NamedTuple):
-    """A key that differs between a checkpoint's config and that of the resumed run, and the rule for it."""
+    """A key whose value differs between a checkpoint's config and the resumed run's config, and its resume rule."""
 
     key: str
     old: object
@@ -70,7 +70,7 @@ def load_config(
     flags: Mapping[str, tuple[str, str]] | None = None,
     **overrides: Any,
 ) -> Config:
-    """Return the config of a file (default: ./config.yaml) or of a preset, with flags and overrides on top.
+    """Return the config from a file (default: ./config.yaml) or a preset, with flags and overrides applied on top.
 
     Overrides are whole sections or dotted keys: `load_config("config.yaml", training={"train_steps": 5})` or
     `load_config(preset="nano", **{"training.seed": 1})`. Raise ConfigError, with one line per problem.
@@ -88,7 +88,7 @@ def load_config_with_origins(
 ) -> tuple[Config, dict[str, str]]:
     """Return the config, and the origin of each dotted key's value: `config.yaml:14`, `--train_steps`, `default`.
 
-    `flags`: dotted key -> (flag as typed, text). `found`: problems of the command line, to be reported with the others.
+    `flags` maps dotted keys to (flag as typed, text). `found` lists command-line problems to report with the others.
     """
     problems = list(found)
     upper = [_read_flags(flags or {}, problems), _read_overrides(overrides, problems)]
@@ -119,13 +119,13 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config_flags(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Return the flags of `add_config_flags` that were given: dotted key -> (flag, text)."""
+    """Return the config flags that were given on the command line, as a mapping from dotted key to (flag, text)."""
     given = {key: getattr(args, key, None) for key in KEYS}
     return {key: (f"--{key}", text) for key, text in given.items() if text is not None}
 
 
 def changed_on_resume(old: Config, new: Config) -> list[Change]:
-    """Return the keys that differ; batch_size and gradient_accumulation_steps are refused if their product changes."""
+    """Return the keys that differ. batch_size and gradient_accumulation_steps are refused if their product changes."""
     changes = []
     for key in FIELDS:
         section, name = key.split(".")
@@ -139,7 +139,7 @@ def changed_on_resume(old: Config, new: Config) -> list[Change]:
 
 
 def effective_config_yaml(config: Config, origins: Mapping[str, str]) -> str:
-    """Return every value as YAML, with its origin as a comment; it loads to the same config."""
+    """Return the config as YAML with each value's origin as a comment; loading it gives the same config."""
     lines = [EFFECTIVE_HEADERS[0]]
     for section in SECTIONS:
         lines += ["", f"{section}:"]
@@ -151,10 +151,10 @@ def effective_config_yaml(config: Config, origins: Mapping[str, str]) -> str:
 
 
 def _read_file(name: str, text: str, problems: list[str]) -> Level:
-    """Return the values of a file, each under its dotted key."""
+    """Return the values in a file by dotted key."""
     root = compose(text, f"{name}:")
     if root is None or is_null(root):
-        raise ConfigError(name, "the file is empty", "write sections and keys into it, or use --preset nano")
+        raise ConfigError(name, "the file is empty", "add sections and keys to it, or use --preset nano")
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{name}:1", f"{show_node(root)} is not a section", SECTIONS_ADVICE)
     level: Level = {}
@@ -185,16 +185,16 @@ def _names() -> set[str]:
 def _pairs(
     mapping: yaml.MappingNode, prefix: str, name: str, problems: list[str]
 ) -> Iterator[tuple[str, int, yaml.Node]]:
-    """Yield (key, line, value) for each entry of a mapping; a duplicate key is a problem."""
+    """Yield (key, line, value) for each entry of a mapping; report duplicate keys in `problems`."""
     first_line: dict[str, int] = {}
     for key_node, value in mapping.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            what = f"{show_node(key_node)} is not the name of a key"
-            problems.append(lay_out(f"{name}:{line}", what, "write a word"))
+            what = f"{show_node(key_node)} is not a valid key"
+            problems.append(lay_out(f"{name}:{line}", what, "use a plain word"))
         elif key_node.value in first_line:
             where = f"{name}:{line}: {show(prefix + key_node.value)}"
-            what = f"is already set in line {first_line[key_node.value]}"
+            what = f"is already set on line {first_line[key_node.value]}"
             problems.append(lay_out(where, what, "keep one of the two"))
         else:
             first_line[key_node.value] = line
@@ -202,7 +202,7 @@ def _pairs(
 
 
 def _read_flags(flags: Mapping[str, tuple[str, str]], problems: list[str]) -> Level:
-    """Return the values of flags; a list is written as in YAML, everything else is taken literally."""
+    """Return the values of flags. Lists are parsed as YAML; everything else is used literally."""
     level: Level = {}
     for key, (flag, text) in flags.items():
         is_list = key in FIELDS and get_origin(FIELDS[key].annotation) is tuple
@@ -216,7 +216,7 @@ def _read_flags(flags: Mapping[str, tuple[str, str]], problems: list[str]) -> Le
 
 
 def _read_overrides(overrides: Mapping[str, Any], problems: list[str]) -> Level:
-    """Return the values of keyword arguments: sections and dotted keys."""
+    """Return the values of keyword arguments, which are whole sections or dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in overrides.items():
         inside = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -232,7 +232,7 @@ def _read_overrides(overrides: Mapping[str, Any], problems: list[str]) -> Level:
 
 
 def _add(level: Level, key: str, node: yaml.Node, origin: str, problems: list[str]) -> None:
-    """Store the value of a node in `level`, or append what is wrong to `problems`."""
+    """Store the value of a node in `level`, or append a message to `problems` if it is invalid."""
     if key not in KEYS:
         problems.append(lay_out(_locate(show(key), origin), "unknown key", suggest_key(key)))
         return
@@ -249,9 +249,9 @@ def _refuse_value(key: str, text: str, origin: str) -> str:
 
 
 def _read_value(node: yaml.Node, kind: Any) -> Any:
-    """Return the text of a node, or the texts of a list, for pydantic to parse as `kind`; bool and `1e5` are read here.
+    """Return the text of a node, or a list of texts, for pydantic to parse as `kind`.
 
-    Raise ValueError or KeyError.
+    Booleans and integers such as `1e5` are parsed here. Raise ValueError or KeyError if that fails.
     """
     if isinstance(node, yaml.SequenceNode):
         return [_read_value(item, str) for item in node.value]
@@ -274,18 +274,18 @@ def _read_value(node: yaml.Node, kind: Any) -> Any:
 
 
 def _line_of(problem: str, name: str) -> float:
-    """Return the line of the file that a problem names, or infinity for problems with flags, which are listed last."""
+    """Return the line number that a problem names, or infinity for problems with flags, which are listed last."""
     number = problem.removeprefix(f"{name}:").partition(":")[0]
     return int(number) if number.isdecimal() else float("inf")
 
 
 def _locate(key: str, origin: str) -> str:
-    """Return the location of a problem; the key is added unless the origin is a flag or an argument, which names it."""
+    """Return a problem's location. Add the key unless the origin is a flag or an argument, which already names it."""
     return origin if origin.startswith(("--", "argument ")) else f"{origin}: {key}"
 
 
 def _settle_aliases(level: Level, problems: list[str]) -> Level:
-    """Return the level with each alias's value under the key that it sets; the two must not conflict."""
+    """Return the values with each alias replaced by the key that it sets; report conflicts in `problems`."""
     settled = {key: given for key, given in level.items() if key in FIELDS}
     for alias, (target, values) in ALIASES.items():
         if alias not in level:
@@ -304,7 +304,7 @@ def _settle_aliases(level: Level, problems: list[str]) -> Level:
 
 
 def _validate(given: Level, name: str, problems: list[str]) -> Config | None:
-    """Return the config, or None after adding to `problems`. Contradictions are added only if all values are valid."""
+    """Return the config, or None if there are problems. Report contradictions only if all values are valid."""
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, one in given.items():
         section, _, field = key.partition(".")

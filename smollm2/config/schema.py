@@ -1,4 +1,4 @@
-"""The keys of a config: type, default, bounds, a sentence, and whether a resume may change it. All docs are made from here."""
+"""The config keys: type, default, bounds, description, resume rule. docs/config.md is generated from this file."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,21 +11,21 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from smollm2.config.values import Beta, Duration, FilePath, FolderPath, Switch, Text, expand_path, name_folder
 
 Resume = Literal["free", "noted", "refused"]
-"""A key that is changed on a resume is `free` (the numbers do not depend on it), `noted` (allowed and reported, but no
-longer bit-exact) or `refused` (it would be another run)."""
+"""Whether a resumed run may change a key: `free` (it does not affect the results), `noted` (allowed and reported, but
+the run is no longer bit-exact) or `refused` (it would be a different run)."""
 
 IGNORE_INDEX = -100
-"""The label of a position that has no target, in data, loss and evaluation alike (PyTorch's `ignore_index`)."""
+"""The label of positions without a target, in data, loss and evaluation (PyTorch's `ignore_index`)."""
 
 
 def key(default: Any, resume: Resume, takes: str = "", **bounds: Any) -> Any:
-    """Return a field: its default (or a function of the keys above it), its resume rule, what it takes, and its bounds."""
+    """Return a pydantic field. `default` may be a function of the preceding keys; `takes` describes valid values."""
     how = {"default_factory": default} if callable(default) else {"default": default}
     return Field(json_schema_extra={"resume": resume, "takes": takes}, **how, **bounds)
 
 
 class Contradiction(NamedTuple):
-    """Values that are valid alone but not together; the first key is the one to name."""
+    """Values that are valid individually but not together; the message names the first key."""
 
     keys: tuple[Text, ...]
     what: str
@@ -33,7 +33,7 @@ class Contradiction(NamedTuple):
 
 
 def _refuse(name: str, found: list[Contradiction], parts: int) -> None:
-    """Raise ValidationError if there are contradictions; the last `parts` of each dotted key are below the model `name`."""
+    """Raise ValidationError if there are contradictions. The last `parts` of a dotted key are its path in `name`."""
     details = [
         InitErrorDetails(
             type=PydanticCustomError("contradiction", "{what}. {advice}", one._asdict()),
@@ -47,7 +47,7 @@ def _refuse(name: str, found: list[Contradiction], parts: int) -> None:
 
 
 class Section(BaseModel):
-    """A frozen section of a config; numbers must be finite."""
+    """A section of a config; it is immutable, and its numbers must be finite."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
@@ -55,7 +55,7 @@ class Section(BaseModel):
 
     @classmethod
     def resume_rule(cls, name: str) -> Resume:
-        """Return whether a resume may change the key `name`."""
+        """Return the rule for changing the key `name` when a run is resumed."""
         rule: Resume = cls.model_fields[name].json_schema_extra["resume"]  # type: ignore[index,assignment]
         return rule
 
@@ -65,7 +65,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def refuse_contradictions(self) -> Self:
-        """Raise ValidationError if there are contradictions, on every way to a config."""
+        """Raise ValidationError if there are contradictions, however the config is built."""
         _refuse(type(self).__name__, list(self.contradictions()), parts=1)
         return self
 
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     """What the model computes."""
 
     vocab_size: int = key(32000, "refused", ge=2, le=2**31 - 1)
-    """Number of token ids; set to the tokenizer's, and a change is reported."""
+    """Number of token ids; set to the tokenizer's vocabulary size, and a change is reported."""
     hidden_size: int = key(768, "refused", ge=1, le=65536)
     """Width of the residual stream."""
     intermediate_size: int = key(3072, "refused", ge=1, le=2**20)
@@ -84,7 +84,7 @@ class ModelConfig(Section):
     num_attention_heads: int = key(12, "refused", ge=1, le=1024)
     """Number of query heads."""
     num_key_value_heads: int = key(lambda data: data["num_attention_heads"], "refused", ge=1, le=1024)
-    """Number of key and value heads; default: as many as query heads."""
+    """Number of key and value heads; default: num_attention_heads."""
     head_dim: int = key(
         lambda data: data["hidden_size"] // data["num_attention_heads"], "refused", ge=2, le=1024, multiple_of=2
     )
@@ -96,29 +96,29 @@ class ModelConfig(Section):
     norm: Literal["rmsnorm", "layernorm"] = key("layernorm", "refused")
     """Normalization: rmsnorm, or layernorm with weight and bias, computed in float32."""
     norm_eps: float = key(1e-5, "refused", gt=0, le=0.1)
-    """Added to the variance inside the normalization."""
+    """Epsilon of the normalization."""
     initializer_range: float = key(0.02, "refused", gt=0, le=10)
-    """Standard deviation of the initial weights; output projections divide it by sqrt(2 x layers)."""
+    """Standard deviation of the initial weights; for output projections, divided by sqrt(2 x layers)."""
     tie_word_embeddings: bool = key(True, "refused")
     """Use the token embedding as the output head."""
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield heads that do not fit the width or one another."""
+        """Yield a contradiction if the numbers of heads do not fit hidden_size or each other."""
         heads, width = "model.num_attention_heads", "model.hidden_size"
         if "head_dim" not in self.model_fields_set:
             if not self.is_divided_by_heads:
-                what = f"must divide {width} {self.hidden_size} (got {self.num_attention_heads})"
+                what = f"must be a divisor of {width} = {self.hidden_size} (got {self.num_attention_heads})"
                 yield Contradiction((heads, width), what, f"change {heads} or {width}")
             elif self.head_dim % 2 or not 2 <= self.head_dim <= 1024:
-                what = f"{self.num_attention_heads} heads in {width} {self.hidden_size} are {self.head_dim} wide each"
-                yield Contradiction((heads, width), what, "the width of a head must be an even number from 2 to 1,024")
+                what = f"{width} = {self.hidden_size} gives {self.num_attention_heads} heads a width of {self.head_dim}"
+                yield Contradiction((heads, width), what, "choose values that give an even width from 2 to 1,024")
         if self.num_attention_heads % self.num_key_value_heads:
-            what = f"must divide {heads} {self.num_attention_heads} (got {self.num_key_value_heads})"
+            what = f"must be a divisor of {heads} = {self.num_attention_heads} (got {self.num_key_value_heads})"
             yield Contradiction(("model.num_key_value_heads", heads), what, f"use a divisor of {heads}")
 
     @property
     def is_divided_by_heads(self) -> bool:
-        """Whether hidden_size is a multiple of the number of heads; transformers 5 loads no other model."""
+        """Whether hidden_size is a multiple of the number of heads; transformers 5 cannot load other models."""
         return self.hidden_size % self.num_attention_heads == 0
 
 
@@ -141,10 +141,10 @@ class DataConfig(Section):
     """Documents in one window do not attend to one another, and the first token of each is not a target."""
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield a mask without documents."""
+        """Yield a contradiction if document_mask is set without document_separator."""
         if self.document_mask and self.document_separator is None:
             keys = ("data.document_mask", "data.document_separator")
-            yield Contradiction(keys, "true has no effect without data.document_separator", "set the separator")
+            yield Contradiction(keys, "has no effect without data.document_separator", "set both, or neither")
 
 
 class TrainingConfig(Section):
@@ -153,7 +153,7 @@ class TrainingConfig(Section):
     train_steps: int = key(5000, "noted", ge=1, le=10**9)
     """Optimizer steps in the whole run."""
     batch_size: int = key(12, "noted", ge=1, le=10**6)
-    """Sequences in one forward pass; a device cuts its share into as few nearly equal parts of at most this size."""
+    """Sequences in one forward pass; each device splits its share into the fewest equal parts of at most this size."""
     gradient_accumulation_steps: int = key(4, "noted", ge=1, le=10**6)
     """batch_size x this = sequences in one step, on any number of devices."""
     sequence_length: int = key(2048, "refused", ge=1, le=2**24)
@@ -162,11 +162,11 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "muon"] = key("adamw", "refused")
     """adamw, or muon on the matrices of the blocks with AdamW on the rest."""
     learning_rate: float = key(1e-4, "noted", gt=0, le=10)
-    """Highest learning rate."""
+    """Peak learning rate."""
     min_learning_rate: float = key(0.0, "noted", ge=0, le=10)
-    """Learning rate towards which the schedule falls."""
+    """Learning rate to which the schedule decays."""
     warmup_steps: int = key(100, "noted", ge=0, le=10**9)
-    """Steps over which the rate rises linearly to learning_rate."""
+    """Steps over which the learning rate rises linearly to learning_rate."""
     schedule: Literal["cosine", "linear", "wsd"] = key("cosine", "noted")
     """After the warmup: cosine, linear, or wsd (stable, then linear over the last decay_steps)."""
     decay_steps: int = key(lambda data: data["train_steps"] // 5, "noted", ge=0, le=10**9)
@@ -176,18 +176,18 @@ class TrainingConfig(Section):
     decay: Literal["matrices", "all"] = key("matrices", "refused")
     """Parameters that decay: matrices only, or all as in SmolLM2's own pretraining."""
     betas: tuple[Beta, Beta] = key((0.9, 0.95), "noted", "two numbers from 0 to below 1, as [0.9, 0.95]")
-    """AdamW's two averaging factors; the first is Muon's momentum too."""
+    """AdamW's beta coefficients; the first is also Muon's momentum."""
     eps: float = key(1e-8, "noted", gt=0, le=1)
     """AdamW's epsilon."""
     max_grad_norm: float = key(1.0, "noted", ge=0, le=1e9)
-    """Gradients are scaled down to this global norm; 0: never."""
+    """Gradients are clipped to this global norm; 0: no clipping."""
     z_loss: float = key(0.0, "noted", ge=0, le=1)
     """Weight of the squared log-normalizer of the logits; 0: off."""
     on_nonfinite: Literal["skip", "stop"] = key("skip", "free")
     """If the loss or the gradient of a step is not finite: skip the step (10 in a row or 1 % of the last 1000 stop the run), or stop at once."""
 
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = key("auto", "noted")
-    """Number format of the matrix products; auto: bf16 if the hardware computes it."""
+    """Number format of the matrix products; auto: bf16 if the hardware supports it."""
     attention: Literal["auto", "sdpa", "blocks", "varlen", "flex", "eager"] = key("auto", "noted")
     """Attention backend; auto chooses one and checks it. varlen and flex need a GPU."""
     gradient_checkpointing: bool = key(False, "noted")
@@ -204,7 +204,7 @@ class TrainingConfig(Section):
     eval_interval: int = key(100, "free", ge=0, le=10**9)
     """Steps between two validations; 0: at the end only."""
     eval_windows: int = key(256, "free", ge=1, le=10**9)
-    """Windows, spread over the validation split, that one validation reads; the last one reads all."""
+    """Number of windows in one validation, spread over the validation split; the final one reads all."""
     save_interval: int = key(500, "free", ge=0, le=10**9)
     """Steps between two checkpoints; 0: at the end only."""
     sample_interval: int = key(200, "free", ge=0, le=10**9)
@@ -217,7 +217,7 @@ class TrainingConfig(Section):
     """Steps between two diagnostics: norms, update ratios, activations (diagnostics.jsonl); 0: never, and no landscape."""
 
     rank_timeout: int = key(600, "free", ge=5, le=10**6)
-    """Seconds that the processes of a run wait for one that does not answer, before the run ends and names it."""
+    """Seconds to wait for a process that does not respond, before the run ends and names it."""
     save_dir: FolderPath = key("checkpoints", "free", "a path")
     """The run folder."""
     keep_last: int | None = key(None, "free", ge=2, le=10**9)
@@ -232,10 +232,10 @@ class TrainingConfig(Section):
     """Mirror metrics, samples and histograms to <save_dir>/tensorboard; needs the extra tensorboard."""
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield rates out of order, and retention without a limit."""
+        """Yield a contradiction if min_learning_rate is above learning_rate, or keep_every is set without keep_last."""
         low, high = "training.min_learning_rate", "training.learning_rate"
         if self.min_learning_rate > self.learning_rate:
-            what = f"is above {high} {self.learning_rate:g} (got {self.min_learning_rate:g})"
+            what = f"is above {high} = {self.learning_rate:g} (got {self.min_learning_rate:g})"
             yield Contradiction((low, high), what, "lower it")
         if self.keep_every is not None and self.keep_last is None:
             keys = ("training.keep_every", "training.keep_last")
@@ -258,7 +258,7 @@ class WandbConfig(Section):
     tags: tuple[Text, ...] = key((), "free", max_length=64)
     """Tags of the run."""
     log_checkpoints: Literal["none", "best", "all"] = key("all", "free")
-    """Checkpoints that are uploaded: none, those with a new lowest validation loss, or all."""
+    """Checkpoints to upload: none, those with a new lowest validation loss, or all."""
     log_gradients: bool = key(True, "free")
     """Send norms, histograms and the flow of gradients and weights, by layer."""
     log_code: bool = key(True, "free")
@@ -303,7 +303,7 @@ class Config(BaseModel):
         positions = ModelConfig.model_fields["max_position_embeddings"].default
         training.setdefault("sequence_length", model.get("max_position_embeddings", positions))
         text.setdefault("stride", training["sequence_length"])
-        with contextlib.suppress(ValueError):  # the key itself is refused
+        with contextlib.suppress(ValueError):  # an invalid save_dir is reported on its own
             folder = Path(name_folder(expand_path(str(training.get("save_dir", "checkpoints")))))
             text.setdefault("cache_dir", str(folder.parent / "cache"))
         return {**given, "training": training, "data": text}
@@ -315,20 +315,22 @@ class Config(BaseModel):
         return self
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield lengths that do not fit one another."""
+        """Yield a contradiction if sequence_length > max_position_embeddings, or stride > sequence_length."""
         length, positions = self.training.sequence_length, self.model.max_position_embeddings
         if length > positions:
             keys = ("training.sequence_length", "model.max_position_embeddings")
-            yield Contradiction(keys, f"is longer than {keys[1]} {positions} (got {length})", "lower it, or raise that")
+            yield Contradiction(
+                keys, f"is greater than {keys[1]} = {positions} (got {length})", f"lower it, or raise {keys[1]}"
+            )
         if self.data.stride > length:
             keys = ("data.stride", "training.sequence_length")
             what = (
-                f"is longer than {keys[1]} {length} (got {self.data.stride}): tokens between two windows would be lost"
+                f"is greater than {keys[1]} = {length} (got {self.data.stride}): tokens between windows would be lost"
             )
             yield Contradiction(keys, what, "lower it")
 
     def with_vocab_size(self, vocab_size: int) -> Self:
-        """Return the same config for a tokenizer of `vocab_size` ids."""
+        """Return a copy of this config for a tokenizer with `vocab_size` ids."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
     @property
@@ -337,7 +339,7 @@ class Config(BaseModel):
         return self.training.batch_size * self.training.gradient_accumulation_steps
 
     def warnings(self) -> list[str]:
-        """Return what a later stage will refuse, as one line each."""
+        """Return a one-line warning for each setting that a later stage, such as loading the export, will reject."""
         if self.model.is_divided_by_heads:
             return []
         width, heads = self.model.hidden_size, self.model.num_attention_heads

@@ -1,4 +1,4 @@
-"""The text of a config: a file or a shipped preset."""
+"""Read the text of a config from a file or a shipped preset."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,16 +11,18 @@ LARGEST_FILE = 2**16
 
 
 def list_presets() -> dict[str, Path]:
-    """Return the paths of the shipped configs by name: inside the package in a wheel, beside it in a checkout."""
+    """Return the path of each preset by name. They are inside the package in a wheel, but beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     folder = next((place for place in (package / "configs", package.parent / "configs") if place.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_source(path: str | Path | None, preset: str | None) -> tuple[str, str]:
-    """Return the name of the source as used in messages, and its text."""
+    """Return the name of the config source for use in messages, and its text."""
     if preset is not None and path is not None:
-        raise ConfigError(f"--preset {show(preset)}", f"--config {show(path)} names a config too", "use one of the two")
+        raise ConfigError(
+            f"--preset {show(preset)}", f"cannot be combined with --config {show(path)}", "use one of the two"
+        )
     if preset is not None:
         presets = list_presets()
         if preset not in presets:
@@ -32,24 +34,26 @@ def read_source(path: str | Path | None, preset: str | None) -> tuple[str, str]:
     try:
         return name, _read_text(Path(expand_path(str(path or "config.yaml"))), name)
     except FileNotFoundError:
-        raise ConfigError(name, "no such file", "name one with --config FILE, or use --preset nano") from None
+        raise ConfigError(name, "no such file", "choose one with --config FILE, or use --preset nano") from None
     except ValueError:
-        raise ConfigError(name, "cannot be the name of a file", "name a config file with --config") from None
+        raise ConfigError(name, "is not a valid file name", "choose a config file with --config") from None
 
 
 def _read_text(path: Path, name: str) -> str:
-    """Return the text of a config file. Raise FileNotFoundError, or ConfigError if it cannot be read for another reason."""
+    """Return the text of a config file. Raise FileNotFoundError if it is missing, ConfigError if it cannot be read."""
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ConfigError(name, f"cannot be read ({error.strerror})", "name a config file with --config") from None
+        raise ConfigError(name, f"cannot be read ({error.strerror})", "choose a config file with --config") from None
     if len(data) > LARGEST_FILE:
-        raise ConfigError(name, f"is over {LARGEST_FILE // 1024} KB", "name a config file with --config")
+        raise ConfigError(name, f"is larger than {LARGEST_FILE // 1024} KB", "choose a config file with --config")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{name}:{line}", f"byte {error.start} is not UTF-8", "save the file as UTF-8") from None
+        raise ConfigError(
+            f"{name}:{line}", f"byte {error.start} is not valid UTF-8", "save the file as UTF-8"
+        ) from None

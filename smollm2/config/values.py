@@ -13,7 +13,7 @@ UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def parse_duration(value: object) -> object:
-    """Return the seconds in `90m`, `1h30m` or Slurm's `1-12:00:00`; anything else unchanged, for pydantic to read."""
+    """Return `90m`, `1h30m` or Slurm's `1-12:00:00` in seconds; return other values unchanged for pydantic to parse."""
     if not isinstance(value, str):
         return value
     if match := SLURM_DURATION.fullmatch(value):
@@ -26,7 +26,7 @@ def parse_duration(value: object) -> object:
 
 
 def check_text(text: str) -> str:
-    """Return the text. Raise ValueError if it is not valid Unicode: a lone surrogate can be neither stored nor sent."""
+    """Return the text. Raise ValueError if it is not valid Unicode: a lone surrogate cannot be stored or sent."""
     text.encode("utf-8")
     return text
 
@@ -40,7 +40,7 @@ def expand_path(text: str) -> str:
 
 
 def name_folder(text: str) -> str:
-    """Return the path with a final name, so that other folders can be placed beside it: `.` becomes absolute.
+    """Return a path that ends in a folder name, so that other folders can be placed beside it; `.` becomes absolute.
 
     Raise ValueError for the root of the file system.
     """

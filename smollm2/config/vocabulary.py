@@ -1,4 +1,4 @@
-"""The names of keys: aliases, synonyms used by other projects, suggestions, and the description of each key."""
+"""Names and descriptions of config keys: aliases, synonyms from other projects, and suggestions for unknown keys."""
 
 import json
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ ALIASES: dict[str, tuple[str, dict[bool, str | bool]]] = {
     "model.flash_attention": ("training.attention", {True: "auto", False: "eager"}),
     "model.gradient_checkpointing": ("training.gradient_checkpointing", {True: True, False: False}),
 }
-"""Keys that people look for under `model`: the key that each one sets, and the value that true and false stand for."""
+"""Keys that people expect under `model`, with the key that each one sets and the values for true and false."""
 
 KEYS = [*FIELDS, *ALIASES]
 
@@ -67,7 +67,7 @@ SYNONYMS = {
     "wandb.name": "run_name wandb_name",
     "wandb.enabled": "use_wandb wandb_log",
 }
-"""What other projects call our keys."""
+"""Names that other projects use for these keys."""
 
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number"}
 
@@ -147,7 +147,7 @@ def find_key(name: str) -> str:
 
 
 def suggest_key(name: str, *, prefix: str = "", otherwise: str = "see docs/config.md, or remove the line") -> str:
-    """Return what to do about an unknown key; a flag is suggested with the prefix `--`."""
+    """Return advice on an unknown key; `prefix` is put before the suggested key, such as `--` for a flag."""
     word = name.rpartition(".")[2].lower()
     if word == "dropout":
         return "SmolLM2 has no dropout; remove it"
@@ -158,11 +158,11 @@ def suggest_key(name: str, *, prefix: str = "", otherwise: str = "see docs/confi
 
 
 def to_yaml(value: object) -> str:
-    """Return a value as one line of YAML that every YAML parser reads as the same type as we do."""
+    """Return a value as one line of YAML that every YAML parser reads as the same type."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(to_yaml, value))}]"
     if isinstance(value, float):
         text = repr(value)
         return text if "." in text else text.replace("e", ".0e")
-    # JSON, but with unprintable characters escaped as in YAML, which reads JSON's surrogate pairs as two characters.
+    # JSON, but with YAML's escapes for unprintable characters: YAML reads JSON's surrogate pairs as two characters.
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Parse YAML text into nodes, reporting the line of every problem; values are not converted to types here."""
+"""Parse YAML text into nodes and report each problem with its line; values are not converted to types here."""
 
 import yaml
 
@@ -8,9 +8,9 @@ DEEPEST_NESTING = 8
 
 
 def compose(text: str, name: str) -> yaml.Node | None:
-    """Return the root node of a YAML text, or None if it is empty. If `name` ends in `:`, messages append the line.
+    """Return the root node of a YAML text, or None if it is empty. If `name` ends in `:`, messages add the line number.
 
-    Raise ConfigError.
+    Raise ConfigError if the text is not valid YAML or uses an unsupported feature.
     """
 
     def problem(what: str, advice: str, line: int) -> ConfigError:
@@ -26,11 +26,11 @@ def compose(text: str, name: str) -> yaml.Node | None:
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             if getattr(event, "anchor", None) is not None:
-                raise problem("anchors and aliases (& and *) are not supported", "write the value out", line)
+                raise problem("anchors and aliases (& and *) are not supported", "write out the value", line)
             if tag is not None:
                 raise problem(f"tags ({show(tag)}) are not supported", "write the plain value", line)
             if depth > DEEPEST_NESTING:
-                raise problem("is nested too deeply", "a config has sections and keys", line)
+                raise problem("is nested too deeply", "a config has only sections and keys", line)
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -41,11 +41,13 @@ def compose(text: str, name: str) -> yaml.Node | None:
         character = text[error.position : error.position + 1]
         raise problem(f"contains the character {character!r}", "remove it", line) from None
     except (ValueError, OverflowError):  # an escape such as "\U99999999"
-        raise problem("not valid YAML (an escape names no character)", "write the character", 1) from None
+        raise problem(
+            "not valid YAML (an escape sequence stands for no character)", "write the character itself", 1
+        ) from None
 
 
 def is_null(node: yaml.Node) -> bool:
-    """Return whether a node is an unquoted null, or empty."""
+    """Return whether a node is empty or an unquoted null."""
     return isinstance(node, yaml.ScalarNode) and not node.style and node.value.lower() in ("", "~", "null")
 
 
@@ -58,7 +60,7 @@ def show_node(node: yaml.Node) -> str:
 
 
 def quote(value: object) -> str:
-    """Return a value formatted for a one-line message: a number unchanged, text in quotes."""
+    """Return a value formatted for a one-line message: numbers unchanged, other values in quotes."""
     try:
         float(str(value))
     except ValueError:

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how it was trained, how to use it, and the certificate of its export."""
+"""The model card: what the model is, how it was trained, how to use it, and how its export was verified."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -51,7 +51,7 @@ unusual spaces) without a change.
 
 
 def write_card(config: ModelConfig, facts: Mapping[str, str], certificate: Mapping[str, Any], name: str) -> str:
-    """Return README.md of an exported folder."""
+    """Return the text of README.md for an exported folder."""
     architecture = "Llama (RMSNorm)" if config.norm == "rmsnorm" else "StableLM (LayerNorm)"
     rows = ((key, value) for key, value in config.model_dump().items())
     training = f"\n## Training\n\n{write_table(('what', 'value'), facts.items())}\n" if facts else ""

@@ -1,6 +1,6 @@
-"""The certificate of an export: the folder is loaded from disk and compared with its source on real text.
+"""The verification of an export: the folder is loaded from disk and compared with its source on real text.
 
-Every usable reader loads it (readers.py). The logits reveal a wrong weight, rotary base or layout; a wrong epsilon or
+Every usable reader (readers.py) loads it. The logits reveal a wrong weight, rotary base or layout. A wrong epsilon or
 end-of-text id hardly changes them, so the fields of the config are also compared one by one.
 """
 
@@ -42,7 +42,7 @@ FALLBACK_TEXT = (
 
 
 def certify(folder: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: torch.dtype, text: str) -> dict[str, Any]:
-    """Compare the folder with its source: `passed` is whether it is the same model, `problems` lists the differences.
+    """Compare the folder with its source. `passed` says whether it is the same model; `problems` lists the differences.
 
     The weights of `model` are rounded to `dtype` in place.
     """
@@ -74,7 +74,10 @@ def certify(folder: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: torch.dty
 
 
 def choose_text(file: str | Path | None = None) -> str:
-    """Return the text to compare on: the beginning of `file`, or of Python's language reference. Raise DataError."""
+    """Return the text to compare on: the beginning of `file`, or of Python's language reference.
+
+    Raise DataError if the file is unusable.
+    """
     if file is not None:
         with tempfile.TemporaryDirectory() as spool:
             return next(open_text(str(file), Path(spool)).chunks()).text
@@ -86,7 +89,7 @@ def choose_text(file: str | Path | None = None) -> str:
 
 
 def take_windows(tokenizer: Tokenizer, text: str, positions: int) -> Tensor:
-    """Return two windows (N, T) from the beginning of a text, each after an end of text; short texts are repeated."""
+    """Return two windows (N, T) from the start of a text, each after an end-of-text token; short texts are repeated."""
     length = min(positions, WINDOW)
     ids = tokenizer.encode(text[: 64 * WINDOWS * WINDOW]) or [tokenizer.end_of_text]
     ids = ids * -(-WINDOWS * length // len(ids))
@@ -96,13 +99,13 @@ def take_windows(tokenizer: Tokenizer, text: str, positions: int) -> Tensor:
 
 @torch.no_grad()
 def round_weights(model: SmolLM2, dtype: torch.dtype) -> None:
-    """Round every weight to `dtype` in place, storing it in float32."""
+    """Round every weight to the values of `dtype`, in place; the weights are still stored as float32."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
 
 
 def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor) -> Reference:
-    """Return the results that every reader must reproduce."""
+    """Return the results of the source, which every reader must reproduce."""
     logits, loss = run_model(model, windows)
     prompt = windows[0, : min(PROMPT, windows.shape[1] // 2)].tolist()
     continuation, gaps = continue_greedily(model, prompt, tokenizer.end_of_text)
@@ -111,7 +114,7 @@ def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor) -> Ref
 
 
 def check_config(folder: Path, model: SmolLM2, tokenizer: Tokenizer) -> list[str]:
-    """Return how the folder's configs differ from the source: in the model config that we read, then field by field."""
+    """Return how the folder's configs differ from the source: first as this package reads them, then field by field."""
     try:
         config, generation = (
             json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config")
@@ -143,7 +146,7 @@ def check_config(folder: Path, model: SmolLM2, tokenizer: Tokenizer) -> list[str
 
 
 def expected_fields(model: SmolLM2, tokenizer: Tokenizer) -> Mapping[str, object]:
-    """Return the fields that transformers reads, but `read_hugging_face_config` not at all or in only one place."""
+    """Return the fields that transformers reads, but `read_hugging_face_config` ignores or reads in only one place."""
     eps = "rms_norm_eps" if model.config.norm == "rmsnorm" else "layer_norm_eps"
     fields: dict[str, object] = {
         "rope_theta": model.config.rope_theta,

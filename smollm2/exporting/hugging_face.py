@@ -1,8 +1,8 @@
 """Export to a Hugging Face folder, Llama or StableLM (for LayerNorm), that transformers 4.57 and 5 both read correctly.
 
 Every field is written: if one is missing, transformers uses its own default (5 reads rope_theta in rope_parameters,
-4.57 at the top level, and each silently ignores the other's location). The folder is written under a temporary name,
-reloaded from disk and compared with the source (certificate.py), then renamed.
+4.57 at the top level, and each silently ignores the other place). The folder is written under a temporary name,
+reloaded from disk, compared with the source (certificate.py) and then renamed.
 """
 
 import json
@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 SHARD_BYTES = 5 * 10**9
 OTHER_FILES = 40_000_000
-"""Bytes to allow for tokenizer, card and configs; the largest tokenizer.json in use takes 33 MB."""
+"""Bytes reserved for the tokenizer, the model card and the configs; the largest tokenizer.json in use takes 33 MB."""
 
 OWN_FILES = {
     "config.json",
@@ -47,7 +47,7 @@ OWN_FILES = {
 
 @dataclass(frozen=True)
 class Source:
-    """The model to export, its tokenizer, and the facts of its training for the card."""
+    """The model to export, its tokenizer, and facts about its training for the model card."""
 
     model: SmolLM2
     tokenizer: Tokenizer
@@ -67,13 +67,15 @@ def export(
     report: Callable[[str], None] = lambda message: None,
     io_ops: IoOps = IO_OPS,
 ) -> dict[str, Any]:
-    """Write the model in `path` (a `.pt`, a run folder or a Hugging Face folder) to `folder`, and return its certificate.
+    """Write the model in `path` (a `.pt`, a run folder or a Hugging Face folder) to `folder`.
 
-    The folder appears only if this package, and transformers if usable here, loaded it from disk and reproduced the
-    source's logits, loss, greedy text and token ids on the beginning of `text_file` (default: Python's language reference).
-    From a run folder, the newest checkpoint or the `best` one is exported; `report` gets a line for each one skipped.
-    `force` replaces an earlier export. Raise CheckpointError, ConfigError for an unknown format or dtype, DataError,
-    ResourceError.
+    Return the results of the verification, as in parity.json.
+
+    The folder appears only if this package, and transformers if it is usable here, can load it from disk and reproduce
+    the source's logits, loss, greedy text and token ids on the beginning of `text_file` (default: Python's language
+    reference). From a run folder, the newest checkpoint or the `best` one is exported; `report` is called with a line
+    for each checkpoint skipped. `force` replaces an earlier export. Raise ConfigError for an unknown format or dtype,
+    CheckpointError, DataError or ResourceError.
     """
     check_options(format, dtype, shard_bytes)
     path, folder = expand_home(path), expand_home(folder)
@@ -111,7 +113,7 @@ def check_options(format: str, dtype: str, shard_bytes: int) -> None:
 
 
 def read_source(path: Path, *, best: bool, report: Callable[[str], None]) -> Source:
-    """Return the model to export. Raise CheckpointError."""
+    """Return the model to export, with its tokenizer and training facts. Raise CheckpointError if it does not load."""
     model, tokenizer, state = load_source(path, best=best, report=report)
     if state is None:
         return Source(model, tokenizer, facts={})
@@ -131,22 +133,24 @@ def check_target(path: Path, folder: Path, *, force: bool) -> None:
     """Raise CheckpointError if writing to the target would damage the source or files not written by an export."""
     source, target = path.resolve(), folder.resolve()
     if source.is_dir() and target.is_relative_to(source):
-        raise CheckpointError(folder, f"the folder is inside the source {path}", "name a folder outside it")
+        raise CheckpointError(folder, f"the folder is inside the source {path}", "choose a folder outside it")
     if target in source.parents:
-        raise CheckpointError(folder, f"the folder contains the source {path}", "name another folder")
+        raise CheckpointError(folder, f"the folder contains the source {path}", "choose another folder")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(folder, "this is a file or a link, not a folder", "name another one")
+        raise CheckpointError(folder, "this is a file or a link, not a folder", "choose another path")
     if not folder.exists():
         return
     if not force:
-        raise CheckpointError(folder, "the folder exists", "name another folder, or replace it with --force")
+        raise CheckpointError(folder, "the folder already exists", "choose another folder, or replace it with --force")
     foreign = [file.name for file in folder.iterdir() if not is_own_file(file)]
     if foreign:
-        raise CheckpointError(folder, f"the folder holds {foreign[0]}, which no export wrote", "name another folder")
+        raise CheckpointError(
+            folder, f"the folder contains {foreign[0]}, which was not written by an export", "choose another folder"
+        )
 
 
 def is_own_file(file: Path) -> bool:
-    """Return whether a file may be removed because an export writes files with that name."""
+    """Return whether a file may be removed, because exports write files of that name."""
     is_weights = file.name.startswith("model") and file.suffix == ".safetensors"
     return file.is_file() and (file.name in OWN_FILES or is_weights)
 
@@ -156,15 +160,15 @@ def check_architecture(source: Source, path: Path) -> None:
     c = source.model.config
     width = c.num_attention_heads * c.head_dim
     if c.norm == "layernorm" and width != c.hidden_size:
-        what = (
-            f"StableLM, the architecture with LayerNorm, needs heads as wide as the model ({width} and {c.hidden_size})"
-        )
+        what = f"StableLM (with LayerNorm) needs heads with a total width of hidden_size ({c.hidden_size}), not {width}"
         raise CheckpointError(path, what, "train with norm: rmsnorm, or without head_dim")
     if c.hidden_size % c.num_attention_heads:
-        what = f"transformers 5 loads no model whose hidden_size ({c.hidden_size}) is not a multiple of its heads"
-        raise CheckpointError(path, f"{what} ({c.num_attention_heads})", "train with a hidden_size that is")
+        what = f"transformers 5 cannot load a model whose hidden_size ({c.hidden_size}) is not a multiple of its heads"
+        raise CheckpointError(
+            path, f"{what} ({c.num_attention_heads})", "train with a hidden_size that is a multiple of them"
+        )
     if source.tokenizer.vocab_size > c.vocab_size:
-        what = f"the tokenizer has {source.tokenizer.vocab_size:,} ids and the model {c.vocab_size:,}"
+        what = f"the tokenizer has {source.tokenizer.vocab_size:,} ids, but the model has only {c.vocab_size:,}"
         raise CheckpointError(path, what, "export the model with the tokenizer it was trained with")
 
 
@@ -183,10 +187,10 @@ def check_room(model: SmolLM2, folder: Path, dtype: str, io_ops: IoOps) -> None:
     try:
         free = io_ops.free_bytes(existing)
     except OSError as error:
-        what = f"the free space cannot be read ({error.strerror})"
+        what = f"the free space cannot be determined ({error.strerror})"
         raise ResourceError(existing, what, "choose another folder") from None
     if free < need:
-        what = f"the export needs {format_bytes(need)} and {format_bytes(free)} are free"
+        what = f"the export needs {format_bytes(need)}, but only {format_bytes(free)} is free"
         raise ResourceError(folder, what, "free some space or choose another disk")
 
 
@@ -202,7 +206,7 @@ def write_model_folder(
 
 
 def exported_weights(model: SmolLM2) -> dict[str, Tensor]:
-    """Return the tensors by name; a tied head shares the embedding's tensor and is left out."""
+    """Return the weights by name, without a tied head, which shares the tensor of the embedding."""
     weights = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -227,7 +231,7 @@ def write_weights(
 
 
 def split_shards(weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:
-    """Yield the names of each shard, in order; a tensor larger than `shard_bytes` gets a shard of its own."""
+    """Yield the tensor names of each shard, in order; a tensor larger than `shard_bytes` gets a shard of its own."""
     names: list[str] = []
     size = 0
     for name, tensor in weights.items():
@@ -241,10 +245,10 @@ def split_shards(weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes:
 
 
 def write_shard(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Write one safetensors file. Raise ResourceError.
+    """Write one safetensors file. Raise ResourceError if this fails.
 
-    It need not be atomic, because the whole folder is; `finish_files` syncs it. The library writes without a copy, so
-    only a conversion to 16 bits takes memory, and less than the certificate takes afterwards.
+    It need not be written atomically, because the whole folder is; `finish_files` syncs it. safetensors makes no copy,
+    so only a conversion to 16 bits takes memory, and less than the verification takes afterwards.
     """
     try:
         save_file(
@@ -256,7 +260,7 @@ def write_shard(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -
 
 
 def count_bytes(weights: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-    """Return the size of the weights in a dtype."""
+    """Return the size in bytes of the weights when stored as `dtype`."""
     return sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
 
 
@@ -318,19 +322,19 @@ def describe_generation(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def complete_tokenizer_config(path: Path, positions: int, io_ops: IoOps) -> None:
-    """Add the context length, which transformers reads, and the token that lm-eval puts before a text."""
+    """Add the context length, which transformers reads, and the token that lm-eval prepends to a text."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"bos_token": config["eos_token"], "model_max_length": positions}
     write_json(path, config, io_ops)
 
 
 def write_json(path: Path, value: Mapping[str, Any], io_ops: IoOps) -> None:
-    """Write one JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode(), io_ops=io_ops)
 
 
 def finish_files(folder: Path) -> None:
-    """Give the files, so far accessible only to this user, the folder's permissions, and sync them."""
+    """Give the files, which only this user could access so far, the folder's permissions, and sync them to disk."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(mode)

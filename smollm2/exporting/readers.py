@@ -1,7 +1,8 @@
-"""The readers of an exported folder, and what each finds in it: this package, and transformers if usable here.
+"""The libraries that load an exported folder to verify it: this package, and transformers if it is usable here.
 
-Two readers load the folder, because ours could share a mistake with our writer. If transformers fails, it is tested on
-a small model that it wrote itself: if it cannot load that, it is reported as unusable here, not the folder as wrong.
+There are two because this package could make the same mistake in reading as in writing. If transformers fails, it is
+tested on a small model that it wrote itself. If it cannot load that either, it is reported as unusable here, and the
+folder is not reported as wrong.
 """
 
 import contextlib
@@ -26,11 +27,11 @@ from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 
 TOLERANCE = 1e-4
-"""Largest accepted logit difference, relative to the largest logit or 1: float32 sums in another order differ by up to
-2e-5, a wrong rotary base by 6.7 (measured on a 135M model)."""
+"""Largest accepted logit difference, relative to the largest logit or to 1: float32 sums in another order differ by up
+to 2e-5, a wrong rotary base by 6.7 (measured on a 135M model)."""
 
 TIE = 1e-5
-"""Rounding may swap the order of two logits this close, relative to the largest logit or 1."""
+"""Rounding may swap the order of two logits this close, relative to the largest logit or to 1."""
 
 LOSS_TOLERANCE = 1e-5
 ARGMAX_AGREEMENT = 0.999
@@ -83,7 +84,7 @@ class UnusableReader:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the source computes, with its weights rounded as the folder holds them."""
+    """What the source computes, with its weights rounded to the dtype of the folder."""
 
     windows: Tensor  # (N, T) int64
     logits: Tensor  # (N, T, V) float32
@@ -97,7 +98,7 @@ class Reference:
 
 @torch.no_grad()
 def run_model(model: SmolLM2, windows: Tensor) -> tuple[Tensor, float]:
-    """Return logits (N, T, V) and the loss per token."""
+    """Return the logits (N, T, V) and the mean loss per token."""
     hidden = model.model(windows)
     loss, count = next_token_loss(hidden[:, :-1], model.lm_head.weight, windows[:, 1:])
     return model.lm_head(hidden), (loss / count).item()
@@ -105,7 +106,7 @@ def run_model(model: SmolLM2, windows: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def continue_greedily(model: SmolLM2, prompt: list[int], end: int) -> tuple[list[int], list[float]]:
-    """Return the most likely tokens, up to the end of text or of the context, and each one's lead over the second."""
+    """Return the greedy continuation, until the text or the context ends, and each token's lead over the runner-up."""
     room = min(CONTINUATION, model.config.max_position_embeddings - len(prompt))
     ids: list[int] = []
     gaps: list[float] = []
@@ -118,7 +119,7 @@ def continue_greedily(model: SmolLM2, prompt: list[int], end: int) -> tuple[list
 
 
 def read_with_smollm2(folder: Path, source: SmolLM2, reference: Reference) -> Reading:
-    """Load the folder with `load_model`; the weights must be bit-identical to the source's."""
+    """Load the folder with `load_model`; its weights must be bit-identical to the source's."""
     reading = Reading(f"smollm2 {smollm2.__version__}")
     try:
         model, tokenizer = load_model(folder)
@@ -184,7 +185,7 @@ def load_with_transformers(transformers: Any, folder: str | Path) -> tuple[Any, 
 
 
 def find_own_fault(transformers: Any, folder: Path) -> str:
-    """Return why transformers cannot even load a small model of the folder's type that it wrote itself, or ''."""
+    """Return why transformers cannot load even a small model of this type that it wrote itself; empty if it can."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -201,13 +202,13 @@ def find_own_fault(transformers: Any, folder: Path) -> str:
             model, _, tokenizer = load_with_transformers(transformers, own)
             prompt = torch.tensor([tokenizer.encode("a")])
             model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, pad_token_id=0)
-    except Exception as error:  # whatever the library raises on a folder of its own
+    except Exception as error:  # whatever transformers raises for its own folder
         return describe_error(error)
     return ""
 
 
 def compare_with_transformers(transformers: Any, folder: Path, reference: Reference, reading: Reading) -> None:
-    """Load model and tokenizer with transformers and compare them with the source."""
+    """Load the model and the tokenizer with transformers, and compare them with the source."""
     model, info, tokenizer = load_with_transformers(transformers, folder)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
@@ -220,7 +221,7 @@ def compare_with_transformers(transformers: Any, folder: Path, reference: Refere
     compare_greedy(reading, output[0, prompt.shape[1] :].tolist(), reference)
 
     def encode(text: str) -> list[int]:
-        # This package reads "<|endoftext|>" in a text as plain text; transformers does only with split_special_tokens.
+        # This package reads "<|endoftext|>" in a text as plain text; transformers does so with split_special_tokens.
         return [int(i) for i in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
 
     def decode(ids: Sequence[int]) -> str:
@@ -254,8 +255,8 @@ def compare_logits(reading: Reading, logits: Tensor, reference: Reference) -> No
 
 
 def compare_greedy(reading: Reading, found: Sequence[int], reference: Reference) -> None:
-    """Count equal tokens of the greedy continuation. If the texts diverge where two logits are equal within rounding,
-    both are right, and the comparison ends there."""
+    """Count the equal tokens of the greedy continuation. If the texts diverge at a token whose two highest logits are
+    equal within rounding, both are right, and the comparison ends there."""
     wanted = reference.continuation
     reading.greedy_tokens = len(wanted)
     differ = (n for n, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b)

@@ -1,6 +1,6 @@
-"""A trained model in use: loading, generation, evaluation.
+"""Loading a trained model, generating text with it, and evaluating it.
 
-Read in this order: loading.py, with weights.py and hugging_face_folder.py for stored tensors and foreign configs;
-generation.py, with sampling.py (how a token is drawn) and decoding.py (the fast pass for one token); evaluation.py, with
-text_windows.py (a text of any size) and ratio.py (confidence intervals).
+Read in this order: loading.py, with weights.py (stored tensors) and hugging_face_folder.py (Hugging Face configs);
+generation.py, with sampling.py (choosing a token) and decoding.py (a fast forward pass for one token); evaluation.py,
+with text_windows.py (windows over a text of any size) and ratio.py (confidence intervals).
 """

@@ -1,8 +1,9 @@
-"""One token at a time: the model's forward pass for T = 1, with fewer and larger products.
+"""Decode one token at a time: the model's forward pass for T = 1, with fewer and larger matrix products.
 
-A step of a small model is mostly the overhead of calling torch, so the three matrices that read the same input become
-one product, and gate and up another. The weights are laid out for that once per text, in the dtype of the computation,
-which takes memory for a second copy. tests/inference/test_decoding.py compares it with the model.
+In a small model, most of a decoding step is the overhead of calling torch. So the query, key and value projections are
+computed as one product, the gate and up projections as another. The weights are prepared for this once per batch of
+sequences, in the compute dtype, as a second copy in memory. tests/inference/test_decoding.py compares the logits with
+the model's.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Decoder:
-    """The model's weights as they are now, ready to decode `rows` texts in `dtype`."""
+    """The model's current weights, prepared for decoding `rows` sequences in `dtype`."""
 
     def __init__(self, model: SmolLM2, dtype: torch.dtype, rows: int) -> None:
         self.model, self.rotary = model.model, model.model.rotary
@@ -28,7 +29,7 @@ class Decoder:
         self.head = lay_out([model.lm_head.weight], dtype, rows)
 
     def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Return the logits (B, V) after one more token of each text: tokens (B,) int64."""
+        """Append one token to each sequence, tokens (B,) int64, and return the logits (B, V) of the next token."""
         positions, slots = cache.advance(1)
         x = self.model.embed(tokens)
         cos, sin = self.rotary.cos[positions].to(x.dtype), self.rotary.sin[positions].to(x.dtype)  # B 1 D/2
@@ -48,7 +49,7 @@ class Decoder:
 
 
 class DecoderBlock:
-    """One block's matrices, laid out; `heads` are the numbers of query, key and value heads."""
+    """One block's weight matrices, prepared for decoding; `heads` lists the numbers of query, key and value heads."""
 
     def __init__(self, block: Block, dtype: torch.dtype, rows: int) -> None:
         self.block, attention, mlp = block, block.self_attn, block.mlp
@@ -61,12 +62,12 @@ class DecoderBlock:
 
 
 def lay_out(weights: list[Tensor], dtype: torch.dtype, rows: int) -> Product:
-    """Return the product (rows, C) -> (rows, sum of D) with `weights`, each (D, C), laid out for this machine."""
+    """Return a function (rows, C) -> (rows, sum of D) that multiplies by all `weights`, each (D, C), in one product."""
     weight = torch.cat([weight.detach() for weight in weights]).to(dtype)
     packed_name = {torch.float32: "packed_float32", torch.bfloat16: "packed_bf16"}.get(dtype)
     if weight.device.type == "cpu" and packed_name in device_features(weight.device):
-        # torch.compile does the same to a constant matrix. The 44 MB of micro, one row in float32 on two cores with
-        # AVX-512: 2.0 ms instead of 4.0 ms.
+        # torch.compile also packs constant matrices like this. Multiplying one row by micro's 44 MB of weights takes
+        # 2.0 ms instead of 4.0 ms, in float32 on two cores with AVX-512.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         return lambda x: cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
     return lambda x: F.linear(x, weight)

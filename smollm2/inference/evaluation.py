@@ -1,7 +1,7 @@
-"""The loss on a text as (sum, count): over fixed windows during training, over any text or file afterwards.
+"""Evaluate the loss as (sum, count): on fixed windows during training, on any text or file afterwards.
 
-Validation gives the same number on any number of ranks. `evaluate` slides a window over a text of any size in bounded memory
-and scores each token once. `compare_evaluations` compares two models on the same text.
+Validation gives the same loss on any number of ranks. `evaluate` slides a window over a text of any size, in bounded
+memory, and scores each token once. `compare_evaluations` compares two models on the same text.
 """
 
 import math
@@ -28,12 +28,12 @@ from smollm2.model.transformer import SmolLM2
 from smollm2.runtime.device import Runtime
 
 MAX_EXPONENT = 700.0
-"""exp() of a larger number overflows a double."""
+"""The largest argument passed to exp(); above about 709 the result overflows a double."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Totals over the scored targets: the loss in nats, and the UTF-8 bytes that the targets encode."""
+    """Totals over the scored targets: the loss in nats, the number of tokens, and the UTF-8 bytes that they encode."""
 
     loss_sum: float
     tokens: int
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 def spread(available: int, wanted: int) -> list[int]:
-    """Return `wanted` indices spread evenly over range(available); the whole range if it is no longer than that."""
+    """Return `wanted` indices spread evenly over range(available); the whole range if it is not longer."""
     if available <= wanted:
         return list(range(available))
     return [index * available // wanted for index in range(wanted)]
@@ -67,7 +67,7 @@ def score_windows(
     batch_size: int,
     stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score every target of these windows once; only the logits of a chunk of tokens are in memory.
+    """Score every target of these windows once, with the logits of only one chunk of tokens in memory at a time.
 
     `stop` is called before each batch and may raise.
     """
@@ -94,9 +94,9 @@ def evaluate_on_ranks(
     batch_size: int,
     runtime: Runtime,
 ) -> Evaluation:
-    """Return `score_windows` with the list divided among the ranks and the totals summed.
+    """Run `score_windows` with the windows divided among the ranks, and return the summed totals.
 
-    Raise Interrupted on every rank, at the same batch, if one has received a signal.
+    Raise Interrupted on every rank, at the same batch, if one of them has received a signal.
     """
     mine = indices[runtime.rank :: runtime.world_size]
     runtime.pulse.mark("validation")
@@ -106,7 +106,7 @@ def evaluate_on_ranks(
         )
     most = len(indices[:: runtime.world_size])  # rank 0 has the most windows
     for _ in range(math.ceil(most / batch_size) - math.ceil(len(mine) / batch_size)):
-        runtime.raise_if_stopped()  # every rank checks equally often
+        runtime.raise_if_stopped()  # every rank must check equally often
     if runtime.world_size == 1:
         return part
     totals = torch.tensor([part.loss_sum, part.tokens, part.text_bytes], dtype=torch.float64, device=runtime.device)
@@ -130,14 +130,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return loss (nats per token), perplexity and bits per byte of a text or a file (a Path; `-` is standard input).
 
-    Windows have `context` tokens (default: as many as the model was trained on) and start every `stride` tokens (default:
-    half of it), so each token is scored once, with at least context - stride tokens before it if the text has them.
-    Documents, which `separator` divides, are read as in training: one stream, an end of text after each; the very first
-    token is not scored. With `per_document` each is scored on its own, after an end of text, and has its entry in
-    `documents`. With `document_mask`, as in training with it, a document sees nothing of another and its first token is not
-    scored. The 95 % intervals treat windows (or documents) as independent. With `keep_scores` the result has `scores`, the
-    totals of each window (or document), which `compare_evaluations` needs. Raise ConfigError for an impossible context or
-    stride, DataError for a text without a target or an unreadable file.
+    Windows have `context` tokens (default: the length the model was trained on) and start every `stride` tokens
+    (default: half the context). Each token is scored once, with at least context - stride tokens before it if the text
+    has them. Documents are separated by `separator` and read as in training: as one stream, with an end-of-text token
+    after each; the very first token is not scored. With `per_document`, each document is scored separately, after an
+    end-of-text token, and gets an entry in `documents`. With `document_mask`, as in training, documents do not attend
+    to one another, and the first token of each is not scored. The 95 % intervals treat windows (or documents) as
+    independent. With `keep_scores`, the result includes `scores`, the totals of each window (or document), for
+    `compare_evaluations`. Raise ConfigError for an impossible context or stride, DataError for a text without a target
+    or an unreadable file.
     """
     length = choose_context(model, context)
     stride = max(1, length // 2) if stride is None else stride
@@ -153,7 +154,9 @@ def evaluate(
         kept = list(parts) if per_document or keep_scores else []
         loss, bits = add_up(kept or parts)
     if not loss.b:
-        raise DataError(f"{text_or_path!s:.40}", "the text has nothing to predict", "name a longer text")
+        raise DataError(
+            f"{text_or_path!s:.40}", "the text is too short: it has no token to predict", "use a longer text"
+        )
     return {
         "loss": loss.value,
         "loss_interval": loss.interval(),
@@ -173,7 +176,7 @@ def evaluate(
 
 
 def choose_context(model: SmolLM2, context: int | None) -> int:
-    """Return the tokens of a window: as requested, else as trained. Raise ConfigError if the model has fewer positions."""
+    """Return `context`, by default the training length. Raise ConfigError if the model has fewer positions."""
     positions = model.config.max_position_embeddings
     if context is None:
         return min(model.trained_length, positions)
@@ -185,7 +188,7 @@ def choose_context(model: SmolLM2, context: int | None) -> int:
 
 
 def describe_document(total: Evaluation) -> dict[str, float | int]:
-    """Return the entry of one document."""
+    """Return a document's entry in the result of `evaluate`."""
     return {
         "loss": total.loss,
         "perplexity": perplexity(total.loss),
@@ -197,9 +200,10 @@ def describe_document(total: Evaluation) -> dict[str, float | int]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference of two evaluations in bits per byte, the second minus the first: below 0 the second is better.
+    """The difference between two evaluations in bits per byte: second minus first, so below 0 the second is better.
 
-    The 95 % interval is that of the mean difference over `parts` pairs of windows (or documents); None for a single pair.
+    `interval` is the 95 % interval of the mean difference over `parts` pairs of windows (or documents), or None for a
+    single pair.
     """
 
     difference: float
@@ -213,10 +217,10 @@ class Comparison:
 
 
 def compare_evaluations(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison | None:
-    """Compare two results of `evaluate` with `keep_scores` on one text, pair by pair of windows (or documents).
+    """Compare two results of `evaluate` with `keep_scores` on the same text, window by window (or by document).
 
-    Both of a pair share the difficulty of their text, so the interval is much narrower than those of the two losses.
-    Return None if the parts hold different text: another tokenizer (then use `per_document`), context or stride.
+    Both results of a pair score the same text, so the interval is much narrower than those of the two losses. Return
+    None if the pairs do not match because of a different tokenizer (then use `per_document`), context or stride.
     """
     pairs = list(zip(first["scores"], second["scores"], strict=False))
     if len(first["scores"]) != len(second["scores"]) or any(a.text_bytes != b.text_bytes for a, b in pairs):
@@ -236,9 +240,9 @@ def score_text(
     *,
     batch_size: int,
 ) -> Iterator[tuple[int, Evaluation]]:
-    """Yield (document, totals) of each window, in order; only the logits of a chunk of tokens are in memory.
+    """Yield (document number, totals) of each window, with the logits of only one chunk of tokens in memory at a time.
 
-    With `end_of_text` documents are isolated.
+    If `end_of_text` is given, documents do not attend to one another.
     """
     device = model.lm_head.weight.device
     with evaluation_mode(model):
@@ -268,7 +272,7 @@ def sum_documents(parts: Iterable[tuple[int, Evaluation]]) -> Iterator[Evaluatio
 
 
 def add_up(parts: Iterable[Evaluation]) -> tuple[Ratio, Ratio]:
-    """Return the ratio of loss to tokens, and that of bits to bytes."""
+    """Return two ratios over all parts: loss to tokens, and bits to bytes."""
     loss, bits = Ratio(), Ratio()
     for part in parts:
         loss.add(part.loss_sum, part.tokens)
@@ -277,10 +281,10 @@ def add_up(parts: Iterable[Evaluation]) -> tuple[Ratio, Ratio]:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), without overflow."""
+    """Return exp(loss), limited so that it does not overflow."""
     return math.exp(min(loss, MAX_EXPONENT))
 
 
 def exponentiate(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return the interval of the perplexity."""
+    """Return the perplexity interval that corresponds to a loss interval."""
     return None if interval is None else (perplexity(interval[0]), perplexity(interval[1]))

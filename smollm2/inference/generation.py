@@ -1,7 +1,7 @@
-"""Text from a model: one token at a time, each drawn from the distribution given those before it.
+"""Generate text one token at a time, each sampled from the model's distribution given the tokens before it.
 
-Prompts of different lengths are padded to end at the same column of one cache (model.extend). Each text has a generator of
-its own, so that the other texts of a batch do not change what is drawn for it.
+Prompts of different lengths are left-padded into one key-value cache (Transformer.extend). Each sequence has its own
+random generator, so the other sequences of a batch do not affect its samples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ SEEDS = 2**63
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one continuation, in whole characters.
+    """Newly generated text of the continuation number `index`, in whole characters.
 
-    `end` says why the continuation ended (`length`, `end_of_text` or `stop`); it is empty while more follows.
+    `end` says why the continuation ended (`length`, `end_of_text` or `stop`); it is empty if more text follows.
     """
 
     index: int
@@ -48,13 +48,13 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
-    """Return the continuation of each prompt, without the prompt, up to `max_new_tokens`, a stop string or the end of text.
+    """Return each prompt's continuation, without the prompt, up to `max_new_tokens`, a stop string or an end of text.
 
-    A single string is one prompt; the result is a list of one. An empty prompt starts a new document. Temperature 0 takes
-    the most likely token. A prompt and its continuation may be longer than the context: the window slides. Prompt number i
-    is drawn with `seed + i`; its text depends on the model, the prompt and that seed alone, not on the other prompts or
-    on torch's random state. Raise ConfigError for an impossible setting, DataError for a prompt without ids, TrainingError
-    if the model's logits are not finite.
+    A single string counts as a list of one prompt. An empty prompt starts a new document. Temperature 0 selects the
+    most likely token. If the text grows longer than the context, the context window slides. Prompt number i uses the
+    seed `seed + i`: its text depends only on the model, the settings, the prompt and that seed, not on the other
+    prompts or on torch's random state. Raise ConfigError for an impossible setting, DataError if a prompt cannot be
+    encoded with the model's ids, TrainingError if the model's logits are not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -76,9 +76,9 @@ def stream(
     stop: Sequence[str] = (),
     report: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Piece]:
-    """Yield the pieces of all texts as they are drawn.
+    """Yield pieces of all continuations as they are generated.
 
-    `report` receives a line if a prompt is longer than the context, and each time that a window slides.
+    `report` receives a message if a prompt is longer than the context, and each time a context window slides.
     """
     texts = [
         Continuation(index, tokenizer, read_prompt(model, tokenizer, prompt, report), seed, max_new_tokens, stop)
@@ -104,7 +104,7 @@ def stream(
 
 
 class Continuation:
-    """A text being generated: `ids` of prompt and continuation, which the model reads from `first` on."""
+    """A sequence being generated. `ids` are the prompt and continuation; the model reads them from index `first` on."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, prompt: list[int], seed: int, max_new_tokens: int, stop: Sequence[str]
@@ -117,11 +117,11 @@ class Continuation:
 
     @property
     def window(self) -> list[int]:
-        """The tokens that the model reads; a single one if the text has ended, to keep its row in the batch."""
+        """The tokens that the model reads; only the last if the sequence has ended, to keep its row in the batch."""
         return self.ids[-1:] if self.end else self.ids[self.first :]
 
     def append(self, token: int) -> Piece | None:
-        """Append the next token; return what can be shown now."""
+        """Append the next token; return the new text that can be shown now, if any."""
         if self.end:
             return None
         self.ids.append(token)
@@ -136,7 +136,7 @@ class Continuation:
 
 
 class Writer:
-    """Converts tokens to text, in whole characters, up to a stop string."""
+    """Converts tokens to text in whole characters, and stops at a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, [word for word in stop if word]
@@ -146,7 +146,10 @@ class Writer:
         self.stopped = False
 
     def write(self, token: int | None, *, last: bool) -> str:
-        """Return what can be shown after this token; after the last one everything, incomplete characters as U+FFFD."""
+        """Return the text that can be shown after this token.
+
+        After the last token, return all remaining text, with incomplete characters as U+FFFD.
+        """
         self.unread += [] if token is None else [token]
         text = self.tokenizer.decode(self.context + self.unread)[len(self.tokenizer.decode(self.context)) :]
         if text.endswith("\ufffd") and not last:
@@ -156,7 +159,7 @@ class Writer:
         return self.find_stop(self.held + text, last=last)
 
     def find_stop(self, text: str, *, last: bool) -> str:
-        """Return the text before the first stop string; hold back an ending that may become one."""
+        """Return the text before the first stop string; hold back an ending that may be the start of one."""
         found = [place for word in self.stop if (place := text.find(word)) >= 0]
         if found:
             self.held, self.stopped = "", True
@@ -167,16 +170,16 @@ class Writer:
 
 
 def count_overlap(text: str, word: str) -> int:
-    """Return how many characters at the end of `text` are the beginning of `word`."""
+    """Return how many characters at the end of `text` match the start of `word`."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
 def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: str, report: Callable[[str], None]) -> list[int]:
-    """Return the ids of a prompt, without its start if it is longer than the context."""
+    """Return a prompt's token ids, without the first ones if it is longer than the context."""
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max(ids) >= vocab_size:
-        what = f"encodes the prompt with id {max(ids)}, but the model has {vocab_size} ids"
+        what = f"encodes the prompt with id {max(ids)}, but the model has only {vocab_size} ids"
         raise DataError(tokenizer.name, what, "use the model's own tokenizer")
     if len(ids) > positions:
         excess = len(ids) - positions
@@ -185,7 +188,7 @@ def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: str, report: Calla
 
 
 def slide_windows(texts: Sequence[Continuation], positions: int, report: Callable[[str], None]) -> bool:
-    """Drop the older half of each text that fills the context; return whether there was any."""
+    """Drop the older half of each context window that is full; return whether any was full."""
     full = [text for text in texts if not text.end and len(text.ids) - text.first > positions]
     for text in full:
         text.first = len(text.ids) - max(positions // 2, 1)
@@ -194,7 +197,7 @@ def slide_windows(texts: Sequence[Continuation], positions: int, report: Callabl
 
 
 def prefill(model: SmolLM2, texts: Sequence[Continuation]) -> tuple[KeyValueCache, Tensor]:
-    """Read all windows into a new cache, with room for continuations; return it and the logits (B, V) at the end."""
+    """Return a new cache filled with all windows, with room for continuations, and the next-token logits (B, V)."""
     config, weight = model.config, model.lm_head.weight
     dtype = compute_dtype(weight)
     windows = [text.window for text in texts]
@@ -211,6 +214,6 @@ def prefill(model: SmolLM2, texts: Sequence[Continuation]) -> tuple[KeyValueCach
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of keys and values: that of autocast if it is on, else that of the weights."""
+    """Return the dtype of keys and values: the autocast dtype if autocast is on, else the weights' dtype."""
     device_type = weight.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype

@@ -1,6 +1,6 @@
-"""A model folder in Hugging Face's layout: Llama, or StableLM for LayerNorm.
+"""Load a Hugging Face model folder: Llama, or StableLM if the model uses LayerNorm.
 
-The parameter names are the same as ours. A setting that this model does not compute is refused by name.
+The parameter names are the same as in SmolLM2. A setting that SmolLM2 does not support is rejected by name.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.25,
     },
 }
-"""What transformers uses for a key that is absent or null, by model_type."""
+"""The defaults that transformers uses for absent or null keys, by model_type."""
 
 REQUIRED_VALUES: dict[str, dict[str, object]] = {
     "llama": {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"},
@@ -57,20 +57,20 @@ REQUIRED_VALUES: dict[str, dict[str, object]] = {
         "use_parallel_residual": False,
     },
 }
-"""The only values that this model computes, which are also the defaults; any other value is a different function."""
+"""The only supported values, which are also the defaults; any other value would define a different model."""
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def load_hugging_face_model(folder: Path) -> SmolLM2:
-    """Return the model of a folder with config.json and model.safetensors, in one file or in shards with an index."""
+    """Return the model in a folder with config.json and model.safetensors, as one file or as shards with an index."""
     return build_model(read_hugging_face_config(folder), read_weights(folder), folder)
 
 
 def read_hugging_face_config(folder: Path) -> ModelConfig:
-    """Return config.json as a ModelConfig. A key that is null or absent takes transformers' default.
+    """Return config.json as a ModelConfig. A key that is null or absent gets transformers' default.
 
-    Raise CheckpointError for another architecture, a quantized model, or a setting that this model does not compute.
+    Raise CheckpointError for another architecture, a quantized model, or a setting that SmolLM2 does not support.
     """
     path = folder / "config.json"
     found = {name: value for name, value in read_json(path).items() if value is not None}
@@ -82,7 +82,7 @@ def read_hugging_face_config(folder: Path) -> ModelConfig:
             raise CheckpointError(path, f"{name}: quantized models are not supported", NOT_QUANTIZED)
     for name, value in REQUIRED_VALUES[kind].items():
         if found.get(name, value) != value:
-            raise CheckpointError(path, f"{name} {found[name]!r} is not supported", f"only {value!r} is")
+            raise CheckpointError(path, f"{name} {found[name]!r} is not supported", f"only {value!r} is supported")
     values = {**DEFAULTS[kind], **found, "rope_theta": read_rope_theta({**DEFAULTS[kind], **found}, path)}
     values["norm"] = "rmsnorm" if kind == "llama" else "layernorm"
     values["norm_eps"] = values["rms_norm_eps" if kind == "llama" else "layer_norm_eps"]
@@ -95,9 +95,9 @@ def read_hugging_face_config(folder: Path) -> ModelConfig:
 
 
 def read_rope_theta(found: Mapping[str, Any], path: Path) -> object:
-    """Return the rotary base; refuse scaled and partial rotary embeddings.
+    """Return the base of the rotary embedding. Raise CheckpointError if the embedding is scaled or partial.
 
-    transformers 4 keeps rope_theta at top level, 5 inside rope_parameters; both are read.
+    transformers 4 stores rope_theta at the top level, transformers 5 inside rope_parameters; both are supported.
     """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(found.get(name, {}), dict):
@@ -106,8 +106,8 @@ def read_rope_theta(found: Mapping[str, Any], path: Path) -> object:
     scaling = parameters or found.get("rope_scaling", {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
-        raise CheckpointError(path, f"rope_type {kind!r} is not supported", "only 'default' is")
+        raise CheckpointError(path, f"rope_type {kind!r} is not supported", "only 'default' is supported")
     partial = parameters.get("partial_rotary_factor", found["partial_rotary_factor"])
     if partial != 1.0:
-        raise CheckpointError(path, f"partial_rotary_factor {partial!r} is not supported", "only 1.0 is")
+        raise CheckpointError(path, f"partial_rotary_factor {partial!r} is not supported", "only 1.0 is supported")
     return parameters.get("rope_theta", found["rope_theta"])

@@ -1,4 +1,4 @@
-"""Open a trained model: one of our `.pt` files, a run folder, or a Hugging Face folder."""
+"""Load a trained model from a `.pt` checkpoint, a run folder or a Hugging Face folder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +20,8 @@ from smollm2.storage.run_folder import BEST
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SmolLM2, Tokenizer]:
     """Return the model, in evaluation mode and float32, and its tokenizer.
 
-    `path` is a `.pt`, a run folder (its newest valid checkpoint) or a Hugging Face folder. Raise CheckpointError or
-    DataError.
+    `path` is a `.pt` file, a run folder (the newest valid checkpoint is loaded) or a Hugging Face folder. Raise
+    CheckpointError or DataError.
     """
     model, tokenizer, _ = load_source(Path(path))
     return model.to(device), tokenizer
@@ -30,7 +30,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Sm
 def load_source(
     path: Path, *, best: bool = False, report: Callable[[str], None] = lambda message: None
 ) -> tuple[SmolLM2, Tokenizer, Mapping[str, Any] | None]:
-    """Return what `load_model` does, on the CPU, and the checkpoint's content: None for a Hugging Face folder.
+    """Return the model (on the CPU), the tokenizer and the checkpoint's content (None for a Hugging Face folder).
 
     `best` selects a run folder's checkpoint with the lowest validation loss. `report` receives a line for each damaged
     checkpoint that is skipped.
@@ -50,7 +50,7 @@ def load_source(
 
 
 def restore_model(state: Mapping[str, Any], path: Path) -> tuple[SmolLM2, Tokenizer]:
-    """Return the model, in evaluation mode and float32, and the tokenizer of a checkpoint's content.
+    """Return the model, in evaluation mode and float32, and the tokenizer stored in a checkpoint's content.
 
     Raise CheckpointError if they do not fit the checkpoint's config.
     """
@@ -68,15 +68,21 @@ def read_config(state: Mapping[str, Any], path: Path) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(path, f"its config: {key}: {first['msg']}", "use the version that wrote it") from None
+        raise CheckpointError(
+            path, f"its config is not accepted: {key}: {first['msg']}", "use the version that wrote it"
+        ) from None
 
 
 def read_best_name(folder: Path) -> str:
-    """Return the file that a run folder's best.json names. Raise CheckpointError."""
+    """Return the file name in a run folder's best.json. Raise CheckpointError if best.json is missing or invalid."""
     path = folder / BEST
     if not path.exists():
-        raise CheckpointError(path, "not found", "name a run folder with a best checkpoint, or leave out --best")
+        raise CheckpointError(path, "not found", "choose a run folder that has a best checkpoint, or omit --best")
     name = read_json(path).get("file")
     if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(path, f"names no checkpoint of this folder ({name!r})", "name the checkpoint itself")
+        raise CheckpointError(
+            path,
+            f"refers to {name!r}, which is not a checkpoint in this folder",
+            "give the path of the checkpoint itself",
+        )
     return name

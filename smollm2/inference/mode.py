@@ -1,4 +1,4 @@
-"""Training and evaluation mode: restore the model's previous mode afterwards."""
+"""Switch a model to evaluation mode, and restore its previous mode afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode inside the block; always restore its previous mode."""
+    """Switch the model to evaluation mode inside a `with` block; always restore its previous mode."""
     was_training = model.training
     model.eval()
     try:

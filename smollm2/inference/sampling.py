@@ -1,4 +1,4 @@
-"""How a token is drawn from the logits, with transformers' names, meanings and order of the settings."""
+"""Sample tokens from logits; the settings have the same names, meanings and order as in transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from smollm2.errors import ConfigError, TrainingError
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of a draw. Raise ConfigError for an impossible value."""
+    """Sampling settings. Raise ConfigError for an impossible value."""
 
     temperature: float = 0.8
     top_k: int | None = 50
@@ -21,8 +21,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         allowed = {
-            "temperature": (0 <= self.temperature < float("inf"), "a number from 0 (the most likely token) on"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "a number from 1 on"),
+            "temperature": (
+                0 <= self.temperature < float("inf"),
+                "0 (always the most likely token) or a positive number",
+            ),
+            "top_k": (self.top_k is None or self.top_k >= 1, "a whole number of at least 1"),
             "top_p": (0 < self.top_p <= 1, "a number above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "a number from 0 to 1"),
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100 (1: off)"),
@@ -35,15 +38,16 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, ids: Sequence[Sequence[int]], generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """Return one token for each row of logits (B, V): the most likely at temperature 0, else drawn with its generator.
+    """Return one token for each row of logits (B, V): the most likely at temperature 0, else a random one.
 
-    `ids` are the tokens of prompt and continuation, which the repetition penalty reads. Raise TrainingError if the logits
-    hold NaN or infinity: there is no token to draw.
+    `ids` are each row's prompt and continuation, which the repetition penalty uses; `generators` has one generator for
+    each row. Raise TrainingError if the logits
+    contain NaN or infinity, because no token can be drawn.
     """
     logits = logits.float().cpu()
-    if not logits.amax(-1).isfinite().all():  # NaN and infinity are both the maximum
+    if not logits.amax(-1).isfinite().all():  # amax returns NaN or infinity if there is one
         raise TrainingError(
-            "the model's logits", "NaN or infinite, so no token can be drawn", "use an earlier checkpoint"
+            "the model's logits", "contain NaN or infinity, so no token can be sampled", "use an earlier checkpoint"
         )
     if sampling.repetition_penalty != 1:
         logits = torch.stack([penalize(row, seen, sampling) for row, seen in zip(logits, ids, strict=True)])
@@ -55,14 +59,14 @@ def sample(
 
 
 def penalize(logits: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
-    """Return logits (V,) with those of tokens in the prompt or continuation reduced (arXiv 1909.05858)."""
+    """Return logits (V,), reduced for tokens that are already in the prompt or continuation (arXiv 1909.05858)."""
     seen = torch.tensor(sorted(set(ids)))
     found, penalty = logits[seen], sampling.repetition_penalty
     return logits.index_copy(0, seen, torch.where(found < 0, found * penalty, found / penalty))
 
 
 def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return logits (B, V) / temperature, with -inf for what top_k, then top_p, then min_p exclude."""
+    """Return logits (B, V) / temperature, with -inf for tokens that top_k, then top_p, then min_p exclude."""
     logits = divide_by_temperature(logits, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
@@ -80,9 +84,9 @@ def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Return logits (B, V) / temperature, with the largest moved to 0 if the quotient overflows float32.
+    """Return logits (B, V) / temperature, shifted so that the largest is 0 if the quotient overflows float32.
 
-    A tiny temperature thus gives its limit: the most likely token.
+    Even a tiny temperature then selects the most likely token.
     """
     scaled = logits / temperature
     if scaled.isfinite().all():

@@ -1,6 +1,6 @@
-"""A text of any length as a stream of windows in which each target is scored once.
+"""Split a text of any length into a stream of windows in which each target is scored once.
 
-Only what the windows still need is kept in memory.
+Only the tokens that later windows still need are kept in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ from smollm2.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextWindow:
-    """Up to length + 1 tokens of a document; the first `context` targets are scored in the previous window."""
+    """Up to length + 1 tokens of a document; the first `context` targets were scored in the previous window."""
 
     document: int
     ids: list[int]
@@ -37,7 +37,10 @@ class CountedEncoder:
 def open_chunks(
     text_or_path: str | Path, separator: str | None, spool: Path, report: Callable[[str], None]
 ) -> Iterator[Chunk]:
-    """Return the documents of a text or a file in chunks, as training reads them. Raise DataError."""
+    """Return the documents of a text or a file in chunks, as training reads them.
+
+    Raise DataError if the file cannot be used.
+    """
     if isinstance(text_or_path, Path):
         text = open_text(str(text_or_path), spool, separator)
         for note in text.notes:
@@ -49,7 +52,7 @@ def open_chunks(
 def cut_windows(
     chunks: Iterator[Chunk], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
 ) -> Iterator[TextWindow]:
-    """Yield the windows of the whole stream, or of each document on its own."""
+    """Yield the windows of the whole stream, or of each document separately if `per_document`."""
     end = encoder.tokenizer.end_of_text
 
     def blocks(numbered: Iterator[tuple[int, Chunk]]) -> Iterator[list[int]]:
@@ -65,7 +68,7 @@ def cut_windows(
 
 
 def number_chunks(chunks: Iterator[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Yield each chunk with the number of its document."""
+    """Yield (document number, chunk) for each chunk."""
     number = 0
     for chunk in chunks:
         yield number, chunk
@@ -74,7 +77,7 @@ def number_chunks(chunks: Iterator[Chunk]) -> Iterator[tuple[int, Chunk]]:
 
 
 def slide(document: int, blocks: Iterable[list[int]], length: int, stride: int) -> Iterator[TextWindow]:
-    """Yield a window of length + 1 tokens every `stride` tokens."""
+    """Yield a window of length + 1 tokens every `stride` tokens; the last one may be shorter."""
     held: list[int] = []
     context = 0
     for block in blocks:

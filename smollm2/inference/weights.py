@@ -1,4 +1,4 @@
-"""Stored tensors: read from safetensors files, checked against their model, and loaded."""
+"""Read weights from safetensors files, check them against the model, and load them into it."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from smollm2.model.transformer import SmolLM2
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 ROTARY_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-"""Tables that old Llama folders store. They follow from rope_theta, so they are ignored."""
+"""Buffers that old Llama folders contain. They are computed from rope_theta, so stored ones are ignored."""
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -26,10 +26,10 @@ SHOWN_PROBLEMS = 3
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> SmolLM2:
-    """Return a model of this shape with these weights, in float32.
+    """Return a float32 model with this config and these weights.
 
-    Raise CheckpointError naming the weights that do not fit, have another dtype or are not finite. With tied embeddings
-    the output head may be absent, or stored as well if it is equal.
+    Raise CheckpointError naming the weights that do not fit, have an unsupported dtype or are not finite. With tied
+    embeddings, the output head may be absent, or present if it equals the embedding.
     """
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(ROTARY_BUFFERS)}
     check_dtypes(weights, path)
@@ -44,13 +44,13 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
         model.lm_head.weight = model.model.embed_tokens.weight
     model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
     for name, parameter in model.named_parameters():
-        if not all(map(torch.isfinite, parameter.detach().aminmax())):  # NaN spreads to both
-            raise CheckpointError(path, f"{name} holds NaN or infinite values", "use an intact copy")
+        if not all(map(torch.isfinite, parameter.detach().aminmax())):  # NaN propagates to both
+            raise CheckpointError(path, f"{name} contains NaN or infinite values", "use an undamaged copy")
     return model
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Draw no initial weights: on the meta device that would import torch's compiler, which takes as long as torch."""
+    """Skips weight initialization, which on the meta device would import torch's compiler (as slow as torch itself)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the tensor unchanged if `func` initializes it, else call `func`."""
@@ -59,7 +59,7 @@ class SkipInitialization(TorchFunctionMode):
 
 
 def check_dtypes(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError for integers and 8-bit floats: without their scales they are not the model's weights."""
+    """Raise CheckpointError for integer and 8-bit float weights: they are quantized and useless without scales."""
     for name, tensor in weights.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -89,7 +89,7 @@ def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], pa
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
-        f"{name} is {tuple(found[name].shape)} and should be {tuple(tensor.shape)}"
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
@@ -97,12 +97,15 @@ def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], pa
         more = f", and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         listed = ", ".join(problems[:SHOWN_PROBLEMS])
         raise CheckpointError(
-            path, f"the weights do not fit the model: {listed}{more}", "use the config of these weights"
+            path, f"the weights do not fit the model: {listed}{more}", "use the config that belongs to these weights"
         )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return every tensor of the folder's safetensors files: one file, or shards with an index. Raise CheckpointError."""
+    """Return every tensor of the folder's safetensors files: one file, or shards with an index.
+
+    Raise CheckpointError if a file is missing or invalid.
+    """
     index = folder / "model.safetensors.index.json"
     names = read_shard_names(index) if index.exists() else ["model.safetensors"]
     weights: dict[str, Tensor] = {}
@@ -112,10 +115,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_shard_names(index: Path) -> list[str]:
-    """Return the files that an index names. Raise CheckpointError."""
+    """Return the names of the shards in an index. Raise CheckpointError if the index is invalid."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(index, "weight_map is missing or does not name files", DOWNLOAD)
+        raise CheckpointError(index, "weight_map is missing or does not consist of file names", DOWNLOAD)
     names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name:
@@ -127,34 +130,34 @@ DOWNLOAD = "download the model folder again"
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one safetensors file. Raise CheckpointError."""
+    """Return the tensors of one safetensors file. Raise CheckpointError if it is missing or invalid."""
     if not path.exists():
         other = sorted(found.name for found in path.parent.glob("pytorch_model*.bin"))
-        what = f"not found; {other[0]} may run code when it is opened and is not read" if other else "not found"
+        what = f"not found; {other[0]} is not read, because opening it may run code" if other else "not found"
         raise CheckpointError(path, what, "convert the folder to safetensors" if other else DOWNLOAD)
     refuse_pointer(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(path, f"incomplete, or not a safetensors file ({error})", DOWNLOAD) from None
+        raise CheckpointError(path, f"is incomplete, or is not a safetensors file ({error})", DOWNLOAD) from None
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise CheckpointError if the file is a Git LFS pointer, which stands in for a file that was not downloaded."""
+    """Raise CheckpointError if the file is a Git LFS pointer, a placeholder for a file that was not downloaded."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(path, "a Git LFS pointer, not the file itself", "run git lfs pull in that folder")
+            raise CheckpointError(path, "is a Git LFS pointer, not the file itself", "run git lfs pull in that folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raise CheckpointError."""
+    """Return the JSON object in a file. Raise CheckpointError if it is missing or invalid."""
     try:
         refuse_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(path, "not found", "name a .pt file, or a folder with config.json") from None
+        raise CheckpointError(path, "not found", "choose a .pt file, or a folder with config.json") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(path, f"cannot be read as JSON ({error})", DOWNLOAD) from None
     if not isinstance(value, dict):
-        raise CheckpointError(path, f"holds a {type(value).__name__} instead of a JSON object", DOWNLOAD)
+        raise CheckpointError(path, f"contains JSON of type {type(value).__name__} instead of an object", DOWNLOAD)
     return value

@@ -1,16 +1,16 @@
-"""Causal attention: softmax(q k^T / sqrt(D)) v; each position attends to itself and those before it.
+"""Causal attention: softmax(q k^T / sqrt(D)) v; each position attends to itself and earlier positions.
 
-Shapes: q (B, H, T, D), k and v (B, K, T, D) with K dividing H; query head h reads key-value head h // (H / K). The backends
-compute the same function:
+Shapes: q (B, H, T, D), k and v (B, K, T, D) with K dividing H; query head h uses key-value head h // (H / K). All
+backends compute the same function:
 
     sdpa     torch's scaled_dot_product_attention
     blocks   matrix products over blocks of queries (blocks.py), for CPUs in bf16
     varlen   torch's flash kernel over documents of any length, for CUDA in 16 bits
-    flex     torch's compiled block masks, for CUDA
-    eager    the definition, and the reference of the tests
+    flex     torch's flex_attention, compiled with a block mask, for CUDA
+    eager    the formula above, used as the reference in checks and tests
 
-With isolated documents a position sees only its own document. Rotary positions do not restart at each document: only
-their differences matter.
+If documents are isolated, a position attends only to its own document. Rotary positions do not restart at each
+document, because only their differences matter.
 """
 
 import functools
@@ -29,7 +29,7 @@ Backend = Literal["sdpa", "blocks", "varlen", "flex", "eager"]
 
 
 Layout = Tensor | BlockMask | None
-"""Which positions see which, in the form that a backend takes; None: each sees itself and all those before it."""
+"""Which positions attend to which, in the form that a backend expects; None means plain causal attention."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend, layout: Layout = None) -> Tensor:
@@ -46,14 +46,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend, layout: Layout = N
         return out
     if layout is None or backend == "eager":
         return eager_attention(q, k, v, layout)
-    # Here, because torch's varlen imports its compiler, which takes as long as torch itself.
+    # Imported here because torch's varlen module imports torch's compiler, which takes as long as torch itself.
     from smollm2.model.varlen import attend_varlen
 
     return attend_varlen(q, k, v, layout)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> Tensor:
-    """Return attention by its definition, with the softmax in at least float32 and the whole (T, T) matrix in memory."""
+    """Return the output of the plain formula, with the softmax in at least float32 and all (T, T) scores in memory."""
     k, v = repeat_heads(q, k, v)
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     seen = see_past(scores.shape[-1], q.device) if layout is None else layout
@@ -62,23 +62,23 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> T
 
 
 def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return k and v with one head for each head of q."""
+    """Return k and v with each head repeated, so that there is one for each query head."""
     groups = q.shape[1] // k.shape[1]
     return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
 def see_past(length: int, device: torch.device) -> Tensor:
-    """Return a mask (T, T): true if the row's position may see the column's, that is, itself or an earlier one."""
+    """Return the causal mask (T, T): true if the row's position attends to the column's, itself or an earlier one."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def lay_out(document_ids: Tensor | None, input_ids: Tensor, backend: Backend) -> Layout:
-    """Return which positions see which, once for all layers.
+    """Return which positions attend to which, computed once for all layers.
 
-    `document_ids` (B, T) is the number of the document at each position and does not decrease along T; None: one document
-    per sequence. The result is, for `blocks`, the position where each position's document begins, (B, T); for `varlen`,
-    where each of the N documents begins and the last ends in B x T, (N + 1); for `flex`, its block mask; for the
-    others, a mask that is true if the row may see the column, (B, 1, T, T).
+    `document_ids` (B, T) is the document number of each position and does not decrease along T; None means one document
+    per sequence. For `blocks`, the result (B, T) is the first position of each position's document. For `varlen`, it is
+    the start of each of the N documents in the B x T tokens, and the end of the last: (N + 1,). For `flex`, it is a
+    block mask. For the others, it is a mask (B, 1, T, T), true if the row may attend to the column.
     """
     if document_ids is None:
         if backend not in ("varlen", "flex"):
@@ -97,7 +97,7 @@ def lay_out(document_ids: Tensor | None, input_ids: Tensor, backend: Backend) ->
 
 
 def lay_out_flex(starts: Tensor) -> BlockMask:
-    """Return the block mask of `flex`: which blocks of the (T, T) scores it computes."""
+    """Return the block mask for `flex`, which says which blocks of the (T, T) scores to compute."""
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (column >= starts[batch, row])
@@ -107,23 +107,23 @@ def lay_out_flex(starts: Tensor) -> BlockMask:
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Return attention by torch's flex_attention: compiled on a GPU; plain on a CPU, which has no backward pass for it."""
+    """Return the output of torch's flex_attention: compiled on a GPU, eager on a CPU (without a backward pass)."""
     run = compile_flex() if q.is_cuda else cast(Callable[..., Tensor], flex_attention)
     return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @functools.cache
 def compile_flex() -> Callable[..., Tensor]:
-    """Return one compiled function for all layers."""
+    """Return flex_attention, compiled once for all layers."""
     return cast(Callable[..., Tensor], torch.compile(flex_attention))
 
 
 def choose_backend(
     requested: str, device_type: str, dtype: torch.dtype, features: frozenset[str], *, isolates: bool = False
 ) -> Backend:
-    """Return the backend for a device with `features`, from a table, so that a resumed run agrees. Requests are kept.
+    """Return the requested backend, or for `auto` one chosen by fixed rules, so a resumed run makes the same choice.
 
-    `isolates` says whether documents are isolated.
+    `features` are what the device supports, and `isolates` says whether documents are isolated.
     """
     if requested != "auto":
         return requested  # type: ignore[return-value]
@@ -135,11 +135,11 @@ def choose_backend(
 def check_backend(
     backend: Backend, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], *, isolates: bool = False
 ) -> str | None:
-    """Compare a backend with the reference on a small case; return None if it agrees, else what is wrong.
+    """Compare a backend with the reference on a small input; return None if they agree, else a message.
 
-    `heads` is (query heads, key-value heads, head width); with `isolates` the case has several documents. The reference is
-    computed on the CPU in float64, so that neither tf32 nor a device's own rounding affects it. The random state is not
-    changed.
+    `heads` is (query heads, key-value heads, head width); with `isolates`, the input has several documents. The
+    reference is computed on the CPU in float64, so neither tf32 nor the device's own rounding affects it. The global
+    random state is not changed.
     """
     generator = torch.Generator().manual_seed(0)
     query_heads, key_heads, width = heads
@@ -165,10 +165,10 @@ def check_backend(
 
 
 def largest_difference(dtype: torch.dtype) -> float:
-    """Return the largest difference from the reference that rounding explains, as a share of the largest value."""
+    """Return the largest difference from the reference that rounding can explain, relative to the largest value."""
     if dtype != torch.float32:
         return 2e-2
-    # tf32 has 10 bits of mantissa where bf16 has 7; measured differences are up to 5e-4.
+    # tf32 has 10 mantissa bits, bf16 has 7; measured differences are up to 5e-4.
     return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 2.5e-3
 
 

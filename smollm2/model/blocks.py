@@ -1,6 +1,6 @@
-"""Causal attention as matrix products over blocks of queries: for CPUs in bf16, where torch's own kernel is slow.
+"""Causal attention as matrix products over blocks of queries, for bf16 on CPUs, where torch's own kernel is slow.
 
-Letters in shapes as in attention.py; G = H / K is the number of query heads that share a key-value head.
+Shapes use the letters of attention.py; G = H / K is the number of query heads that share a key-value head.
 """
 
 import math
@@ -12,16 +12,16 @@ from smollm2.plan.arithmetic import LONGEST_KEPT, QUERY_BLOCK
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention of each block of queries over the keys up to its end, by `baddbmm`, softmax and `bmm`.
+    """Attention of each block of queries over the keys up to its end, computed with `baddbmm`, softmax and `bmm`.
 
-    The queries of one key-value head become rows of one matrix, so that grouped heads share a product. The probabilities of
-    short sequences are kept for the backward pass; those of longer ones would be the largest tensor and are
-    recomputed. `starts` (B, T) is the position where the document of each position begins, or None.
+    The queries that share a key-value head become rows of one matrix, so grouped heads need only one product. For short
+    sequences, the probabilities are saved for the backward pass. For longer ones they would be the largest tensor, so
+    they are recomputed. `starts` (B, T) is the first position of each position's document, or None.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        """Return (B, H, T, D), stored as (B, T, H, D)."""
+        """Return the attention output (B, H, T, D), stored in memory as (B, T, H, D)."""
         batch, heads, length, width = q.shape
         groups = heads // k.shape[1]
         queries = q.reshape(-1, groups, length, width)
@@ -41,7 +41,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        """Return the gradients of q, k and v: with P the probabilities, dS = P * (dP - rowsum(P * dP))."""
+        """Return the gradients of q, k and v; for scores S and probabilities P, dS = P * (dP - rowsum(P * dP))."""
         queries, keys, values, starts, *kept = ctx.saved_tensors
         batch, _, length, width = grad.shape
         scale, groups = width**-0.5, queries.shape[1]
@@ -72,15 +72,18 @@ def _rows(queries: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _first_key(starts: Tensor | None, start: int) -> int:
-    """Return the first key that the queries from `start` on need, rounded down to a block so that few shapes occur:
-    oneDNN compiles its kernels for each. A compiler does not know the values, so compiled code reads all keys."""
+    """Return the first key that the queries from `start` on need, rounded down to a multiple of the block size.
+
+    Rounding keeps the number of shapes small, because oneDNN compiles a kernel for each shape. Compiled code reads all
+    keys, because the values of `starts` are unknown at compile time.
+    """
     if starts is None or torch.compiler.is_compiling():
         return 0
     return int(starts[:, start].min()) // QUERY_BLOCK * QUERY_BLOCK
 
 
 def _probabilities(queries: Tensor, keys: Tensor, first: int, start: int, stop: int, starts: Tensor | None) -> Tensor:
-    """Return the softmax over the keys from `first` to `stop`: (B K, G (stop - start), stop - first)."""
+    """Return the attention probabilities over keys `first` to `stop`: (B K, G (stop - start), stop - first)."""
     groups, count = queries.shape[1], stop - first
     future = torch.ones(stop - start, count, dtype=torch.bool, device=keys.device).triu(start - first + 1)
     mask = torch.zeros(stop - start, count, dtype=keys.dtype, device=keys.device).masked_fill_(future, -math.inf)

@@ -1,6 +1,6 @@
-"""The key-value cache: keys and values of the tokens that a text already has, so that each is computed only once.
+"""The key-value cache: the keys and values of all earlier tokens, so that each is computed only once.
 
-Letters in shapes as in transformer.py; S is the number of columns of the cache.
+Shapes use the letters of transformer.py. The cache has S columns, the token positions of the left-padded batch.
 """
 
 import math
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLUMN_STEP = 64
-"""Columns of a cache are allocated and read in multiples of this. An empty column costs little, and few shapes occur:
-oneDNN compiles its kernels for each new shape, which takes 0.4 s in bf16."""
+"""Cache columns are allocated and read in multiples of this number. Empty columns cost little, and the number of shapes
+stays small: oneDNN compiles its kernels for each new shape, which takes 0.4 s in bf16."""
 
 
 class Slot(NamedTuple):
-    """One layer's part of a cache.
+    """One layer's part of the key-value cache.
 
-    Keys and values are (B, K, S, D), `column` is the first one to write, and `mask` (B, 1, T, S) is added to the
+    `keys` and `values` are (B, K, S, D), `column` is the first column to write, and `mask` (B, 1, T, S) is added to the
     scores of the T queries.
     """
 
@@ -29,9 +29,9 @@ class Slot(NamedTuple):
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
-    """Append k and v to the cache, then return the attention of q over all of it: (B, H, T, D).
+    """Append k and v to the cache, then return the attention output of q over the whole cache: (B, H, T, D).
 
-    The queries of one key-value head become rows of one matrix, so no key is copied for grouped heads.
+    The queries that share a key-value head become rows of one matrix, so grouped heads need no copies of the keys.
     """
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     written = slice(slot.column, slot.column + length)
@@ -43,30 +43,30 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of a batch of texts that end at the same column; `starts` (B,) are the columns where they begin.
+    """Keys and values of a left-padded batch of sequences; `starts` (B,) is the column where each sequence begins.
 
-    `buffer_shape` is (layers, B, K, S, D); the buffers are allocated once. `positions` is the model's number of
-    positions.
+    `buffer_shape` is (layers, B, K, S, D); the buffers are allocated once. `positions` is the number of positions that
+    the model supports.
     """
 
     def __init__(
         self, starts: Tensor, buffer_shape: tuple[int, int, int, int, int], dtype: torch.dtype, positions: int
     ) -> None:
         self.starts, self.length, self.positions = starts.unsqueeze(1), 0, positions
-        # Zeros: a masked column contributes 0 times its value, which must not be NaN.
+        # Zeros, because a masked column contributes 0 times its value, which must not be NaN.
         self.keys, self.values = torch.zeros(2, *buffer_shape, dtype=dtype, device=starts.device)
         self.columns = torch.arange(buffer_shape[3], device=starts.device)
         self.mask = torch.full((buffer_shape[1], 1, 1, buffer_shape[3]), -math.inf, dtype=dtype, device=starts.device)
 
     @property
     def is_full(self) -> bool:
-        """Whether no column is left, which happens once the longest text has ended."""
+        """Whether no column is left, which happens only after the longest sequence has ended."""
         return self.length == len(self.columns)
 
     def advance(self, count: int) -> tuple[Tensor, list[Slot]]:
-        """Return the positions (B, T) of the next `count` columns in their texts, and each layer's slot.
+        """Return the positions (B, T) of the next `count` columns within their sequences, and a `Slot` for each layer.
 
-        Positions are clamped to the model's range for the padding before a text and for columns after a text has ended.
+        Positions in the padding before a sequence and after its end are clamped to the range of the model.
         """
         first, self.length = self.length, self.length + count
         new = self.columns[first : self.length]
@@ -81,7 +81,10 @@ class KeyValueCache:
         return self.mask
 
     def _open_columns(self, new: Tensor) -> Tensor:
-        """Let each column see itself and earlier ones of its text. Padding sees itself: seeing none would give NaN."""
+        """Return a mask that lets each new column attend to itself and to earlier columns of its sequence.
+
+        Padding attends to itself, because a fully masked row would give NaN.
+        """
         inside = (self.columns >= self.starts)[:, None, None]
         seen = (self.columns <= new[:, None]) & inside | (self.columns == new[:, None])
         mask = torch.zeros_like(seen, dtype=self.mask.dtype).masked_fill_(~seen, -math.inf)

@@ -1,7 +1,7 @@
-"""Normalization, rotary embedding and SwiGLU: each in a plain form and in one that saves less for the backward pass.
+"""Normalization, rotary embedding and SwiGLU; all but LayerNorm also have a form that saves less for the backward pass.
 
-Eager training uses the memory-saving forms (on two cores in bf16: saves 10 % of a run's time and a fifth of its memory,
-benchmarks/README.md). Inference uses the plain ones, and so does a compiler, which fuses them by itself.
+Eager training uses the memory-saving forms, which save 10 % of a run's time and a fifth of its memory on two cores in
+bf16 (benchmarks/README.md). Inference and compiled code use the plain forms; the compiler fuses them itself.
 """
 
 import torch
@@ -14,8 +14,11 @@ def _plain() -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps), in float32, rounded to the dtype of x before the multiplication by the weight, as in
-    transformers' LlamaRMSNorm: x (..., C), weight (C,)."""
+    """Return x / sqrt(mean(x^2) + eps) * weight, as in transformers' LlamaRMSNorm: x (..., C), weight (C,).
+
+    The normalized values are computed in float32 and rounded to the dtype of x before they are multiplied by the
+    weight.
+    """
     if _plain():
         return plain_rms_norm(x, weight, eps)
     out: Tensor = RMSNormSavingMemory.apply(x, weight, eps)  # type: ignore[no-untyped-call]
@@ -23,18 +26,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` with torch's own backward pass."""
+    """Compute `rms_norm` with torch's own backward pass."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight.to(x.dtype)
 
 
 class RMSNormSavingMemory(torch.autograd.Function):
-    """Saves x, which the residual stream holds anyway, and one number per row."""
+    """RMSNorm that saves, besides the weight, only x (kept anyway as the residual stream) and one number per row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        """The same as `plain_rms_norm`."""
+        """Return the same as `plain_rms_norm`."""
         wide = x.float()
         scale = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -42,7 +45,8 @@ class RMSNormSavingMemory(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        """With s the scale: dx = s * grad * weight - x * s^3 * mean(grad * weight * x), dweight = sum of s * grad * x."""
+        """Return dx = s * grad * weight - x * s^3 * mean(grad * weight * x) and dweight = sum(s * grad * x),
+        with s = 1 / sqrt(mean(x^2) + eps)."""
         x, weight, scale = ctx.saved_tensors
         wide, wide_grad = x.float(), grad.float()
         product = (wide_grad * wide).flatten(0, -2)
@@ -53,22 +57,22 @@ class RMSNormSavingMemory(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, all in float32, returned in the dtype of x (..., C)."""
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias, computed in float32, in the dtype of x (..., C)."""
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def rotary_tables(positions: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position x theta^(-2i / width), each (positions, width / 2), float32."""
+    """Return the cosine and sine of position x theta^(-2i / width), each (positions, width / 2), float32."""
     frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout (transformers' Llama): x (B, T, H, D), cos and sin (T, D / 2), or
-    (B, T, D / 2) if each sequence has its own positions.
+    """Apply the rotary embedding in the half-split layout of transformers' Llama to x (B, T, H, D).
 
-    The pair (x[i], x[i + D / 2]) is rotated by the angle of its position.
+    cos and sin are (T, D / 2), or (B, T, D / 2) if each sequence has its own positions. Each pair (x[i], x[i + D / 2])
+    is rotated by the angle of its position.
     """
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     if _plain():
@@ -78,30 +82,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` with tables of shape (..., T, 1, D / 2) in the dtype of x."""
+    """Compute `rotate` with tables of shape (..., T, 1, D / 2) in the dtype of x."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class RotateSavingMemory(torch.autograd.Function):
-    """The backward pass of a rotation does not need x: the gradient is rotated by the opposite angle."""
+    """Rotary embedding that does not save x: the backward pass rotates the gradient by the opposite angle."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        """The same as `plain_rotate`, laid out in memory as attention reads it: (B, H, T, D)."""
+        """Return the same as `plain_rotate`, stored in the memory order in which attention reads it: (B, H, T, D)."""
         ctx.save_for_backward(cos, sin)
         out = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         return _turn(x, cos, sin, out)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        """The transpose of a rotation is its inverse; the result is laid out as the projection behind x needs it."""
+        """Return the gradient rotated back, in the memory order that the backward pass of the projection needs."""
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, -sin, torch.empty_like(grad, memory_format=torch.contiguous_format)), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """`plain_rotate` in fewer passes over memory."""
+    """Compute `plain_rotate` into `out`, with fewer passes over memory."""
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).sub_(second * sin)
@@ -110,7 +114,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both (..., I)."""
+    """Return silu(gate) * up; both are (..., I)."""
     if _plain():
         return F.silu(gate) * up
     out: Tensor = SwiGLUSavingMemory.apply(gate, up)  # type: ignore[no-untyped-call]
@@ -118,17 +122,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class SwiGLUSavingMemory(torch.autograd.Function):
-    """Saves gate and up; silu(gate) is recomputed in the backward pass."""
+    """SwiGLU that saves only gate and up; silu(gate) is recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        """silu(gate) * up."""
+        """Return silu(gate) * up."""
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        """d up = grad * silu(gate); d gate = grad * up * silu'(gate)."""
+        """Return d gate = grad * up * silu'(gate) and d up = grad * silu(gate)."""
         gate, up = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, F.silu(gate).mul_(grad)

@@ -1,8 +1,8 @@
-"""Next-token loss as (sum, count), without ever holding the logits of all tokens.
+"""Next-token loss as (sum, count), computed without having the logits of all tokens in memory at once.
 
-The output head and the cross-entropy are one `autograd.Function`: rows in chunks, the product in the compute dtype,
-log-sum-exp and sum in float32, gradients computed while the chunk's logits are in memory. At a vocabulary of 49,152 it
-takes a tenth of the memory of the plain form (benchmarks/README.md).
+The output head and the cross-entropy are one `autograd.Function` that processes the tokens in chunks. The matrix
+product is in the compute dtype, log-sum-exp and sum are in float32, and the gradients are computed while the chunk's
+logits are in memory. At a vocabulary of 49,152 it needs a tenth of the memory of the plain form (benchmarks/README.md).
 """
 
 import torch
@@ -19,13 +19,13 @@ def next_token_loss(
     z_loss: float = 0.0,
     gradient_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over targets of -log softmax(hidden weight^T)[label] in float32, and the number of targets.
+    """Return the sum over targets of -log softmax(hidden weight^T)[label] in float32, and the number of targets.
 
-    hidden (..., C), weight (V, C), labels (...) int64 with -100 where there is no target. `z_loss` adds the gradient of
-    z_loss * logsumexp^2 for each target (PaLM, arXiv 2204.02311, section 5); the returned value is the
-    cross-entropy alone, so that a loss means the same in every run. Only first derivatives are supported. Gradients are
-    multiplied by `gradient_scale` when computed and divided by it in the backward pass: if it contains fp16's scale,
-    a smaller loss scale prevents an overflow in the weight's gradient.
+    hidden (..., C), weight (V, C), labels (...) int64, which are -100 if there is no target. `z_loss` adds the gradient
+    of z_loss * logsumexp^2 for each target (PaLM, arXiv 2204.02311, section 5); the returned value is the cross-entropy
+    alone, so losses are comparable between runs. Only first derivatives are supported. Gradients are multiplied by
+    `gradient_scale` when they are computed and divided by it in the backward pass. If it includes fp16's loss scale, a
+    smaller loss scale also prevents an overflow in the weight's gradient.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -37,7 +37,7 @@ def next_token_loss(
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Computes the gradients of hidden and weight by chunks in the forward pass; the backward pass only scales them."""
+    """Computes the gradients of hidden and weight chunk by chunk in the forward pass; backward only scales them."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -49,7 +49,7 @@ class ChunkedLoss(torch.autograd.Function):
         gradient_scale: Tensor | None,
         wants_gradient: bool,
     ) -> Tensor:
-        """The sum over targets, float32."""
+        """Return the loss summed over targets, in float32."""
         chunk = 8192 if hidden.is_cuda else 512
         head = weight.detach().to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None

@@ -1,8 +1,8 @@
 """The transformer, with the parameter names of Hugging Face's Llama, or of its StableLM if the norm is LayerNorm.
 
-Letters in shapes: B sequences, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, I
-intermediate_size, V vocab_size. The model is device-independent: the dtype comes from autocast; the attention backend,
-checkpointing and compilation are set from outside.
+Letters used for shapes: B sequences, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, I
+intermediate_size, V vocab_size. The model does not depend on the device: autocast decides the dtype, and the caller
+sets the attention backend, checkpointing and compilation.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from smollm2.model.functional import layer_norm, rms_norm, rotary_tables, rotate
 from smollm2.model.loss import next_token_loss
 
 Seen = Layout | Slot
-"""What a position attends to: the layout of a backend, or a slot of a cache."""
+"""What each position attends to: the layout for an attention backend, or one layer's slot of a key-value cache."""
 
 
 class Linear(nn.Linear):
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
+        """Normalize x (..., C)."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -55,7 +55,7 @@ class LayerNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
+        """Normalize x (..., C)."""
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -63,9 +63,9 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layern
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), in float32 even if the model is cast.
+    """Cosine and sine tables of the rotary embedding (arXiv 2104.09864), in float32 even if the model is cast.
 
-    They are recomputed after every move or cast: tables rounded to bf16 change the logits by 0.68.
+    They are recomputed after every move or cast, because tables rounded to bf16 change the logits by 0.68.
     """
 
     cos: Tensor
@@ -75,7 +75,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.shape = (config.max_position_embeddings, config.head_dim, config.rope_theta)
         device, shape = torch.get_default_device(), (config.max_position_embeddings, config.head_dim // 2)
-        is_meta = device.type == "meta"  # there the arithmetic would import torch's compiler
+        is_meta = device.type == "meta"  # computing there would import torch's compiler
         tables = 2 * (torch.empty(shape),) if is_meta else rotary_tables(*self.shape, device)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen = None, backend: Backend = "sdpa") -> Tensor:
-        """(B, T, C) -> (B, T, C). Each position attends to what a backend's layout allows, or also to a cache slot."""
+        """Apply attention, (B, T, C) -> (B, T, C). `seen` is the backend's layout, or a cache slot that is extended."""
         q, k = self.queries_and_keys(x, cos, sin)
         v = self.v_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # B K T D
         mixed = attend_cached(q, k, v, seen) if isinstance(seen, Slot) else attend(q, k, v, backend, seen)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         return out
 
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, H, T, D) and (B, K, T, D), rotated."""
+        """Return the rotated queries (B, H, T, D) and keys (B, K, T, D) of x (B, T, C)."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)
         k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """A SwiGLU feed-forward network (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,13 +123,13 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Apply the feed-forward network, (B, T, C) -> (B, T, C)."""
         out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """A pre-norm transformer block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -139,14 +139,14 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen = None, backend: Backend = "sdpa") -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Apply the block, (B, T, C) -> (B, T, C)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, backend)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, final normalization. How attention is computed and what is checkpointed is set from outside."""
+    """Embedding, blocks and final normalization. The caller sets `attention_backend` and `checkpointing`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         self.checkpointing = False
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, C); document_ids as in SmolLM2.forward."""
+        """Return the hidden states (B, T, C) of input_ids (B, T) int64; document_ids are as in SmolLM2.forward."""
         length = input_ids.shape[1]
         cos, sin = self.rotary.cos[:length], self.rotary.sin[:length]
         backend = self.attention_backend
@@ -173,14 +173,14 @@ class Transformer(nn.Module):
         return out
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, C)."""
+        """Return the token embeddings, (B, T) int64 -> (B, T, C)."""
         x: Tensor = self.embed_tokens(input_ids)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream stays in 16 bits
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def extend(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Compute `forward` for the tokens (B, T) that follow those in the cache: (B, T, C)."""
+        """Append the tokens (B, T) to the cache and return their hidden states (B, T, C)."""
         positions, slots = cache.advance(input_ids.shape[1])
         x = self.embed(input_ids)
         cos, sin = self.rotary.cos[positions].to(x.dtype), self.rotary.sin[positions].to(x.dtype)
@@ -191,12 +191,12 @@ class Transformer(nn.Module):
 
 
 class SmolLM2(nn.Module):
-    """The language model: logits, or the loss if labels are given."""
+    """The language model; it returns logits, or the loss if labels are given."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.trained_length = config.max_position_embeddings  # loading a checkpoint sets the length of its windows
+        self.trained_length = config.max_position_embeddings  # a loaded checkpoint sets the window length of its run
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -204,8 +204,8 @@ class SmolLM2(nn.Module):
         self.initialize()
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights as for SmolLM2's pretraining: normal(0, initializer_range), the two output projections of a block
-        divided by sqrt(2 x layers), norms at 1 and 0."""
+        """Initialize the weights as in SmolLM2's pretraining: normal(0, initializer_range), with the two output
+        projections of each block divided by sqrt(2 x layers); norms start with weight 1 and bias 0."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if "norm" in name:
@@ -224,9 +224,9 @@ class SmolLM2(nn.Module):
         z_loss: float = 0.0,
         gradient_scale: Tensor | None = None,
     ) -> Any:
-        """Return the logits (B, T, V) for input_ids (B, T); with labels (B, T), where labels[t] is the token after
-        input_ids[t] and -100 marks no target, the loss as (sum over targets, float32; number of targets). With
-        document_ids (B, T), which do not decrease along T, a position sees only its own document."""
+        """Return the logits (B, T, V) for input_ids (B, T). With labels (B, T), return the loss as (sum over targets in
+        float32, number of targets); labels[t] is the token after input_ids[t], or -100 for no target. With document_ids
+        (B, T), which do not decrease along T, a position attends only to its own document."""
         hidden = self.model(input_ids, document_ids)
         if labels is None:
             return self.lm_head(hidden)

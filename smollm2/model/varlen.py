@@ -11,7 +11,8 @@ from torch.nn.attention.varlen import varlen_attn
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """Return attention over the documents of all sequences, concatenated as torch's flash kernel expects them.
 
-    Shapes as in attention.py. `bounds` (N + 1,) int32 is where each of the N documents begins and the last one ends.
+    Shapes are as in attention.py. `bounds` (N + 1,) int32 contains the start of each of the N documents and the end of
+    the last one.
     """
     options: dict[str, Any] = {"is_causal": True} if takes_option("is_causal") else {"window_size": (-1, 0)}
     groups = q.shape[1] // k.shape[1]
@@ -20,12 +21,12 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     else:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B T, heads, D)
-    length = q.shape[2]  # an upper bound: the length of the longest document would cost a synchronization
+    length = q.shape[2]  # an upper bound: finding the longest document would cost a synchronization
     out = cast(Tensor, varlen_attn(rows[0], rows[1], rows[2], bounds, bounds, length, length, **options))
     return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def takes_option(name: str) -> bool:
-    """Return whether this torch's `varlen_attn` has an option: causal masking is spelled differently in 2.10 and 2.12."""
+    """Return whether `varlen_attn` has an option: torch 2.10 and 2.12 name the one for causal masking differently."""
     return name in inspect.signature(varlen_attn).parameters

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs, memory and disk of a run: what can be counted without running or measuring anything."""
+"""Calculate the parameters, FLOPs, memory and disk space of a run, without running or measuring anything."""
 
 import contextlib
 import json
@@ -10,28 +10,30 @@ from pathlib import Path
 from smollm2.config.schema import Config, ModelConfig
 
 LIBRARIES = 365_000_000
-"""Bytes that Python and torch need in addition to the tensors; measured after the first step, 2026-11-24."""
+"""Bytes that Python and torch need in addition to the tensors; measured after the first step on 2026-11-24."""
 
 QUERY_BLOCK, LONGEST_KEPT = 128, 512
-"""How many queries the attention backend `blocks` processes at once (twice as many above 1,024 positions), and the longest
-sequence whose probabilities it keeps for the backward pass. Both were fastest on two cores with avx512_bf16 on
-2026-11-24, forward and backward of 8 sequences, 6 heads, 256 positions: 128 queries 9.2 ms, 256 queries 11.0 ms, recomputed
-14.0 ms."""
+"""The number of queries that the attention backend `blocks` processes at once (twice as many above 1,024 positions),
+and the longest sequence whose probabilities it keeps for the backward pass. Both were the fastest choice on two cores
+with avx512_bf16 on 2026-11-24: forward and backward passes with 8 sequences, 6 heads and 256 positions took 9.2 ms with
+128 queries, 11.0 ms with 256 queries, and 14.0 ms with recomputed probabilities."""
 
 MAPPED = 32 * 2**20
-"""glibc maps an allocation of this size separately and unmaps it once freed. Smaller ones share one heap, which keeps
-freed memory. It is the largest threshold that mallopt accepts everywhere (`keep_freed_memory` in the runtime)."""
+"""glibc maps allocations of this many bytes or more separately and unmaps them when freed. Smaller ones share one heap,
+which keeps freed memory. This is the largest threshold that mallopt accepts everywhere (`keep_freed_memory` in the
+runtime)."""
 
 HEAP_GAPS = {"one micro-batch": 0.3, "several": 0.5}
-"""The share of small temporary tensors lost to gaps in the heap at peak memory use. With accumulation,
-the gradients of the first micro-batch stay between freed activations. micro, batch_size 8, 2026-11-24, peak in MB with
-1, 2 and 4 micro-batches: 978, 1093, 1090 in float32, 847, 902, 921 in bf16."""
+"""The memory lost to gaps in the heap at peak use, as a fraction of the memory of small tensors. With gradient
+accumulation, the gradients of the first micro-batch remain between freed activations. Measured with micro at batch_size
+8 on 2026-11-24, the peak with 1, 2 and 4 micro-batches was 978, 1093 and 1090 MB in float32, and 847, 902 and 921 MB in
+bf16."""
 
 BF16_CPUS = ("cpu-bf16", "cpu-amx")
 """CPU classes (machine.py) with bf16 units."""
 
 MUON_STEPS = 4
-"""Steps of Muon's orthogonalization (training/muon.py)."""
+"""The number of iterations in Muon's orthogonalization (training/muon.py)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Disk:
-    """The size of one checkpoint in bytes, and how many checkpoints the run folder holds at the end."""
+    """The size of one checkpoint in bytes, and how many checkpoints the run folder contains at the end."""
 
     checkpoint_bytes: int
     checkpoints: int
@@ -100,7 +102,7 @@ def block_matrices(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def flops_per_token(model: ModelConfig, length: int) -> int:
-    """Return the FLOPs of a causal forward and backward pass: 6 N + 6 V d + 6 L d_attention T, N without embeddings."""
+    """Return 6 N + 6 V d + 6 L d_attention T: the FLOPs of forward and backward if causal. N excludes embeddings."""
     attention = model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
     return 6 * (count_non_embedding(model) + model.vocab_size * model.hidden_size + attention)
 
@@ -108,9 +110,9 @@ def flops_per_token(model: ModelConfig, length: int) -> int:
 def muon_flops(model: ModelConfig, device: str) -> int:
     """Return the FLOPs of the matrix products of one Muon step, which do not depend on the number of tokens.
 
-    An M x N matrix (M <= N) takes 4 M^2 N + 2 M^3 in each step of the iteration: X X^T, the square of that, and the product
-    with X. In float32 with M < N the iteration is on the M x M Gram matrix: 4 products a step, but one fewer in
-    the first step and two fewer in the last, plus 4 M^2 N in total.
+    An M x N matrix (M <= N) needs 4 M^2 N + 2 M^3 FLOPs per iteration: X X^T, its square, and the product with X. In
+    float32 with M < N, Muon iterates on the M x M Gram matrix: 4 products per iteration, but one fewer in the first and
+    two fewer in the last, plus 4 M^2 N in total.
     """
     flops = 0
     for m, n in block_matrices(model):
@@ -167,25 +169,25 @@ def needs_float32(config: Config, device: str) -> bool:
 
 
 def has_bf16(device: str) -> bool:
-    """Return whether a device computes matrix products in bf16; on older GPUs fp16 counts as well."""
+    """Return whether a device computes matrix products in bf16; older GPUs, which use fp16 instead, count as well."""
     return device in BF16_CPUS or not device.startswith(("cpu", "mps"))
 
 
 def estimate_disk(config: Config) -> Disk:
-    """Return the size of the checkpoints: float32 weights and the optimizer's state."""
+    """Return the disk space for the checkpoints, which contain float32 weights and the optimizer state."""
     parameters = count_parameters(config.model)
     return Disk(4 * parameters + optimizer_bytes(config), count_checkpoints(config))
 
 
 def optimizer_bytes(config: Config) -> int:
-    """Return the bytes of the optimizer's state: two moments per weight for AdamW, one for Muon."""
+    """Return the size of the optimizer state in bytes: two moments per weight for AdamW, one for Muon."""
     m = config.model
     by_muon = m.num_hidden_layers * count_block_matrices(m) if config.training.optimizer == "muon" else 0
     return 8 * count_parameters(m) - 4 * by_muon
 
 
 def count_checkpoints(config: Config) -> int:
-    """Return how many checkpoints remain at the end: the last step is always saved, keep_last also keeps the best."""
+    """Return how many checkpoints remain at the end. The last step is always saved; keep_last keeps the best too."""
     t = config.training
     every = math.ceil(t.train_steps / t.save_interval) if t.save_interval else 1
     if t.keep_last is None:
@@ -203,7 +205,7 @@ def find_corpus(config: Config) -> Corpus | None:
         return None
     vocab_size = 257 if data.tokenizer == "bytes" else config.model.vocab_size
     for counted_size, corpus in read_counts(Path(data.cache_dir)):
-        # A count made with another vocabulary size does not apply: nano's is 4,096.
+        # A count made with another vocabulary size, such as nano's 4,096, does not apply.
         if counted_size == size and corpus.vocab_size == vocab_size:
             return corpus
     tokens = size / bytes_per_token(config)
@@ -211,7 +213,7 @@ def find_corpus(config: Config) -> Corpus | None:
 
 
 def read_counts(cache: Path) -> Iterator[tuple[int, Corpus]]:
-    """Yield (bytes of the text, corpus) for each entry of the token cache."""
+    """Yield (text size in bytes, corpus) for each entry of the token cache."""
     for path in sorted(cache.glob("*/header.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             header = json.loads(path.read_text(encoding="utf-8"))
@@ -220,7 +222,7 @@ def read_counts(cache: Path) -> Iterator[tuple[int, Corpus]]:
 
 
 def bytes_per_token(config: Config) -> float:
-    """Return the bytes of English text per token: 1/3 byte more for each doubling of the vocabulary."""
+    """Return the estimated bytes of English text per token: 1/3 byte more for each doubling of the vocabulary size."""
     if config.data.tokenizer == "bytes":
         return 1.0
     return max(1.0, math.log2(config.model.vocab_size) / 3 - 0.7)

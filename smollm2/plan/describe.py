@@ -1,4 +1,4 @@
-"""The plan of a run and its table: what `smollm2 plan` prints."""
+"""Make the plan of a run, and the table of it that `smollm2 plan` prints."""
 
 from dataclasses import asdict, dataclass
 
@@ -33,7 +33,7 @@ CPU_NAMES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Memory is per device."""
+    """What a run needs; memory is per device."""
 
     parameters: int
     flops_per_token: int
@@ -45,7 +45,7 @@ class Plan:
 
 
 def make_plan(config: Config, machine: Machine, products: float | None = None) -> Plan:
-    """Return the plan of a run on a machine; `products` as in find_throughput."""
+    """Return the plan of a run on a machine; `products` is as in `find_throughput`."""
     throughput = find_throughput(config, machine, products)
     return Plan(
         parameters=count_parameters(config.model),
@@ -59,7 +59,7 @@ def make_plan(config: Config, machine: Machine, products: float | None = None) -
 
 
 def describe_machine(machine: Machine) -> str:
-    """Return `2 cores of a CPU with AVX2` or `one NVIDIA H100`."""
+    """Return a description such as `2 cores of a CPU with AVX2` or `one NVIDIA H100`."""
     name = CPU_NAMES.get(machine.device, machine.device)
     if machine.is_cpu:
         return f"1 core of a {name}" if machine.cores == 1 else f"{machine.cores} cores of a {name}"
@@ -74,7 +74,7 @@ def describe_origin(throughput: Throughput) -> str:
 
 
 def describe_plan(config: Config, machine: Machine) -> list[tuple[str, str]]:
-    """Return the rows of the table."""
+    """Return the rows of the plan's table as (label, text)."""
     corpus = find_corpus(config)
     if corpus and corpus.is_counted:
         config = config.with_vocab_size(corpus.vocab_size)
@@ -132,7 +132,7 @@ def describe_checkpointing(config: Config, machine: Machine, throughput: Through
 
 
 def describe_all_gpus(config: Config, machine: Machine) -> list[tuple[str, str]]:
-    """Return the row for all GPUs together, if there are several."""
+    """Return the table row for all GPUs together; no row if there are fewer than two."""
     if machine.gpus < 2:
         return []
     together = Machine(machine.device, machine.cores, machine.gpus, devices=machine.gpus)
@@ -152,5 +152,5 @@ def describe_card(config: Config, card: str, gigabytes: int) -> str:
 
 
 def describe_time(plan: Plan) -> str:
-    """Return `2.5 hours (0.34 s per step)`."""
+    """Return the time of the run and of one step, such as `2.5 hours (0.34 s per step)`."""
     return f"{format_estimate(plan.duration.total)} ({format_step_time(plan.duration.step)})"

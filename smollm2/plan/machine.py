@@ -1,7 +1,7 @@
 """Detect the machine without torch: the cores that this process may use, the kind of CPU or GPU, and the memory.
 
 A container limits cores and memory through cgroups, which exist in two versions; a batch system limits cores through
-CPU affinity. `root` is the root of the file system to read; tests pass a folder of their own.
+CPU affinity. `root` is the root of the file system to read; tests pass their own folder.
 """
 
 import math
@@ -18,7 +18,7 @@ import psutil
 
 ROOT = Path("/")
 WSL_TOOLS = "usr/lib/wsl/lib"
-"""Where Windows puts nvidia-smi in WSL, which has no /proc/driver/nvidia."""
+"""The folder of nvidia-smi in WSL, which has no /proc/driver/nvidia."""
 
 ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
 """Substrings of ONEDNN_MAX_CPU_ISA values that allow bf16 matrix products in hardware."""
@@ -26,11 +26,11 @@ ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware that a run computes on."""
+    """The hardware that a run uses."""
 
     device: str  # a row of the table in throughput.py (`cpu-avx2`, `mps`), or a GPU's name
-    cores: int  # that the run may use on this machine
-    gpus: int = 0  # that CUDA_VISIBLE_DEVICES leaves visible
+    cores: int  # number that the run may use on this machine
+    gpus: int = 0  # number visible under CUDA_VISIBLE_DEVICES
     devices: int = 1  # GPUs, or machines without a GPU, that share the work of a step
 
     @property
@@ -40,7 +40,7 @@ class Machine:
 
 
 def find_machine(environment: Mapping[str, str], root: Path = ROOT) -> Machine:
-    """Return what training would use here: a GPU if one is visible, else the CPU."""
+    """Return the hardware that training would use here: a GPU if one is visible, else the CPU."""
     gpus = list_gpus(environment, root)
     if gpus:
         return Machine(gpus[0], count_cores(root), len(gpus))
@@ -74,7 +74,7 @@ def cpu_class(environment: Mapping[str, str], root: Path = ROOT) -> str:
 
 
 def list_gpus(environment: Mapping[str, str], root: Path = ROOT) -> list[str]:
-    """Return the names of the NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible to this process."""
+    """Return the names of the NVIDIA GPUs that are visible to this process under CUDA_VISIBLE_DEVICES."""
     if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return []
     found = _gpus_of_driver(root) or _gpus_of_tool(environment, root)
@@ -87,7 +87,7 @@ def list_gpus(environment: Mapping[str, str], root: Path = ROOT) -> list[str]:
             names.append(found[int(word)][0])
         elif matching := [name for name, identity in found if word and identity.startswith(word)]:
             names.append(matching[0])
-        elif word.startswith("MIG-") and found:  # a slice of a GPU; these files do not say of which
+        elif word.startswith("MIG-") and found:  # a slice of a GPU; its name does not say of which GPU
             names.append(found[0][0])
         else:  # CUDA ignores everything after the first device that does not exist
             break
@@ -103,7 +103,7 @@ def _gpus_of_driver(root: Path) -> list[tuple[str, str]]:
 
 
 def _gpus_of_tool(environment: Mapping[str, str], root: Path) -> list[tuple[str, str]]:
-    """Return what nvidia-smi lists, for WSL and for containers without /proc/driver."""
+    """Return (name, UUID) of each GPU that nvidia-smi lists, for WSL and for containers without /proc/driver."""
     tool = shutil.which("nvidia-smi", path=f"{environment.get('PATH', '')}{os.pathsep}{root / WSL_TOOLS}")
     if tool is None:
         return []
@@ -115,7 +115,7 @@ def _gpus_of_tool(environment: Mapping[str, str], root: Path) -> list[tuple[str,
 
 
 def count_cores(root: Path = ROOT, allowed: set[int] | None = None) -> int:
-    """Return the number of physical cores that this process may use: affinity, cpuset and cgroup quota limit it.
+    """Return the number of physical cores that affinity, cpuset and cgroup quota allow this process.
 
     `allowed` is the set of logical processor numbers, by default this process's affinity.
     """
@@ -135,7 +135,7 @@ def _allowed_processors() -> set[int]:
 
 
 def _cores_of_processors(root: Path) -> dict[int, tuple[object, ...]]:
-    """Return the physical core of each logical processor. Two hyperthreads are two processors of one core."""
+    """Return the physical core of each logical processor. Two hyperthreads are two logical processors of one core."""
     cores: dict[int, tuple[object, ...]] = {}
     for block in _read(root / "proc/cpuinfo").split("\n\n"):
         facts = dict(re.findall(r"^([^:\t]+?)\s*:\s*(.*)$", block, re.MULTILINE))
@@ -154,9 +154,9 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
 
 
 def memory_limit(root: Path = ROOT) -> int:
-    """Return the total memory of this machine or this container, in bytes.
+    """Return the total memory of this machine or container, in bytes.
 
-    Not the free memory: a run must be divided the same way when it is resumed later.
+    The free memory is not used, because a resumed run must choose the same micro-batch size.
     """
     names = ("memory.max", "memory.limit_in_bytes")
     limits = [_number(folder / name) for folder in _cgroup_folders(root, "memory") for name in names]
@@ -164,7 +164,7 @@ def memory_limit(root: Path = ROOT) -> int:
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Return the bytes of memory that this process can still get, on this machine or in this container."""
+    """Return the memory that this process can still allocate, in bytes, on this machine or in this container."""
     free = [psutil.virtual_memory().available]
     names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
     for folder in _cgroup_folders(root, "memory"):
@@ -175,7 +175,7 @@ def available_memory(root: Path = ROOT) -> int:
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders with this process's limits: its own cgroup and all its parents, in both versions."""
+    """Yield the folders with this process's limits: its own cgroup and all parents, in both cgroup versions."""
     base = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines() or ["0::/", f"1:{controller}:/"]:
         _, controllers, path = line.split(":", 2)
@@ -195,6 +195,6 @@ def _read(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    """Return the whole number in a file; None if it holds anything else, such as `max`, or `-1` for no limit."""
+    """Return the whole number in a file; None if it contains anything else, such as `max` or `-1` for no limit."""
     text = _read(path).strip()
     return int(text) if text.isdecimal() else None

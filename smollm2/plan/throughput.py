@@ -1,8 +1,8 @@
 """Estimate how long a step and a run take on a machine, from a table or from measurements of earlier runs there.
 
-A run records its throughput in the cache folder (`throughput.json`). Without a record the table below is used. Once torch
-is loaded, `products`, the FLOP/s that a short measurement found in matrix products, corrects the table for a CPU that is
-faster or slower than the one the table was made on. None of this ever affects what a run computes.
+A run records its throughput in the cache folder (`throughput.json`). Without a record, the table below is used. Once
+torch is loaded, the table can be corrected for a faster or slower CPU by `products`, the FLOP/s of matrix products in a
+short measurement. Records and measurements never affect what a run computes.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from smollm2.storage.atomic import write_atomically
 
 @dataclass(frozen=True)
 class CpuSpeed:
-    """The speed of one core of a CPU class in training."""
+    """The training speed of one core of a CPU class."""
 
-    float32: float  # FLOP/s of matrix products, as measure_products finds them
+    float32: float  # FLOP/s of matrix products, as measured by measure_products
     bf16: float
     seconds_per_number: float  # all other work, for each value of the residual stream in each layer
-    seconds_per_block: float  # fixed cost of a block per micro-batch, however small; not per core
+    seconds_per_block: float  # fixed cost of a block per micro-batch of any size; not per core
 
 
 CPU_SPEEDS = {
@@ -38,13 +38,15 @@ CPU_SPEEDS = {
     "cpu-amx": CpuSpeed(100e9, 400e9, 125e-9, 3e-3),
     "cpu-float32": CpuSpeed(30e9, 0.3e9, 125e-9, 10e-3),  # any other
 }
-"""Calibrated on two idle cores, so that the estimates match whole measured steps:
+"""Calibrated on two idle cores, so that the estimates match measured times of whole steps:
 
-- cpu-avx2: AMD EPYC (Zen 3, no bf16 units), torch 2.13, 2026-11-25: products 128 GFLOP/s. Nano ran at 9,000 tokens/s
-  (AdamW) on one day and at 6,300 (Muon) on the next with the same products, micro at 1,120 (3.67 s a step). Forward and
-  backward of micro 2.5 s a step on the first day; the 12M shape of benchmarks/train_speed.py 1,611 tokens/s.
-- cpu-bf16: AMD EPYC with avx512_bf16, torch 2.13, 2026-11-24: nano 15,300 and micro 3,050 tokens/s, the 768-wide model
-  with gradient checkpointing 263; in float32, 12M parameters 1,756. cpu-avx512 is the same CPU without its bf16 units.
+- cpu-avx2: AMD EPYC (Zen 3, no bf16 units), torch 2.13, 2026-11-25. Matrix products reached 128 GFLOP/s. Nano ran at
+  9,000 tokens/s (AdamW) on one day and at 6,300 (Muon) on the next, with the same speed of matrix products; micro ran
+  at 1,120 (3.67 s per step). Micro's forward and backward passes took 2.5 s per step on the first day. The 12M model of
+  benchmarks/train_speed.py ran at 1,611 tokens/s.
+- cpu-bf16: AMD EPYC with avx512_bf16, torch 2.13, 2026-11-24. Nano ran at 15,300 tokens/s, micro at 3,050, and the
+  768-wide model with gradient checkpointing at 263; in float32, the 12M model ran at 1,756. cpu-avx512 is the same CPU
+  without its bf16 units.
 - cpu-amx, cpu-float32: guesses, never measured."""
 
 GPU_FLOPS = {"H200": 280e12, "H100": 250e12, "A100": 100e12, "L40S": 80e12, "RTX 4090": 60e12, "L4": 25e12}
@@ -53,37 +55,37 @@ GPU_FLOPS |= {"T4": 15e12, "mps": 2e12}
 
 OTHER_GPU_FLOPS = 30e12
 GPU_SECONDS_PER_BLOCK = 2e-3
-"""The fixed seconds of a block per micro-batch, however small; on a GPU they overlap with matrix products."""
+"""The fixed cost of a block per micro-batch of any size, in seconds; on a GPU it overlaps with matrix products."""
 
 SAMPLE_SECONDS_PER_BLOCK = 1e-3
-"""The seconds that one block takes per token of a sample: nano generates 250 tokens a second, 2026-11-25."""
+"""The seconds per block to generate one token of a sample; nano generated 250 tokens/s on 2026-11-25."""
 
 COMPILE_SECONDS = 60.0
-"""The longest that compilation took at a first step, on two cores."""
+"""The longest compilation time observed at a first step, in seconds, on two cores."""
 
 COMPILE_GAIN_CPU = 1.14
-"""How much faster compiled blocks train in bf16 on a CPU (benchmarks/README.md); in float32, 1.03 and within the noise."""
+"""The speedup of compiled blocks in bf16 on a CPU (benchmarks/README.md); in float32 it is 1.03, within the noise."""
 
 COMPILE_GAIN_GPU = 1.16
-"""The same on a GPU, the smaller of two public figures: torchtitan's 1.16 for 8B parameters, nanoGPT's 1.85 on an A100."""
+"""The speedup on a GPU, the lower of two published values: torchtitan's 1.16 (8B parameters), nanoGPT's 1.85 (A100)."""
 
 SHARE_BESIDES = 0.05
-"""The time of diagnostics, loss landscape, reports and saves, as a share of step time; nano and micro, 2026-11-25."""
+"""The time for diagnostics, landscape, reports and saves as a fraction of step time (nano and micro, 2026-11-25)."""
 
 RECORDS = "throughput.json"
 KEPT_RECORDS = 5
-"""Kept per kind of device: a machine that has become slower is recognized as such after this many runs."""
+"""The number of latest records kept per key: if a machine becomes slower, estimates follow after this many runs."""
 
 MAX_DEVIATION = 1.5
-"""The largest ratio of measured to announced step time, or its inverse; beyond it, a correction is reported."""
+"""A correction is reported if measured and announced step times differ by more than this factor."""
 
 
 @dataclass(frozen=True)
 class Throughput:
     """The throughput that a machine reaches in training."""
 
-    flops: float  # per second, in matrix products
-    seconds_per_block: float  # fixed cost of a block per micro-batch, however small
+    flops: float  # FLOP/s of matrix products
+    seconds_per_block: float  # fixed cost of a block per micro-batch of any size
     measured: str = ""  # the date on which a run reached it; empty if it comes from the table
     is_scaled: bool = False  # whether the table was corrected by a measurement of matrix products
 
@@ -93,16 +95,16 @@ class Duration:
     """How long a run takes."""
 
     step: float  # seconds of one step
-    besides: float  # seconds of the whole run for validation, samples, diagnostics and saves
+    besides: float  # seconds in the whole run for validation, samples, diagnostics and saves
     steps: int
 
     def of(self, steps: int) -> float:
-        """Return the seconds of `steps` steps, including their share of the other work."""
+        """Return the seconds that `steps` steps take, including their share of the other work."""
         return steps * (self.step + self.besides / self.steps)
 
     @property
     def total(self) -> float:
-        """Return the seconds of the whole run."""
+        """The seconds that the whole run takes."""
         return self.of(self.steps)
 
 
@@ -128,7 +130,7 @@ def estimate_step(config: Config, machine: Machine, throughput: Throughput) -> f
 
 
 def split_step(config: Config, machine: Machine, throughput: Throughput) -> tuple[float, float]:
-    """Return the part of a step's seconds that grows with its FLOPs, and the part that does not."""
+    """Return a step's time in seconds as two parts: one proportional to its FLOPs, and one independent of them."""
     m, t = config.model, config.training
     tokens = config.global_batch_size * t.sequence_length / machine.devices
     flops: float = flops_per_token(m, t.sequence_length)
@@ -141,7 +143,7 @@ def split_step(config: Config, machine: Machine, throughput: Throughput) -> tupl
 
 
 def optimizer_work(config: Config, machine: Machine) -> float:
-    """Return the optimizer's work, converted to FLOPs in the training precision. AdamW's time is negligible."""
+    """Return the optimizer's work as equivalent FLOPs in the training precision; AdamW's is negligible."""
     if config.training.optimizer != "muon":
         return 0.0
     flops = float(muon_flops(config.model, machine.device))
@@ -167,10 +169,10 @@ def core_flops(config: Config, machine: Machine) -> float:
 
 
 def find_throughput(config: Config, machine: Machine, products: float | None = None) -> Throughput:
-    """Return the fastest recent record, or else the table's throughput, scaled by `products` if that was measured.
+    """Return the fastest recent record, or else the table's throughput, scaled to `products` if given.
 
-    The fastest, because other programs can slow a run down, but nothing makes it faster than the machine. `products` is
-    the FLOP/s that all cores of a CPU currently reach in this run's precision.
+    The fastest record is the best estimate, because other programs can only slow a run down. `products` is the FLOP/s
+    that all cores of a CPU currently reach in this run's precision.
     """
     records = read_records(Path(config.data.cache_dir) / RECORDS).get(record_key(config, machine))
     if records:
@@ -183,9 +185,9 @@ def find_throughput(config: Config, machine: Machine, products: float | None = N
 
 
 def measured_throughput(config: Config, machine: Machine, seconds: float) -> Throughput:
-    """Return the throughput at which a step of `config` takes `seconds`: the table's, times one factor.
+    """Return the throughput at which a step of `config` takes `seconds`, by scaling the table's throughput.
 
-    A run too small to be limited by its matrix products says nothing about their speed.
+    A run too small to be limited by matrix products gives no information about their speed.
     """
     table = table_throughput(config, machine)
     products, blocks = split_step(config, machine, table)
@@ -231,12 +233,12 @@ def record_key(config: Config, machine: Machine) -> str:
     if precision == "auto":
         precision = "float32" if needs_float32(config, machine.device) else "bf16"
     parts = [machine.device, precision, t.optimizer, f"{machine.cores} cores"]
-    # On a CPU compilation changes little, and a short run's record serves the plan of a long one.
+    # On a CPU compilation changes little, so a short run's record can also be used to plan a long run.
     return ", ".join([*parts, "compiled"] if not machine.is_cpu and is_compiled(config, machine) else parts)
 
 
 def is_compiled(config: Config, machine: Machine) -> bool:
-    """Return whether the blocks are compiled; `auto` depends on the table alone, so that equal machines agree."""
+    """Return whether the blocks are compiled; `auto` depends only on the table, so identical machines agree."""
     setting = config.training.compile
     if setting != "auto":
         return setting
@@ -248,10 +250,10 @@ def is_compiled(config: Config, machine: Machine) -> bool:
 
 
 def correct_duration(announced: Duration, step_seconds: Sequence[float], steps_left: int) -> Duration | None:
-    """Return the corrected duration if steps take far longer or shorter than announced, else None.
+    """Return the corrected duration if steps take much more or less time than announced, else None.
 
-    A machine counts as slow only if the fastest tenth of its steps is slow: compilation and other programs slow steps
-    down, and nothing makes them faster than the machine. Nothing is corrected if both estimates are under a minute.
+    A machine counts as slow only if even the fastest tenth of its steps is slow, because compilation and other programs
+    can slow steps down. There is no correction if both estimates are under a minute.
     """
     fast, step = sorted(step_seconds)[len(step_seconds) // 10], statistics.median(step_seconds)
     if fast < MAX_DEVIATION * announced.step and step > announced.step / MAX_DEVIATION:

@@ -1,7 +1,7 @@
-"""The sections of the page that compares several runs: which is better, by how much and at what cost in time.
+"""The sections of the page that compares several runs: which is better, by how much, and at what cost in time.
 
-Validation losses are compared if the runs have the same tokens and windows, else bits per byte. The differences at the
-validations that two runs have in common are paired: same step, same windows.
+If the runs have the same tokens and windows, their validation losses are compared, otherwise their bits per byte. Two
+runs are compared in pairs of validations: those at the same step, on the same windows.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ SAME_DATA = ("tokens", "bytes", "vocab_size", "train_tokens", "validation_tokens
 
 
 class Comparison(NamedTuple):
-    """One part of the page: its id and template, its heading, and the data of the template."""
+    """One section of the page: its id (also the template's name), its heading, and what builds the template's data."""
 
     id: str
     title: str
@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
 
 
 def runs_section(runs: Sequence[RunFolder]) -> Context:
-    """Return the state and key figures of each run, the best of them, and how far the others are from it."""
+    """Return the state and key figures of each run, which run is best, and how far the others are behind it."""
     metric = comparable_metric(runs)
     scores = {run.name: found[1] for run in runs if (found := best_of(run, metric))}
     best = min(scores, key=scores.__getitem__, default=None)
@@ -79,9 +79,9 @@ def compare_best(runs: Sequence[RunFolder], metric: str) -> list[str]:
 
 
 def describe_pairs(first: RunFolder, second: RunFolder, metric: str) -> list[str]:
-    """Return the spread of the paired differences, in a sentence.
+    """Return a sentence on how often, and by how much, the first run is lower; none if there are fewer than two pairs.
 
-    The last step of a run validates on the whole split, so it is paired only with the last step of the other.
+    The last step of a run validates on the whole split, so it is paired only with the last step of the other run.
     """
     others = dict(second.points(metric))
     unpaired = {first.train_steps, second.train_steps} if first.train_steps != second.train_steps else set()
@@ -99,7 +99,7 @@ def describe_pairs(first: RunFolder, second: RunFolder, metric: str) -> list[str
 
 
 def describe_time(first: RunFolder, second: RunFolder, metric: str, target: float) -> list[str]:
-    """Return the time of both runs, and when the better run reached the other's best value."""
+    """Return a sentence with both runs' durations, and when the better run reached the other's best value."""
     ours, theirs = seconds_of(first), seconds_of(second)
     if not ours or not theirs:
         return []
@@ -137,7 +137,7 @@ def differences_section(runs: Sequence[RunFolder]) -> Context:
 
 
 def last_samples_section(runs: Sequence[RunFolder]) -> Context:
-    """Return the last sample of each run, prompt by prompt."""
+    """Return each run's last sample for each prompt."""
     prompts = list(dict.fromkeys(row["prompt"] for run in runs for row in run.samples))[:SHOWN_PROMPTS]
     if not prompts:
         return {"note": "None of these runs has samples."}
@@ -155,4 +155,4 @@ COMPARISON = (
     Comparison("differences", "Differences", differences_section),
     Comparison("last_samples", "Last samples", last_samples_section),
 )
-"""The page of several runs, from top to bottom."""
+"""The sections of the page about several runs, from top to bottom."""

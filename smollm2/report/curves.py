@@ -1,4 +1,7 @@
-"""Metrics as curves that a browser can handle: at most 2,000 points each, with every bucket's minimum and maximum."""
+"""Metrics as curves that a browser can handle: at most 2,000 points each.
+
+Longer ones are thinned to the minimum and maximum of each bucket of consecutive values.
+"""
 
 import bisect
 import math
@@ -14,7 +17,7 @@ POINTS_OF_A_PAGE = 24_000
 SHOWN_MARKS = 200
 SLOWEST = 1e-9
 Curve = dict[str, object]
-"""`name`, `step`, `tokens`, `seconds` and `y`, lists of one length; if thinned, `mean`, the mean of each bucket."""
+"""`name`, and lists of equal length: `step`, `tokens`, `seconds`, `y` and, if thinned, `mean`, the bucket means."""
 
 Place = dict[str, float | int]
 """A position on each of the axes `step`, `tokens` and `seconds`."""
@@ -26,7 +29,7 @@ CURVES = {
     "gradient norm": ("grad_norm",),
     "tokens per second": ("tokens_per_second",),
 }
-"""The charts and their curves."""
+"""The title of each chart, and the metrics that it shows."""
 
 WORDS = {
     "loss": "training loss",
@@ -36,13 +39,13 @@ WORDS = {
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
 }
-"""The names of metrics on the page."""
+"""The name of each metric, as shown on the page."""
 
 
 def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:
-    """Return the indices to draw, at most `points` (at least 4), and for each the mean of its bucket.
+    """Return the indices of the values to draw, at most `points` (at least 4), and the mean of each one's bucket.
 
-    NaN is ignored. The first and the last are kept, and the minimum and maximum of each bucket between them.
+    NaN is ignored. The first and last values are kept, and so are the minimum and maximum of each bucket between them.
     """
     indices = [index for index, value in enumerate(values) if not math.isnan(value)]
     if len(indices) <= points:
@@ -58,7 +61,7 @@ def thin(values: Sequence[float], points: int) -> tuple[list[int], list[float]]:
 
 
 def split_evenly(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
-    """Split into `count` buckets in order, whose lengths differ by at most one item."""
+    """Split the items, in order, into `count` buckets whose lengths differ by at most one."""
     return [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
 
 
@@ -68,7 +71,7 @@ def pick_evenly(items: Sequence[int], count: int) -> list[int]:
 
 
 def make_curve(run: RunFolder, metric: str, points: int = POINTS) -> Curve:
-    """Return one metric against steps, tokens and seconds of training."""
+    """Return the curve of one metric over steps, tokens and seconds of training, with at most `points` points."""
     values, axes = run.metrics[metric], axes_of(run)
     kept, means = thin(values, points)
     curve: Curve = {"name": metric, **{axis: [shorten(numbers[i], 9) for i in kept] for axis, numbers in axes.items()}}
@@ -79,10 +82,10 @@ def make_curve(run: RunFolder, metric: str, points: int = POINTS) -> Curve:
 
 
 def axes_of(run: RunFolder) -> dict[str, list[float]]:
-    """Return the step, tokens and seconds of each row.
+    """Return the step, the tokens and the seconds of each row.
 
-    Seconds are those of the steps (tokens divided by tokens per second), since rows have no timestamp; evaluation,
-    samples and saves are excluded. A validation has the tokens of the report before it.
+    Seconds count training steps only (tokens divided by tokens per second), because rows have no timestamp; evaluation,
+    samples and saves are excluded. A validation row takes its token count from the preceding training row.
     """
     axes: dict[str, list[float]] = {"step": list(run.metrics["step"]), "tokens": [], "seconds": []}
     tokens, seconds = 0.0, 0.0
@@ -97,7 +100,7 @@ def axes_of(run: RunFolder) -> dict[str, list[float]]:
 
 
 def marks_of(run: RunFolder) -> dict[str, object]:
-    """Return what is marked on the curves of a run: warmup, resumes, the best checkpoint, skipped steps and spikes."""
+    """Return the marks on the curves of a run: warmup, resumes, the best checkpoint, skipped steps and spikes."""
     axes = axes_of(run)
 
     def place(step: float) -> Place:
@@ -129,12 +132,12 @@ def marks_of(run: RunFolder) -> dict[str, object]:
 
 
 def shorten(number: float, digits: int = 6) -> float | int:
-    """Round to significant digits, to an integer if it is whole: a page holds tens of thousands of numbers."""
+    """Round to `digits` significant digits, and to an integer if whole: a page has tens of thousands of numbers."""
     short = float(f"{number:.{digits}g}")
     return int(short) if short.is_integer() and abs(short) < 2**53 else short
 
 
 def tail_mean(values: Sequence[float]) -> float:
-    """Return the mean of the last fifth, at most ten values: the level of a noisy curve at its end."""
+    """Return the mean of the last fifth of the values, at most ten of them: the final level of a noisy curve."""
     count = min(10, max(1, len(values) // 5))
     return sum(values[-count:]) / count

@@ -1,6 +1,7 @@
-"""The diagnostics section: norms of gradients, weights and updates by layer, activations by block, as a heat map.
+"""The diagnostics section: heat maps of gradients, weights and updates by layer, and of activations by block.
 
-The healthy ranges are rules of thumb from published runs of this size; a value outside is worth a look, not a failure.
+The healthy ranges are rules of thumb from published runs of this size. A value outside its range deserves a look; it
+is not necessarily a failure.
 """
 
 import math
@@ -20,7 +21,7 @@ CELLS_OF_A_PAGE = 60_000
 
 
 class Measure(NamedTuple):
-    """One number that the heat map shows: what it means, its healthy range in words, and its upper bound."""
+    """One quantity that the heat map shows: its meaning, its healthy range in words, and that range's upper bound."""
 
     meaning: str
     healthy: str
@@ -44,13 +45,13 @@ MEASURES = {
     ),
     "dead_units": Measure("Share of feed-forward units that are never active.", "below 0.1", 0.1),
 }
-"""The last four are measured per block, the others per layer that has parameters."""
+"""The last four are measured for each block, the others for each layer that has parameters."""
 
 FLOWS = {"gradient norm": "gradient_norm", "update ratio": "update_ratio", "weight norm": "weight_norm"}
 
 
 def diagnostics_section(run: RunFolder) -> Context:
-    """Return gradients, weights, updates and activations, layer by layer."""
+    """Return the heat map of gradients, weights, updates and activations, and the tables of the last diagnosis."""
     if not run.diagnoses:
         return {"note": "No diagnostics were recorded: training.diagnostics_interval sets how often they are."}
     last_step, last = run.diagnoses[-1]
@@ -81,7 +82,7 @@ def diagnostics_section(run: RunFolder) -> Context:
 
 
 def thin_diagnoses(diagnoses: Sequence[tuple[int, Diagnosis]], columns: int) -> Sequence[tuple[int, Diagnosis]]:
-    """Return at most `columns`: of those that share a column the one with the largest gradient, and always the last."""
+    """Return at most `columns` diagnoses: the one with the largest gradient of each column, and always the last."""
     if len(diagnoses) <= columns:
         return diagnoses
     *inner, last = diagnoses
@@ -93,18 +94,19 @@ def thin_diagnoses(diagnoses: Sequence[tuple[int, Diagnosis]], columns: int) -> 
 
 
 def by_layer(diagnosis: Diagnosis) -> dict[str, dict[str, float]]:
-    """Return the flow of each layer under the names of MEASURES."""
+    """Return the gradient norm, update ratio and weight norm of each layer, named as in MEASURES."""
     flows = flow_by_layer(diagnosis)
     return {layer: {name: getattr(flow, key) for name, key in FLOWS.items()} for layer, flow in flows.items()}
 
 
 def by_block(diagnosis: Diagnosis) -> dict[str, dict[str, float]]:
-    """Return the activations of each block."""
+    """Return the activation statistics of each block."""
     return {layer_of(block): dict(values) for block, values in diagnosis.activations.items()}
 
 
 def summarize_diagnosis(run: RunFolder, shown: int) -> str:
-    """Return the extremes of gradient and updates at the last step, the clipped share, and what is not drawn."""
+    """Return a summary: the ranges of gradient norms and update ratios at the last step, the fraction of clipped steps,
+    and how many of the diagnoses are drawn."""
     step, last = run.diagnoses[-1]
     flows, parts = by_layer(last), []
     for name in ("gradient norm", "update ratio"):
@@ -121,7 +123,7 @@ def summarize_diagnosis(run: RunFolder, shown: int) -> str:
 
 
 def measure_table(step: int, measures: Sequence[Context]) -> Context:
-    """Return for each diagnostic its meaning, its healthy range and its values at the last step."""
+    """Return a table of each diagnostic's meaning, its healthy range and its range at the last step."""
     rows = []
     for one in measures:
         measure = MEASURES[one["name"]]
@@ -133,7 +135,7 @@ def measure_table(step: int, measures: Sequence[Context]) -> Context:
 
 
 def parameter_table(step: int, diagnosis: Diagnosis) -> Context:
-    """Return the norms of each parameter at the last step."""
+    """Return a table of each parameter's gradient norm, weight norm and update ratio at the last step."""
     names = list(diagnosis.gradient_norms)
     more = len(names) - SHOWN_PARAMETERS
     kinds = (diagnosis.gradient_norms, diagnosis.weight_norms, diagnosis.update_ratios)

@@ -1,4 +1,4 @@
-"""Curve figures, of one run or of several in one chart, each with a sentence for readers who cannot see it."""
+"""Curve figures, of one run or of several in one chart, each with a summary for readers who cannot see it."""
 
 import math
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from smollm2.report.verdict import begin_sentence
 SHOWN_ROWS = 12
 SMOOTHING = 0.6
 SMOOTHED_FROM = 100
-"""Number of reports from which curves are smoothed: with fewer, the mean lags so much that validation seems lower."""
+"""Fewest reports for smoothing: with fewer, the smoothed training loss lags so much that validation seems lower."""
 
 Context = dict[str, Any]
-"""The data of a section or a figure that its template needs."""
+"""The data that the template of a section or a figure needs."""
 
 
 def curve_figures(runs: Sequence[RunFolder]) -> list[Context]:
-    """Return the charts of CURVES for which there is anything to draw; the loss is the first."""
+    """Return a figure for each chart in CURVES that has data; the loss comes first."""
     points = max(100, min(POINTS, POINTS_OF_A_PAGE // (6 * len(runs))))
     figures = []
     for title, metrics in CURVES.items():
@@ -44,18 +44,18 @@ def curve_figures(runs: Sequence[RunFolder]) -> list[Context]:
 
 
 def initial_smoothing(runs: Sequence[RunFolder]) -> float:
-    """Return the weight of the past in the drawn curves when the page opens; 0 for short runs."""
+    """Return the smoothing when the page opens, as the weight of past values; 0 for short runs."""
     return SMOOTHING if min(len(run.points("loss")) for run in runs) >= SMOOTHED_FROM else 0.0
 
 
 def draw_metric(run: RunFolder, metric: str, points: int, *, is_alone: bool) -> Curve:
-    """Return a curve with the name that the chart shows."""
+    """Return the curve of a metric, with the name that the chart shows."""
     name = WORDS[metric] if is_alone else f"{run.name}, validation" if metric == "validation_loss" else run.name
     return {**make_curve(run, metric, points), "name": name, "metric": metric, "run": run.name}
 
 
 def summarize(run: RunFolder, metrics: Sequence[str]) -> str:
-    """Return the first, last and lowest value of each curve in a sentence."""
+    """Return a sentence with the first, last and lowest value of each curve."""
     parts = []
     for metric in metrics:
         points = run.points(metric)
@@ -69,7 +69,7 @@ def summarize(run: RunFolder, metrics: Sequence[str]) -> str:
 
 
 def compare_ends(runs: Sequence[RunFolder], metrics: Sequence[str]) -> str:
-    """Return the last values of the first runs in a sentence."""
+    """Return a sentence with the last value of each run, for the first eight runs."""
     parts = []
     for metric in metrics:
         ends = [(run.name, points[-1][1]) for run in runs if (points := run.points(metric))]
@@ -79,12 +79,12 @@ def compare_ends(runs: Sequence[RunFolder], metrics: Sequence[str]) -> str:
 
 
 def write_out(value: float) -> str:
-    """Return four significant digits without an exponent: `0.00003`, `13,460`."""
+    """Return the number with four significant digits and no exponent, such as `0.00003` or `13,460`."""
     return format(Decimal(f"{value:.4g}"), ",f")
 
 
 def number_table(run: RunFolder) -> Context:
-    """Return some reports as a table: the first, the last, and evenly spaced ones between."""
+    """Return a table of some reports: the first, the last, and evenly spaced ones in between."""
     rows = [i for i, loss in enumerate(run.metrics["loss"]) if not math.isnan(loss)]
     shown = pick_evenly(rows, SHOWN_ROWS)
     validations = run.points("validation_loss")

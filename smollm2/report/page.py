@@ -1,7 +1,7 @@
-"""The page: one self-contained file, opened from the disk, and forbidden by its own policy to request anything else.
+"""The page: one self-contained file that opens from disk. Its content security policy forbids every request.
 
-plotly is included whole (4.8 MB; nothing requests the nine URLs in it). The policy names the hashes of the two
-scripts that may run: even if a text of the run were taken for markup, it could not execute anything.
+plotly is embedded in full (4.8 MB; the nine URLs in it are never requested). The policy lists the hashes of the two
+scripts that may run: even if text from the run were mistaken for markup, it could not execute anything.
 """
 
 import base64
@@ -27,22 +27,22 @@ CHUNK = 2**16
 PAGE_BYTES = 6 * 10**6
 
 Part = dict[str, Any]
-"""One section of a page: `id`, `title`, `data` of its template, `is_collapsed`."""
+"""One section of a page: its `id`, its `title`, the `data` for its template, and `is_collapsed`."""
 
 
 def write_page(runs: Sequence[RunFolder], path: Path) -> None:
-    """Write the report of one run, or the comparison of several; whole or not at all. Raise ResourceError if it fails."""
+    """Write the report of one run, or the comparison of several, atomically. Raise ResourceError if this fails."""
     write_chunks(page_chunks(runs), path)
 
 
 def write_landscape_page(landscape: Landscape, step: int, path: Path) -> None:
-    """Write the page of one landscape, in the style of the report. Raise ResourceError if it fails."""
+    """Write a page about one landscape, in the style of the report. Raise ResourceError if this fails."""
     part = {"id": "landscape", "title": "Landscape", "data": landscape_context(step, landscape), "is_collapsed": False}
     write_chunks(assemble("Loss landscape", [part], "landscape"), path)
 
 
 def write_chunks(chunks: Iterator[bytes], path: Path) -> None:
-    """Write a page as a file; whole or not at all."""
+    """Write a page to a file atomically."""
 
     def write(file: Target) -> None:
         for chunk in chunks:
@@ -52,7 +52,7 @@ def write_chunks(chunks: Iterator[bytes], path: Path) -> None:
 
 
 def page_chunks(runs: Sequence[RunFolder]) -> Iterator[bytes]:
-    """Return the page about the runs in chunks."""
+    """Return the chunks of the page about these runs."""
     if len(runs) == 1:
         title, data = runs[0].name, [section.build(runs[0]) for section in SECTIONS]
         return assemble(title, list_parts(SECTIONS, data), "report")
@@ -61,7 +61,7 @@ def page_chunks(runs: Sequence[RunFolder]) -> Iterator[bytes]:
 
 
 def list_parts(sections: Sequence[Any], data: Sequence[Part]) -> list[Part]:
-    """Join each section with the data of its template."""
+    """Combine each section with the data for its template."""
     return [
         {"id": section.id, "title": section.title, "data": one, "is_collapsed": section.is_collapsed}
         for section, one in zip(sections, data, strict=True)
@@ -69,7 +69,7 @@ def list_parts(sections: Sequence[Any], data: Sequence[Part]) -> list[Part]:
 
 
 def assemble(title: str, parts: Sequence[Part], command: str) -> Iterator[bytes]:
-    """Yield a page in chunks, plotly read from its file: as one string it would take 20 MB beside a training run."""
+    """Yield a page in chunks, reading plotly from its file: as one string, it would take 20 MB during training."""
     plotly = files("plotly") / "package_data" / "plotly.min.js"
     own = (FOLDER / "report.js").read_text(encoding="utf-8")
     with plotly.open("rb") as file:
@@ -92,7 +92,7 @@ def assemble(title: str, parts: Sequence[Part], command: str) -> Iterator[bytes]
 
 
 def policy(hashes: Sequence[bytes]) -> str:
-    """Return the page's content security policy: run these scripts, fetch nothing. plotly draws surfaces with eval."""
+    """Return the content security policy: run only these scripts and fetch nothing. plotly needs eval for surfaces."""
     allowed = " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in hashes)
     return (
         f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "

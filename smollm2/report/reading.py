@@ -1,7 +1,7 @@
-"""Read a run folder without trusting any of it.
+"""Read a run folder without trusting its files.
 
-A file may be absent, truncated, damaged or another program's: usable parts are used, the rest is named and counted in
-`problems`, and nothing is raised. Metrics are columns of 8 bytes per number, so that 100,000 rows cost megabytes.
+A file may be missing, truncated, damaged or written by another program: its usable parts are read, the rest is reported
+in `problems`, and no error is raised. Metrics are stored in columns of 8 bytes per number, 8 MB for 100,000 rows.
 """
 
 import json
@@ -41,7 +41,7 @@ COLUMNS = (
     "validation_loss",
     "validation_bpb",
 )
-"""The metrics that a page shows."""
+"""The columns of metrics.jsonl that a page shows."""
 
 LINE_BYTES = 4 * 2**20
 CONFIG_BYTES = 2**20
@@ -49,7 +49,7 @@ LARGEST_STEP = 2**53
 LARGEST_NUMBER = 1e100
 LARGEST_GRID = 201
 LIFE = ("start", "stopped", "failed", "done")
-"""Kinds of events that decide the status of a run."""
+"""The kinds of events that determine the status of a run."""
 
 Row = Mapping[str, Any]
 Parsed = TypeVar("Parsed")
@@ -57,20 +57,20 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of config.yaml as it is written there; `origin` is empty if it is the default."""
+    """One value of config.yaml as written in the file; `origin` is empty if the value is the default."""
 
     value: str
     origin: str
 
     @property
     def is_default(self) -> bool:
-        """Return whether the value was not set explicitly: it is the default, or derived from another value."""
+        """Return whether the value is the default or derived from another value, instead of set explicitly."""
         return self.origin in ("", "default") or self.origin.startswith("from ")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Everything that could be read of one run. Metrics are columns of one length, NaN if a row lacks the number."""
+    """Everything that could be read from a run folder. Metrics are columns of equal length; a missing value is NaN."""
 
     path: Path
     name: str
@@ -86,12 +86,12 @@ class RunFolder:
     is_held: bool = False
 
     def points(self, name: str) -> list[tuple[int, float]]:
-        """Return (step, value) of each row that has the metric."""
+        """Return (step, value) for each row that has the metric."""
         pairs = zip(self.metrics["step"], self.metrics[name], strict=True)
         return [(int(step), value) for step, value in pairs if not math.isnan(value)]
 
     def number(self, key: str) -> float | None:
-        """Return a setting that is a number, or None."""
+        """Return a setting as a number, or None if it is absent or not a number."""
         setting = self.settings.get(key)
         return parse_number(setting.value) if setting else None
 
@@ -101,21 +101,21 @@ class RunFolder:
 
     @property
     def train_steps(self) -> int | None:
-        """Return the number of steps of the whole run, according to its config."""
+        """Return the number of steps in the whole run, according to its config."""
         steps = self.number("training.train_steps")
         return int(steps) if steps is not None else None
 
     @property
     def last_step(self) -> int:
-        """Return the last step that was reported; 0 before the first."""
+        """Return the last step that was reported; 0 if there is none yet."""
         return int(max(self.metrics["step"], default=0))
 
 
 def read_run(path: Path) -> RunFolder:
     """Read everything that a page shows. Raise DataError if the folder is not a run folder."""
     if not (path / METRICS).exists() and not (path / CONFIG).exists():
-        what = f"it has neither {METRICS} nor {CONFIG}" if path.is_dir() else "it is not a folder"
-        raise DataError(path, what, "name the --save_dir of a run")
+        what = f"has neither {METRICS} nor {CONFIG}" if path.is_dir() else "is not a folder"
+        raise DataError(path, what, "specify the --save_dir of a run")
     problems: list[str] = []
     return RunFolder(
         path=path,
@@ -134,7 +134,7 @@ def read_run(path: Path) -> RunFolder:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Read several runs; those with the same folder name are named by the last two parts of their paths."""
+    """Read several runs. Those whose folders have the same name are named after the last two parts of their paths."""
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     parts = [run.path.resolve().parts for run in runs]
@@ -145,7 +145,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbered lines of a file; a truncated last line is omitted, since its row will be rewritten."""
+    """Yield the lines of a file with their numbers. An incomplete last line is omitted, since it will be rewritten."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
@@ -156,7 +156,7 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, bytes]]:
 
 
 def read_rows(path: Path, problems: list[str], parse: Callable[[Row], Parsed]) -> list[Parsed]:
-    """Return the parsed rows of a file; damaged lines are counted and the first is named."""
+    """Return the parsed rows of a file. The number of damaged lines, and the first of them, are added to `problems`."""
     rows: list[Parsed] = []
     damaged: list[int] = []
     for number, line in read_lines(path, problems):
@@ -174,7 +174,7 @@ def read_rows(path: Path, problems: list[str], parse: Callable[[Row], Parsed]) -
 
 
 def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
-    """Read the metrics as columns, in the order of their steps."""
+    """Read the metrics as columns, sorted by step."""
     columns = {name: array("d") for name in COLUMNS}
 
     def keep(row: Row) -> None:
@@ -191,12 +191,12 @@ def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
 
 
 def is_step(value: object) -> bool:
-    """Return whether the value is a number of steps."""
+    """Return whether the value is a valid number of steps."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_STEP
 
 
 def to_number(value: object) -> float:
-    """Return a number of a row; NaN if it is null, absent or absurdly large. Raise ValueError if it is not a number."""
+    """Return a number from a row; NaN if it is null, absent or too large. Raise ValueError if it is not a number."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -205,12 +205,12 @@ def to_number(value: object) -> float:
 
 
 def to_numbers(value: Any) -> dict[str, float]:
-    """Return a mapping from names to numbers. Raise ValueError or AttributeError if it is not one."""
+    """Return the value as a mapping from names to numbers. Raise ValueError or AttributeError if it is not one."""
     return {str(name): to_number(number) for name, number in value.items()}
 
 
 def to_list(value: Any) -> list[float]:
-    """Return a list of numbers of bounded length. Raise ValueError if it is not one."""
+    """Return the value as a list of numbers of bounded length. Raise ValueError if it is not one."""
     if not isinstance(value, list) or len(value) > LARGEST_GRID:
         raise ValueError(value)
     return [to_number(number) for number in value]
@@ -224,17 +224,17 @@ def to_text(value: object) -> str:
 
 
 def parse_event(row: Row) -> Row:
-    """Check the text fields that every event has, and its time."""
+    """Return an event after checking its kind, its message and its time."""
     return {**row, "kind": to_text(row["kind"]), "message": to_text(row["message"]), "time": to_number(row.get("time"))}
 
 
 def parse_sample(row: Row) -> Row:
-    """Check the text fields of a sample."""
+    """Return the step, prompt and text of a sample, after checking that prompt and text are strings."""
     return {"step": row["step"], "prompt": to_text(row["prompt"]), "text": to_text(row["text"])}
 
 
 def parse_diagnosis(row: Row) -> tuple[int, Diagnosis]:
-    """Return the diagnostics of one step."""
+    """Return the step and its diagnostics."""
     return row["step"], Diagnosis(
         gradient_norms=to_numbers(row["gradient_norms"]),
         weight_norms=to_numbers(row["weight_norms"]),
@@ -245,7 +245,7 @@ def parse_diagnosis(row: Row) -> tuple[int, Diagnosis]:
 
 
 def read_object(path: Path, problems: list[str]) -> Row | None:
-    """Return the JSON object of a small file; None if it is absent or damaged."""
+    """Return the JSON object in a small file; None if the file is missing or damaged."""
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(LINE_BYTES))
@@ -257,12 +257,12 @@ def read_object(path: Path, problems: list[str]) -> Row | None:
     except OSError as error:
         problems.append(lay_out(path.name, f"cannot be read ({error.strerror or error})"))
     except (ValueError, RecursionError):
-        problems.append(lay_out(path.name, "is not JSON"))
+        problems.append(lay_out(path.name, "is not valid JSON"))
     return None
 
 
 def read_landscape(path: Path, problems: list[str]) -> tuple[int, Landscape] | None:
-    """Return the landscape and the step of its weights; None if it is absent or damaged."""
+    """Return (step of the weights, landscape); None if the file is missing or damaged."""
     row = read_object(path, problems)
     if row is None:
         return None
@@ -276,7 +276,7 @@ def read_landscape(path: Path, problems: list[str]) -> tuple[int, Landscape] | N
             raise ValueError(path)
         return row["step"], Landscape(loss, line_at, line, grid_at, grid, int(seed), int(targets))
     except (ValueError, TypeError, KeyError, OverflowError):
-        problems.append(lay_out(path.name, "is not a landscape"))
+        problems.append(lay_out(path.name, "is not a valid landscape"))
         return None
 
 
@@ -292,12 +292,12 @@ def read_settings(path: Path, problems: list[str]) -> dict[str, Setting]:
     except OSError as error:
         problems.append(lay_out(path.name, f"cannot be read ({error.strerror or error})"))
     except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        problems.append(lay_out(path.name, "is not the config of a run"))
+        problems.append(lay_out(path.name, "is not a valid run config"))
     return {}
 
 
 def list_settings(root: yaml.MappingNode, text: str) -> Iterator[tuple[str, Setting]]:
-    """Yield each key of each section."""
+    """Yield the dotted key and the setting of each entry in each section."""
     for section, body in root.value:
         for key, value in body.value:
             rest = text[value.end_mark.index :].partition("\n")[0]
@@ -307,7 +307,7 @@ def list_settings(root: yaml.MappingNode, text: str) -> Iterator[tuple[str, Sett
 
 
 def parse_number(text: str) -> float | None:
-    """Return the number in a setting's text, or None."""
+    """Return the number that a setting's text stands for, or None if it is not a finite number."""
     try:
         number = float(text)
     except ValueError:
@@ -316,7 +316,7 @@ def parse_number(text: str) -> float | None:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
-    """Return (step, path, bytes) of each step_XXXX.pt, the oldest first."""
+    """Return (step, path, size in bytes) for each step_XXXX.pt, lowest step first."""
     found = []
     try:
         for path in folder.iterdir():

@@ -1,4 +1,7 @@
-"""The samples on the page: the latest on the first screen, then first, middle and last side by side, then every round."""
+"""The samples on the page: the latest, then the first, middle and last rounds side by side, then every round.
+
+A round is all samples that were drawn at one step.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +15,11 @@ SHOWN_CHARACTERS = 300_000
 SHOWN_PROMPTS = 24
 
 Rounds = Mapping[int, Sequence[tuple[str, str]]]
-"""The samples of each step as (prompt, text)."""
+"""The samples of each step, as pairs (prompt, text)."""
 
 
 def rounds_of(run: RunFolder) -> dict[int, list[tuple[str, str]]]:
-    """Return the samples by step, clipped."""
+    """Return the samples by step, with long prompts and texts shortened."""
     rounds: dict[int, list[tuple[str, str]]] = {}
     for row in run.samples:
         rounds.setdefault(row["step"], []).append((clip(row["prompt"], 500), clip(row["text"])))
@@ -24,7 +27,7 @@ def rounds_of(run: RunFolder) -> dict[int, list[tuple[str, str]]]:
 
 
 def latest_sample(run: RunFolder) -> Context | None:
-    """Return the last sample of the first prompt; None if there is none yet."""
+    """Return the sample of the first prompt at the latest step; None if there are no samples yet."""
     if not run.samples:
         return None
     step = run.samples[-1]["step"]
@@ -33,7 +36,7 @@ def latest_sample(run: RunFolder) -> Context | None:
 
 
 def samples_section(run: RunFolder) -> Context:
-    """Return what the model generated for the same prompts as it learned."""
+    """Return what the model generated for the same prompts at different steps of training."""
     rounds = rounds_of(run)
     if not rounds:
         return {"note": "No samples yet: training.sample_interval and training.sample_tokens set when they are drawn."}
@@ -51,7 +54,7 @@ def samples_section(run: RunFolder) -> Context:
 
 
 def thin_rounds(rounds: Rounds) -> list[int]:
-    """Return the steps of the rounds that a page has room for: the first, the last, and evenly spaced ones between."""
+    """Return the steps of the rounds that fit on a page: the first, the last, and evenly spaced ones in between."""
     steps = sorted(rounds)
     size = sum(len(prompt) + len(text) for samples in rounds.values() for prompt, text in samples[:SHOWN_PROMPTS])
     room = max(2, min(len(steps), 200, round(len(steps) * SHOWN_CHARACTERS / max(1, size))))

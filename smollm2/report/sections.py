@@ -1,6 +1,6 @@
-"""The sections of the page of one run: each is a function from the run folder to the data of its template.
+"""The sections of the page about one run: each is a function that turns the run folder into data for its template.
 
-A new section is a function here, a line in `SECTIONS` and a template of the same name.
+A new section needs a function here, an entry in `SECTIONS` and a template named after its id.
 """
 
 import math
@@ -33,7 +33,7 @@ MACHINE = {
 
 
 class Section(NamedTuple):
-    """One part of a page: its id and template, its heading, the data of the template, and whether it is collapsed."""
+    """One section: its id (the template's name), its heading, what builds its data, and whether it starts collapsed."""
 
     id: str
     title: str
@@ -42,7 +42,7 @@ class Section(NamedTuple):
 
 
 def summary_section(run: RunFolder) -> Context:
-    """Return the verdict, the key figures, the loss curve and the latest sample: the first screen."""
+    """Return the first screen: the verdict, the key figures, the loss curve and the latest sample."""
     figures = curve_figures([run]) if run.last_step else []
     return {
         "status": status_of(run) if run.last_step else "empty",
@@ -57,7 +57,7 @@ def summary_section(run: RunFolder) -> Context:
 
 
 def key_figures(run: RunFolder) -> list[tuple[str, str]]:
-    """Return the numbers that a reader looks for first. The training loss is that of the last report, as elsewhere."""
+    """Return the numbers that a reader looks for first. The training loss is that of the last report."""
     losses = [loss for _, loss in run.points("loss")]
     validation, bits = best_of(run, "validation_loss"), best_of(run, "validation_bpb")
     tokens = max((value for _, value in run.points("tokens")), default=math.nan)
@@ -90,7 +90,7 @@ def landscape_section(run: RunFolder) -> Context:
 
 
 def landscape_context(step: int, landscape: Landscape) -> Context:
-    """Return the loss around the weights: a rotatable surface or a map, and a line."""
+    """Return the loss around the weights: along two directions as a surface or a map, and along one as a line."""
     values = [value for row in landscape.grid for value in row if math.isfinite(value)]
     pairs = zip(landscape.line_at, landscape.line, strict=True)
     line = [(at, value) for at, value in pairs if math.isfinite(value)]
@@ -119,7 +119,7 @@ def landscape_context(step: int, landscape: Landscape) -> Context:
 
 
 def shorten_landscape(landscape: Landscape) -> Landscape:
-    """Return the landscape with fewer digits; what is not finite becomes a gap."""
+    """Return the landscape with fewer digits; values that are not finite become gaps."""
 
     def short(values: "list[float] | tuple[float, ...]") -> list[float]:
         return [shorten(value) if math.isfinite(value) else math.nan for value in values]
@@ -141,7 +141,7 @@ def newest_checkpoint(run: RunFolder) -> str:
 
 
 def data_section(run: RunFolder) -> Context:
-    """Return what was read, and how much of it the run uses."""
+    """Return facts about the training data, and the fraction of it that the run uses."""
     event = run.latest("data")
     if event is None:
         return {"note": "This run recorded nothing about its data."}
@@ -181,7 +181,7 @@ def describe_unknown(share: float, documents: str) -> str:
 
 
 def events_section(run: RunFolder) -> Context:
-    """Return the events other than training steps; if there are too many, the regular checkpoints are dropped first."""
+    """Return the events other than training steps; if there are too many, old checkpoint events are omitted first."""
     events = [event for event in run.events if event["kind"] != "data"]
     if not events:
         return {"note": "No events were recorded."}
@@ -202,7 +202,7 @@ def events_section(run: RunFolder) -> Context:
 
 
 def describe_event(event: Mapping[str, object]) -> str:
-    """Return the event's message, or what its details say."""
+    """Return the event's message, or if it has none, a description based on its details."""
     if event["message"]:
         return str(event["message"])
     if event["kind"] == "start":
@@ -219,7 +219,7 @@ def config_section(run: RunFolder) -> Context:
 
 
 def sessions_of(run: RunFolder) -> list[tuple[float, float]]:
-    """Return the times of the first and last event of each process of the run."""
+    """Return the times of the first and last event of each session; every start or resume begins a session."""
     sessions: list[tuple[float, float]] = []
     for event in run.events:
         if math.isnan(event["time"]):
@@ -232,12 +232,12 @@ def sessions_of(run: RunFolder) -> list[tuple[float, float]]:
 
 
 def seconds_of(run: RunFolder) -> float:
-    """Return the run's total duration in seconds, over all its processes."""
+    """Return the run's total duration in seconds, over all its sessions."""
     return sum(end - start for start, end in sessions_of(run))
 
 
 def machine_section(run: RunFolder) -> Context:
-    """Return the machine and the processes of the run."""
+    """Return facts about the machine, and the sessions of the run."""
     starts = [event for event in run.events if event["kind"] == "start"]
     if not starts:
         return {"note": "This run recorded nothing about its machine."}
@@ -288,4 +288,4 @@ SECTIONS = (
     Section("machine", "Machine", machine_section, is_collapsed=True),
     Section("events", "Events", events_section, is_collapsed=True),
 )
-"""The page of one run, from top to bottom."""
+"""The sections of the page about one run, from top to bottom."""

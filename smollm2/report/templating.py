@@ -1,6 +1,6 @@
-"""The report's Jinja2 environment. Values pass through `display` and are then escaped: no text of a run is markup.
+"""The report's Jinja2 environment. Values pass through `display` and are then escaped, so no text is markup.
 
-Python returns data, the templates hold the HTML. Text is clipped, and its control characters are shown as escapes.
+Python returns the data; the templates contain the HTML. Long text is shortened, and control characters are escaped.
 """
 
 import datetime
@@ -17,7 +17,7 @@ SHOWN_TEXT = 4000
 
 @cache
 def environment() -> Environment:
-    """Return the environment; its compiled templates are kept, since a run writes many pages."""
+    """Return the environment; it is cached with its compiled templates, because a run writes many pages."""
     made = Environment(
         loader=PackageLoader("smollm2.report"),
         autoescape=True,
@@ -26,7 +26,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # `tojson` spells out <, >, & and ': neither </script> nor <!-- can end the data.
+    # `tojson` escapes <, >, & and ', so neither </script> nor <!-- can end the data.
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     made.filters |= {"clip": clip, "moment": moment}
     return made
@@ -38,12 +38,12 @@ def render(template: str, values: Mapping[str, object]) -> str:
 
 
 def display(value: object) -> object:
-    """Return the value as a template shows it; text that is not markup is clipped."""
+    """Return the value as a template shows it; long text that is not markup is shortened."""
     return clip(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def clip(text: str, limit: int = SHOWN_TEXT) -> str:
-    """Return the start of a text with its control characters as escapes; the number of omitted characters follows."""
+    """Return the start of a text, with control characters escaped, and the number of characters omitted, if any."""
     return escape_controls(text if len(text) <= limit else f"{text[:limit]} [{len(text) - limit:,} more characters]")
 
 

@@ -1,4 +1,4 @@
-"""Curves in the terminal: eight braille dots per character if its encoding has them, else one star per character."""
+"""Curves in the terminal: eight braille dots per character if the encoding has them, otherwise one asterisk."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from smollm2.tracking.base import escape_controls
 
 ROWS = 12
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""The bits of a braille character by row and column of its dots."""
+"""The bit of each dot in a braille character, by row and column."""
 
 CHARTS = (("loss", "loss"), ("validation_loss", "validation loss"), ("grad_norm", "gradient norm"))
 
@@ -38,7 +38,7 @@ def has_braille(encoding: str) -> bool:
 
 
 def draw_curve(points: Sequence[tuple[int, float]], width: int, braille: bool) -> list[str]:
-    """Return `ROWS` lines: an axis with the largest and the smallest value, and the curve, one mean per column of dots."""
+    """Return `ROWS` lines: an axis labelled with its largest and smallest values, and the means of the dot columns."""
     values = [value for _, value in points]
     labels = [f"{number:.4g}" for number in (max(values), min(values))]
     margin = max(map(len, labels))
@@ -59,7 +59,7 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int, braille: bool) -
 
 
 def encode_row(dots: Sequence[Sequence[int]], across: int, braille: bool) -> str:
-    """Return a line of characters from its rows of dots."""
+    """Return the line of characters that shows these rows of dots."""
     if not braille:
         return "".join("*" if dot else " " for dot in dots[0])
     cells = range(0, len(dots[0]), across)
@@ -71,7 +71,7 @@ def encode_row(dots: Sequence[Sequence[int]], across: int, braille: bool) -> str
 
 
 def column_means(points: Sequence[tuple[int, float]], columns: int) -> list[float]:
-    """Return the mean of the values in each column of dots; columns between two reports are interpolated."""
+    """Return the mean of the values in each column of dots; columns without a value are interpolated."""
     first, last = points[0][0], points[-1][0]
     buckets: list[list[float]] = [[] for _ in range(columns)]
     for step, value in points:

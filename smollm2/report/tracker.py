@@ -1,4 +1,4 @@
-"""The tracker that writes report.html during the run, rarely enough that it costs the run nothing."""
+"""The tracker that writes report.html during the run, rarely enough to cost the run almost no time."""
 
 import time
 from pathlib import Path
@@ -10,11 +10,11 @@ from smollm2.tracking.base import Event, Message, Metrics, Tracker
 
 SECONDS_BETWEEN_PAGES = 30.0
 SHARE_OF_THE_RUN = 0.01
-"""A page that took two seconds is not written again for 200."""
+"""Largest fraction of the run spent on pages: after one that took 2 s, none is written for 200 s."""
 
 
 class ReportTracker(Tracker):
-    """Writes the page after validations and at the end. It runs behind a fence and reads the files of the run folder."""
+    """Writes the page after validations and at the end, from the files of the run folder, on a thread of its own."""
 
     def __init__(self, folder: Path, seconds_between: float = SECONDS_BETWEEN_PAGES) -> None:
         self.folder, self.seconds_between = folder, seconds_between
@@ -22,7 +22,7 @@ class ReportTracker(Tracker):
         self.is_stale = False
 
     def on(self, message: Message) -> None:
-        """Write the page if a validation is due; remember whether anything changed since the last page."""
+        """Write the page after a validation if it is due; remember whether anything has changed since the last page."""
         match message.content:
             case Metrics(values):
                 self.is_stale = True
@@ -32,7 +32,7 @@ class ReportTracker(Tracker):
                 self.is_stale = True
 
     def close(self) -> None:
-        """Write the page of the whole run, unless the last page has everything."""
+        """Write the final page, unless nothing has changed since the last one."""
         if self.is_stale:
             self._write()
 

@@ -1,4 +1,4 @@
-"""The verdict on a run: two sentences and some notes, each by a rule stated in its function."""
+"""The verdict on a run: two sentences and some notes, each based on a rule in its function."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,15 @@ from smollm2.report.curves import tail_mean
 from smollm2.report.reading import LIFE, RunFolder
 
 RISE = 1.01
-"""A validation loss this many times the lowest has risen; less is the noise of a few windows."""
+"""A validation loss above this multiple of the lowest one has risen; a smaller rise is noise from a few windows."""
 
 GAP = 0.1
-"""A training loss this much below the validation loss is noted: two texts of the same kind differ by less."""
+"""A training loss more than this fraction below the validation loss is noted; similar texts differ by less."""
 
 
 def status_of(run: RunFolder) -> str:
-    """Return `running`, `finished`, `stopped`, `failed` or `interrupted`, by the last event that decides it."""
+    """Return `running`, `finished`, `stopped`, `failed` or `interrupted`, from the last event in LIFE, the number of
+    steps and the lock of the folder."""
     last = run.latest(*LIFE)
     kind = last["kind"] if last else ""
     if kind in ("stopped", "failed"):
@@ -51,7 +52,7 @@ def notes_of(run: RunFolder) -> list[str]:
 
 
 def describe_status(run: RunFolder) -> str:
-    """Return how far the run came, and why it ended."""
+    """Return how far the run got, and why it ended."""
     step, total = f"{run.last_step:,}", f" of {run.train_steps:,}" if run.train_steps else ""
     match status_of(run):
         case "finished":
@@ -69,7 +70,7 @@ def describe_status(run: RunFolder) -> str:
 
 
 def describe_loss(run: RunFolder) -> str:
-    """Return the first and the last reported training loss: each is the loss of its own step, as in metrics.jsonl."""
+    """Return a clause with the first and last reported training losses, each of a single step as in metrics.jsonl."""
     losses = [loss for _, loss in run.points("loss")]
     if len(losses) < 2:
         return ""
@@ -104,7 +105,7 @@ def describe_fit(run: RunFolder) -> str:
 
 
 def advise_on_fit(run: RunFolder) -> str:
-    """Return what to do about the fit; empty if there is nothing to do."""
+    """Return advice on overfitting or memorization; empty if none is needed."""
     risen = rise_of(run)
     if risen is None:
         return ""
@@ -132,7 +133,7 @@ def rise_of(run: RunFolder) -> tuple[int, float] | None:
 
 
 def comparable_validations(run: RunFolder) -> list[tuple[int, float]]:
-    """Return the validation losses over the same windows: the last step validates on the whole split, others on a part."""
+    """Return the comparable validation losses: of four or more, the final step's, on the whole split, is left out."""
     points = run.points("validation_loss")
     return points[:-1] if len(points) > 3 and points[-1][0] == run.train_steps else points
 
@@ -146,7 +147,7 @@ def did_loss_fall(run: RunFolder, step: int) -> bool:
 
 
 def best_of(run: RunFolder, metric: str) -> tuple[int, float] | None:
-    """Return the step and value of a metric's minimum."""
+    """Return the step and the value of a metric's minimum; None if the metric has no values."""
     return min(run.points(metric), key=lambda point: point[1], default=None)
 
 
@@ -167,5 +168,5 @@ def end_sentence(text: str) -> str:
 
 
 def count_of(number: int, noun: str, plural: str = "") -> str:
-    """Return `1 step`, `2 steps`."""
+    """Return a count with its noun, such as `1 step` or `2 steps`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

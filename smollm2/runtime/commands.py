@@ -1,4 +1,4 @@
-"""Commands as the user can type them: relative to where run_training.sh was called, without activating .venv."""
+"""Commands as the user can type them: relative to where run_training.sh was called, and without activating .venv."""
 
 import os
 import shlex
@@ -7,24 +7,28 @@ import sys
 from pathlib import Path
 
 CALLER = "SMOLLM2_CALLER"
-"""The variable in which run_training.sh, which changes to its own folder, stores the folder it was called from."""
+"""The environment variable in which run_training.sh stores the folder it was called from, before changing to its
+own."""
 
 
 def shown_path(path: Path) -> str:
-    """Return a path as the user can type it: relative if it is below the user's folder, else absolute."""
+    """Return a path as the user can type it: relative if it is inside the user's folder, else absolute."""
     folder = Path(os.environ.get(CALLER) or Path.cwd())
-    whole = Path(os.path.normpath(Path.cwd() / path))  # links stay: .venv's Python is a link to the system's
+    whole = Path(os.path.normpath(Path.cwd() / path))  # keeps links: .venv's Python is a link to the system's
     return shlex.quote(str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole))
 
 
 def shown_script(path: Path) -> str:
-    """Return a shell script as the user can type it: `./run_training.sh` for one in the user's folder."""
+    """Return a shell script's path as the user can type it: `./run_training.sh` if it is in the user's folder."""
     name = shown_path(path)
     return name if "/" in name else f"./{name}"
 
 
 def smollm2_command(python: Path | None = None) -> str:
-    """Return `smollm2` if that runs this environment's command, else its path. `python` defaults to the current one."""
+    """Return `smollm2` if the shell finds this environment's command under that name, else a longer command that works.
+
+    `python` is the environment's interpreter, by default the current one.
+    """
     python = python or Path(sys.executable)
     command = python.with_name(f"smollm2{python.suffix}")
     if not command.exists():

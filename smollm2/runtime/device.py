@@ -1,7 +1,7 @@
 """The device and the processes of a run, and the collectives between them.
 
-Accelerate finds the device and this process's rank and runs the collectives. Precision and loss scale are chosen here,
-because the launcher's own setting must not override the config's.
+Accelerate detects the device and this process's rank, and runs the collectives. The precision and the loss scaler are
+chosen here, so that the launcher's own setting cannot override the config's.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Runtime:
     scaler: torch.amp.GradScaler
     stop: StopSignal = field(default_factory=StopSignal)
     pulse: Pulse = field(default_factory=Pulse)
-    patient_group: Any = None  # for long waits: while rank 0 reads the text or saves
+    patient_group: Any = None  # process group for long waits, as when rank 0 reads the text or saves
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +50,7 @@ class Runtime:
 
     @property
     def rank(self) -> int:
-        """The number of this process."""
+        """The rank of this process."""
         return int(self.accelerator.process_index)
 
     @property
@@ -60,16 +60,16 @@ class Runtime:
 
     @property
     def planned_device(self) -> str:
-        """The name of the device in the tables of `smollm2 plan`."""
+        """The device's name in the tables of `smollm2 plan`."""
         name = self.device.type
         return name if name != "cpu" else "cpu-bf16" if self.precision.name == "bf16" else "cpu-float32"
 
     def autocast(self) -> torch.autocast:
-        """Return the autocast context in which the model computes."""
+        """Return the autocast context in which the model is run."""
         return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype != torch.float32)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over all ranks."""
+        """Return the sum of `values` over all ranks."""
         if self.world_size == 1:
             return values
         self.pulse.mark("a sum over the ranks", waits=True)
@@ -82,7 +82,7 @@ class Runtime:
         return flag if self.world_size == 1 else self.sum(torch.tensor(not flag, device=self.device).long()).item() == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the value of each rank, in order. This wait has no timeout."""
+        """Return each rank's value, in rank order. This wait is not limited by rank_timeout."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -92,10 +92,10 @@ class Runtime:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block and fail on every rank if it fails on any, so that no rank waits for one that has failed.
+        """Run the `with` block, and fail on every rank if it fails on any, so that no rank waits for a failed one.
 
-        The block must not contain a collective: the ranks exchange their results after it. The lowest rank that failed
-        reports why.
+        The block must not contain a collective: the ranks exchange their outcomes after it. The lowest failed rank
+        reports the reason.
         """
         error: Exception | None = None
         try:
@@ -107,7 +107,7 @@ class Runtime:
         if not failed:
             return
         if error is None:
-            code, sentence = codes[failed[0]], f"rank {failed[0]} failed and reports why"
+            code, sentence = codes[failed[0]], f"rank {failed[0]} failed and reports the reason"
             error = Interrupted(sentence, code - 128) if code > 128 else Smollm2Error(sentence)
             error.exit_code = code
         if isinstance(error, Smollm2Error):
@@ -115,8 +115,8 @@ class Runtime:
         raise error
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Return the model as training calls it: itself, or wrapped so that ranks share their gradients."""
-        # The rotary tables are the same on every rank. Broadcasting them before each forward pass would make it a
+        """Return the model that training calls, wrapped in DistributedDataParallel if there are several ranks."""
+        # The rotary tables are the same on every rank. Broadcasting them would turn each forward pass into a
         # collective; `broadcast_buffers=False` is deprecated.
         tables = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)  # type: ignore[no-untyped-call]
@@ -124,21 +124,24 @@ class Runtime:
         return prepared
 
     def leave(self, code: int) -> NoReturn:
-        """End this process at once, from any thread."""
+        """End this process at once with this exit code; any thread may call this."""
         leave_exit_code(code)
         os._exit(code)
 
     def stop_requested(self, otherwise: int = 0) -> int:
-        """Return the number of a signal that any rank has received, else `otherwise`; all ranks get the same result."""
+        """Return the number of a signal that any rank has received, else `otherwise`. All ranks get the same result."""
         return self.highest(self.stop.number or otherwise)
 
     def raise_if_stopped(self) -> None:
-        """Raise Interrupted, on all ranks or on none; for use during repeatable work between two steps."""
+        """Raise Interrupted, on all ranks or on none, if a stop signal was received.
+
+        It is for work between two steps that a resumed run can repeat.
+        """
         if number := self.stop_requested():
             raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     def highest(self, number: int) -> int:
-        """Return the highest of the ranks' numbers; a collective, so every rank must call it at the same point."""
+        """Return the highest number of all ranks. It is a collective, so every rank must call it at the same point."""
         if self.world_size == 1:
             return number
         self.pulse.mark("the stop flag", waits=True)
@@ -157,9 +160,9 @@ class Runtime:
 
 
 def start_runtime(config: TrainingConfig) -> Runtime:
-    """Find the device and ranks, choose the precision, and seed every generator.
+    """Detect the device and ranks, choose the precision, and seed every random number generator.
 
-    Raise ConfigError for a precision that the device does not support.
+    Raise ConfigError if the device does not support the precision.
     """
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     handlers = [
@@ -178,7 +181,8 @@ def start_runtime(config: TrainingConfig) -> Runtime:
         precision = choose_precision(config.precision, device.type, device_features(device))
     if device.type == "cpu":
         keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if precision.name == "tf32" else "highest")  # overrides an earlier run
+    # Set in either case: an earlier run in this process may have changed it.
+    torch.set_float32_matmul_precision("high" if precision.name == "tf32" else "highest")
     if config.deterministic:
         # cuBLAS is deterministic only with a fixed workspace size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -199,18 +203,22 @@ def leave_exit_code(code: int) -> None:
 
 
 def compile_blocks(layers: nn.ModuleList) -> None:
-    """Compile each block in place: this takes seconds instead of minutes, and parameter names do not change.
+    """Compile each block in place: compared with compiling the whole model, this takes seconds instead of minutes.
 
-    Raise ConfigError if torch has no usable compiler here, before the first step would fail.
+    Parameter names do not change. Raise ConfigError if torch has no usable compiler here, instead of letting the first
+    step fail.
     """
     if problem := compiler_problem(next(layers.parameters()).device):
-        raise ConfigError("training.compile", f"true: {problem}", "set it to false")
+        raise ConfigError("training.compile", problem, "set it to false")
     for layer in layers:
         layer.compile()
 
 
 def compiler_problem(device: torch.device) -> str:
-    """Return why torch cannot compile for this device, empty if it can. Takes seconds: it compiles a small function."""
+    """Return why torch cannot compile for this device, or "" if it can.
+
+    This takes seconds, because it compiles a small function.
+    """
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except RuntimeError as error:
@@ -219,7 +227,10 @@ def compiler_problem(device: torch.device) -> str:
 
 
 def machine_facts(runtime: Runtime) -> dict[str, str | int]:
-    """Return what bit-exactness depends on besides the config. A checkpoint stores it and a resume compares it."""
+    """Return what bit-exactness depends on besides the config, in particular the device and the versions.
+
+    A checkpoint stores these facts, and a resume compares them.
+    """
     device = runtime.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {

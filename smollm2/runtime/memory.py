@@ -1,4 +1,4 @@
-"""How the allocator handles freed memory."""
+"""How glibc's allocator handles freed memory."""
 
 import ctypes
 import os
@@ -10,9 +10,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step, unless MALLOC_* is set in the environment.
+    """Let glibc keep freed memory for the next step, unless a MALLOC_* environment variable is set.
 
-    By default each step returns 100 MB to the system and refaults every page: 10 % of its time (benchmarks/README.md).
+    By default, each step returns 100 MB to the operating system and faults every page in again, which takes 10 % of its
+    time (benchmarks/README.md).
     """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)

@@ -1,6 +1,6 @@
-"""The number format of matrix products, and the table of what a device computes at full speed.
+"""The number format of matrix products, and a table of what each device computes at full speed.
 
-Every choice that depends on a feature (precision, attention, decoding, Muon's dtype) reads `device_features`.
+Every choice that depends on a device's features (precision, attention, decoding, Muon's dtype) uses `device_features`.
 """
 
 import functools
@@ -23,7 +23,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which products are computed."""
+        """The dtype in which matrix products are computed."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name, torch.float32)
 
 
@@ -36,7 +36,7 @@ REFUSALS = {
     ("bf16", "mps"): "bf16 needs macOS 14 or newer",
     ("fp16", "cpu"): "a CPU computes fp16 13 to 25 times slower than float32",
 }
-"""Why each format is not used on a device that lacks it."""
+"""Why a number format is refused on a type of device that does not compute it at full speed."""
 
 
 TF32_REFUSAL = "tf32 needs a CUDA GPU of compute capability 8 or higher"
@@ -49,9 +49,10 @@ def choose_precision(
     where: str = "training.precision",
     advice: str = "use auto or float32",
 ) -> Precision:
-    """Return the format for a device with `features`, from a table, never by timing, so that a resumed run agrees.
+    """Return the number format for a device with `features`.
 
-    Raise ConfigError, which names `where`, if the device does not support the requested format.
+    It follows from fixed rules, never from timing, so a resumed run makes the same choice. Raise ConfigError, which
+    names `where`, if the device does not support the requested format.
     """
     if requested == "auto":
         if device_type == "mps":
@@ -62,24 +63,26 @@ def choose_precision(
             return Precision("fp16", "this GPU does not compute bf16")
         return Precision("float32", f"this {device_type} does not compute bf16")
     if requested != "float32" and requested not in features:
-        raise ConfigError(where, f"{requested}: {REFUSALS.get((requested, device_type), TF32_REFUSAL)}", advice)
+        raise ConfigError(
+            where, f"{requested} is not supported here: {REFUSALS.get((requested, device_type), TF32_REFUSAL)}", advice
+        )
     return Precision(requested, "as requested")
 
 
 def muon_dtype(features: frozenset[str]) -> torch.dtype:
-    """Return the dtype of Muon's products on a device with `features`, from a table as in `choose_precision`.
+    """Return the dtype of Muon's matrix products on a device with `features`.
 
-    bf16 gives the same loss, and where it is emulated it is 100 times slower than float32
+    bf16 gives the same loss, but on a device that emulates it, it is 100 times slower than float32
     (docs/decisions/0006-muon-of-our-own.md).
     """
     return torch.bfloat16 if "bf16" in features else torch.float32
 
 
 def device_features(device: torch.device) -> frozenset[str]:
-    """Return what this device computes at full speed: the one table that every feature-dependent choice reads.
+    """Return what this device computes at full speed; every choice that depends on a feature uses this set.
 
-    `bf16`, `fp16`, `tf32`: matrix products in that format. `varlen`: torch's flash kernel over documents of any length.
-    `packed_float32`, `packed_bf16`: products with a matrix that oneDNN packed beforehand.
+    `bf16`, `fp16`, `tf32`: matrix products in that format. `varlen`: torch's flash attention over documents of any
+    length. `packed_float32`, `packed_bf16`: products in that format with a matrix that oneDNN has packed in advance.
     """
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device)[0] >= 8
@@ -96,17 +99,20 @@ PACKED_DTYPES = {"packed_float32": torch.float32, "packed_bf16": torch.bfloat16}
 def has_bf16_units(environment: Mapping[str, str]) -> bool:
     """Return whether this CPU computes bf16 products in hardware: AVX-512 BF16 or AMX.
 
-    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch compute as a lesser CPU would; these units are then unused.
+    The result is False if ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA limits torch to instructions without these units.
     """
     if environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2") or not leaves_bf16(environment):
         return False
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent in other builds of torch
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # some builds of torch lack them
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 @functools.cache
 def packs_weights(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN can pack and multiply a matrix of this dtype. Tried: only oneDNN knows its conditions."""
+    """Return whether oneDNN can pack and multiply a matrix of this dtype.
+
+    This is tried out on a small matrix, because only oneDNN knows which cases it supports.
+    """
     matrix = torch.zeros(16, 16, dtype=dtype)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(matrix, 1)

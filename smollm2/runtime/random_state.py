@@ -1,4 +1,4 @@
-"""The state of every random generator: saved in a checkpoint and restored on resume."""
+"""The state of every random number generator: saved in a checkpoint and restored on resume."""
 
 import random
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, object]:
-    """Return the state of every generator, in plain types."""
+    """Return the state of every random number generator, in plain types."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -25,7 +25,7 @@ def random_state() -> dict[str, object]:
 
 
 def restore_random_state(state: dict[str, object]) -> None:
-    """Restore what `random_state` returned; the CUDA generators only if there are as many devices."""
+    """Restore the states that `random_state` returned; CUDA's are restored only if the number of devices is equal."""
     torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
     cuda: list[Tensor] = state["cuda"]  # type: ignore[assignment]
     if cuda and torch.cuda.device_count() == len(cuda):

@@ -1,7 +1,7 @@
-"""Several processes in one run: which rank is late, which has ended, and how they differ.
+"""The ranks of a run: which one is late, which has ended, and how they differ.
 
 A collective that waits for a stuck rank does not name it, and NCCL waits even for a dead one. So each rank has a thread
-that writes the rank's position to a file every second and reads those of the others.
+that writes the rank's position to a file every second and reads the positions of the others.
 """
 
 import contextlib
@@ -24,14 +24,15 @@ from smollm2.storage.run_folder import RANKS
 
 SECONDS_BETWEEN_CHECKS = 1.0
 SECONDS_AFTER_A_LOSS = 5.0
-"""A rank that makes no progress for this long while another has ended must be waiting for it, and ends too."""
+"""A rank that has made no progress for this many seconds while another has ended must be waiting for it, and ends
+too."""
 
 ADVICE = "check that process or machine, then resume with --resume auto"
 
 
 @dataclass(frozen=True)
 class Position:
-    """A rank's position in the run: `count` increases with each thing it begins; `code` is None until it ends."""
+    """A rank's position in the run: `count` increases with each operation it begins; `code` is None until it ends."""
 
     rank: int
     count: int
@@ -41,12 +42,15 @@ class Position:
     code: int | None = None
 
     def has_ended(self) -> bool:
-        """Return whether the rank wrote an exit code or its process is gone; on another machine only the first is known."""
+        """Return whether the rank wrote an exit code or its process is gone.
+
+        On another machine, only the exit code can be checked.
+        """
         return self.code is not None or (self.host == socket.gethostname() and not is_running(self.pid))
 
 
 class Watch:
-    """A rank's watcher thread. `position` returns (count, place, since when, whether it waits for others there)."""
+    """A thread with which a rank watches the other ranks. `position` is a function such as `Pulse.read`."""
 
     def __init__(
         self,
@@ -57,9 +61,9 @@ class Watch:
         end: Callable[[Smollm2Error], None],
         report: Callable[[str], None],
     ) -> None:
-        """`end` is called in the thread with the reason for giving up; it ends the process.
+        """`end` is called on the thread with the reason for giving up; it ends the process.
 
-        `report` receives a line about a wait that may legitimately be long: while rank 0 reads the text or saves.
+        `report` receives a message about a wait that may legitimately be long, as when rank 0 reads the text or saves.
         """
         self.folder, self.rank, self.position, self.timeout, self.end = folder / RANKS, rank, position, timeout, end
         self.report, self.reported = report, -1
@@ -72,7 +76,7 @@ class Watch:
         self.thread.start()
 
     def close(self, code: int) -> None:
-        """End the thread; a rank that failed leaves its exit code for the ranks that wait for it."""
+        """Stop the thread. If `code` is not 0, write it for the ranks that wait for this one."""
         if self.closed.is_set() or not self.thread.is_alive():
             return
         self.closed.set()
@@ -85,7 +89,7 @@ class Watch:
             self.folder.rmdir()
 
     def explain_loss(self) -> Smollm2Error:
-        """Return the error for a rank that lost another one, after a short wait for the other's exit code."""
+        """Return an error that says which rank was lost, after waiting briefly for that rank's exit code."""
         for _ in range(10):
             if ended := [position for position in self.others() if position.has_ended()]:
                 return self._describe_loss(ended)
@@ -94,7 +98,7 @@ class Watch:
         return TrainingError("the ranks", f"lost contact with each other; {describe_late(late)}", ADVICE)
 
     def others(self) -> list[Position]:
-        """Return the last written positions of the other ranks; a rank that has written nothing is left out."""
+        """Return the positions last written by the other ranks; a rank that has written none is left out."""
         found = []
         for path in self.folder.glob("rank_*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError):  # being written at this moment
@@ -118,7 +122,7 @@ class Watch:
                 self._report_wait(waited)
 
     def _report_wait(self, waited: float) -> None:
-        """Report the wait once, from only one of the waiting ranks."""
+        """Report a long wait once, and from only one of the waiting ranks."""
         everyone = self._everyone()
         late = find_late(everyone)
         if late and self.rank == min(p.rank for p in everyone if p not in late):
@@ -126,7 +130,11 @@ class Watch:
 
     def _describe_loss(self, ended: Sequence[Position]) -> Smollm2Error:
         first = ended[0]
-        how = "was killed or crashed" if first.code is None else f"ended with exit code {first.code} and reports why"
+        how = (
+            "was killed or crashed"
+            if first.code is None
+            else f"ended with exit code {first.code} and reports the reason"
+        )
         error = TrainingError(
             "the ranks", f"rank {first.rank} {how}, at {first.place}; the run cannot continue without it", ADVICE
         )
@@ -138,7 +146,7 @@ class Watch:
     def _describe_stall(self, waited: float) -> Smollm2Error:
         everyone = self._everyone()
         late = find_late(everyone)
-        error = TrainingError("the ranks", f"no progress for {waited:.0f} s; {describe_late(late)}", ADVICE)
+        error = TrainingError("the ranks", f"made no progress for {waited:.0f} s; {describe_late(late)}", ADVICE)
         behind = {position.rank for position in late}
         error.rank = min((p.rank for p in everyone if p.rank not in behind), default=0)
         return error
@@ -154,7 +162,10 @@ class Watch:
         return self.folder / f"rank_{rank:04d}.json"
 
     def _write(self, code: int | None) -> None:
-        """Write this rank's position, without fsync: it matters only during the run. A full disk must not end it."""
+        """Write this rank's position without fsync, because it matters only during the run.
+
+        Errors are ignored: a full disk must not end the run.
+        """
         path = self._path(self.rank)
         temporary = path.with_suffix(".new")
         with contextlib.suppress(OSError):
@@ -164,20 +175,20 @@ class Watch:
 
 
 def find_late(positions: Sequence[Position]) -> list[Position]:
-    """Return the ranks that are behind the others; empty if all are at the same place."""
+    """Return the ranks that are behind the others, or an empty list if all are at the same place."""
     least, most = min(p.count for p in positions), max(p.count for p in positions)
     return [p for p in positions if p.count == least] if least < most else []
 
 
 def describe_late(late: Sequence[Position]) -> str:
-    """Return which ranks are behind, at which place and in which process."""
+    """Describe which ranks are behind, at which place and in which process."""
     if not late:
-        return "all ranks are at the same place, so the network between them or a device does not answer"
+        return "all ranks have reached the same point, so the network between them or a device is not responding"
     return ", ".join(f"rank {p.rank} is behind, at {p.place} (process {p.pid} on {p.host})" for p in late)
 
 
 def find_disagreement(facts: Sequence[Mapping[str, object]]) -> tuple[int, list[str]] | None:
-    """Return the first rank whose facts differ from rank 0's, and `name rank 0's -> its own` of each; None if all agree."""
+    """Return the first rank whose facts differ from rank 0's, and a list of the differences; None if all agree."""
     for rank, other in enumerate(facts):
         names = sorted(facts[0].keys() | other.keys())
         differing = [
@@ -191,7 +202,10 @@ def find_disagreement(facts: Sequence[Mapping[str, object]]) -> tuple[int, list[
 
 
 def find_odd_replica(sums: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """Return (rank, index) of the first value that differs from most ranks'; with two ranks the higher one is named."""
+    """Return (rank, index) of the first value that differs from that of most ranks, or None.
+
+    With two ranks, which have no majority, the higher one is named.
+    """
     for index, values in enumerate(zip(*sums, strict=True)):
         usual = max(values, key=lambda value: (values.count(value), -values.index(value)))
         for rank, value in enumerate(values):
@@ -201,17 +215,17 @@ def find_odd_replica(sums: Sequence[Sequence[int]]) -> tuple[int, int] | None:
 
 
 class Pulse:
-    """This rank's position, for the watcher thread: plain attributes, so that a mark costs nothing."""
+    """This rank's current operation, for the watcher thread. Its attributes are plain, so that `mark` is cheap."""
 
     def __init__(self) -> None:
         self.step, self.count, self.place, self.waits, self.since = 0, 0, "the setup", False, time.monotonic()
 
     def mark(self, place: str, *, waits: bool = False) -> None:
-        """Record that something begins; with `waits`, the other ranks must reach it too, within rank_timeout."""
+        """Record that an operation begins; with `waits`, the other ranks must reach it too, within rank_timeout."""
         self.count, self.place, self.waits, self.since = self.count + 1, place, waits, time.monotonic()
 
     def read(self) -> tuple[int, str, float, bool]:
-        """Return how many things were begun, the last one, when it began, and whether it waits for the others."""
+        """Return the number of operations begun, the last one, its start time, and whether it waits for other ranks."""
         where = f"step {self.step}, {self.place}" if self.step else self.place
         return self.count, where, self.since, self.waits
 
@@ -223,13 +237,13 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 
 def close_ranks() -> None:
-    """Close the process group; all ranks must have reached the end."""
+    """Close the process group; all ranks must have reached the end of the run."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def weight_sums(model: nn.Module) -> Tensor:
-    """Return one integer per parameter, the sum of its bits read as integers: any single flipped bit changes it."""
+    """Return one integer per parameter: the sum of its elements' bits read as integers. Any flipped bit changes it."""
     widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [p.detach().view(widths[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
     return torch.stack(sums)

@@ -11,7 +11,8 @@ from types import FrameType
 from smollm2.errors import Interrupted
 
 SAME_SIGNAL_SECONDS = 2.0
-"""A launcher forwards a signal that the terminal already sent to every process: within this time both count as one."""
+"""Two signals within this many seconds count as one: a launcher forwards a signal that the terminal already sent to
+every process."""
 
 
 class StopSignal:
@@ -29,7 +30,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block, if this is the main thread; other threads keep the caller's handlers."""
+        """Handle the signals inside the block if this is the main thread; other threads keep the caller's handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

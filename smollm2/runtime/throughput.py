@@ -1,4 +1,4 @@
-"""How fast this machine is: a short measurement of matrix products, used only to correct an estimated time."""
+"""A short measurement of how fast this machine computes matrix products, used only to correct estimated times."""
 
 import os
 import time
@@ -14,9 +14,10 @@ SIDE = 512
 
 
 def measure_products(dtype: torch.dtype = torch.float32, seconds: float = 0.4) -> float:
-    """Return the FLOP/s of matrix products on the CPU with torch's threads. Draws no random numbers.
+    """Return the FLOP/s of matrix products on the CPU with torch's threads, without drawing random numbers.
 
-    Taken from the fastest quarter of the products: other programs and sleeping cores can only slow a product down.
+    The rate is that of the first quartile of the durations: other programs and sleeping cores can only slow a product
+    down.
     """
     with torch.inference_mode():
         matrix = torch.full((SIDE, SIDE), 1 / SIDE, dtype=dtype)
@@ -31,7 +32,7 @@ def measure_products(dtype: torch.dtype = torch.float32, seconds: float = 0.4) -
 
 
 def machine_of(runtime: Runtime) -> Machine:
-    """Return the machine that the ranks of a run compute on, as the plan names it."""
+    """Return the machine on which the ranks of a run compute, as `smollm2 plan` describes it."""
     found = find_machine(os.environ)
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if runtime.device.type == "cuda":
@@ -43,7 +44,10 @@ def machine_of(runtime: Runtime) -> Machine:
 
 
 def measure_if_long(runtime: Runtime, machine: Machine, seconds: float) -> float | None:
-    """Return the FLOP/s of this machine's products for a run of about `seconds` on a CPU; None if it is not worth it."""
+    """Return the measured FLOP/s of this machine's matrix products, or None if the run is too short for that.
+
+    Only runs on a CPU are measured, and only if their estimated duration `seconds` is at least 20 s.
+    """
     if not machine.is_cpu or seconds < 20:
         return None
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # all ranks on a machine measure at the same time

@@ -1,7 +1,7 @@
-"""Files and folders that are written whole or not at all.
+"""Atomic writes of files and folders: each is written completely or not at all.
 
-A file is written under a temporary name, synced, checked and renamed, and then its folder is synced: with this order, a
-crash at any point leaves either the old file or the new one. Every operation goes through `IoOps`, so that a test can
+A file is written under a temporary name, synced, checked and renamed, and then its folder is synced. Because of this
+order, a crash at any point leaves either the old file or the new one. These operations go through `IoOps`, so tests can
 make each of them fail.
 """
 
@@ -25,7 +25,7 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Error numbers for an operation that the file system does not support."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Error numbers for a full disk, a used-up quota, and a file that is larger than allowed."""
+"""Error numbers for a full disk, an exhausted quota, and a file larger than allowed."""
 
 SECONDS_PER_DAY = 86400
 
@@ -36,11 +36,11 @@ class IoOps:
     """The system calls needed to save a file, one method per call. Tests wrap it to record calls or make them fail."""
 
     def free_bytes(self, folder: Path) -> int:
-        """Return how many bytes this user may still write on the folder's disk."""
+        """Return how many bytes this user may still write to the disk that the folder is on."""
         return shutil.disk_usage(folder).free
 
     def open_temporary(self, path: Path) -> FileIO:
-        """Create a file that only this user can read. It is unbuffered, so that nothing written is lost in a crash."""
+        """Create a file that only this user can access. It is unbuffered, so a process crash loses nothing written."""
         return FileIO(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
 
     def allocate(self, file: FileIO, size: int) -> None:
@@ -82,7 +82,7 @@ class IoOps:
             os.close(handle)
 
     def unlink(self, path: Path) -> None:
-        """Remove a file, or a symbolic link without its target."""
+        """Remove a file, or a symbolic link but not its target."""
         path.unlink()
 
     def listdir(self, folder: Path) -> list[str]:
@@ -100,7 +100,7 @@ class Target:
         self.file, self.io_ops = file, io_ops
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data` and return its length, as files do."""
+        """Write all of `data` and return its length, as a file object does."""
         self.io_ops.write(self.file, data)
         return len(data)
 
@@ -116,10 +116,11 @@ def write_atomically(
     check: Callable[[Path], object] | None = None,
     io_ops: IoOps = IO_OPS,
 ) -> None:
-    """Write a file whole or not at all: `path` keeps its old content until the new content is on disk.
+    """Write a file completely or not at all: `path` keeps its old content until the new content is on disk.
 
-    `content` is bytes, or a function that writes about `size` bytes. `check` reads the temporary file before it is
-    renamed, and raises if it is wrong. Raise ResourceError on a system error; a KeyboardInterrupt propagates as is.
+    `content` is bytes, or a function that writes about `size` bytes to the file object it is given. `check` is called
+    with the temporary file's path before the rename, and raises if the content is wrong. Raise ResourceError on a
+    system error; a KeyboardInterrupt propagates unchanged.
     """
     outer = sys.exc_info()[1]
     size = len(content) if isinstance(content, bytes) else size
@@ -156,10 +157,10 @@ def write_atomically(
 def write_folder_atomically(
     target: Path, fill: Callable[[Path], object], *, replaces: bool = False, io_ops: IoOps = IO_OPS
 ) -> None:
-    """Write a folder whole or not at all: `fill` writes to a temporary folder beside `target`, which is then renamed.
+    """Write a folder completely or not at all: `fill` writes to a temporary folder, which is then renamed to `target`.
 
-    If `fill` raises, nothing is left behind. With `replaces`, an existing folder of that name is removed at the end.
-    Raise ResourceError on a system error.
+    If `fill` raises, nothing is left behind. With `replaces`, the existing folder `target` is removed once the new one
+    is in place. Raise ResourceError on a system error.
     """
     mark = f"tmp.{os.getpid()}-{secrets.token_hex(4)}"
     temporary, replaced = target.with_name(f".export.{mark}"), target.with_name(f".replaced.{mark}")
@@ -191,15 +192,15 @@ def write_folder_atomically(
 
 
 def sync_file(path: Path) -> None:
-    """Flush an already closed file to disk. Windows can sync only a file that is open for writing."""
+    """Flush an already closed file to disk. It is reopened for writing, because Windows can sync only such a file."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def make_folder(folder: Path, option: str = "--save_dir") -> list[Path]:
-    """Create a folder and its parents; return those that were missing, the innermost first.
+    """Create a folder and its parents; return the ones that were created, innermost first.
 
-    Raise ResourceError, naming the option that chooses another folder, if that is not possible.
+    Raise ResourceError, which names the option for choosing another folder, if that is not possible.
     """
     made: list[Path] = []
     try:
@@ -219,7 +220,7 @@ def make_folder(folder: Path, option: str = "--save_dir") -> list[Path]:
 def probe_folder(folder: Path, option: str = "--save_dir") -> None:
     """Create the folder and write a test file to it, to find out at the start whether saving is possible.
 
-    Raise ResourceError, naming the option that chooses another folder, if it is not.
+    Raise ResourceError, which names the option for choosing another folder, if it is not.
     """
     make_folder(folder, option)
     probe = folder / f".probe.{os.getpid()}"
@@ -243,7 +244,10 @@ def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
 
 
 def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:
-    """Remove folders left by killed exports, once a day old: they may belong to a process on another machine."""
+    """Remove temporary folders of killed exports that are over a day old.
+
+    Newer ones are kept, because they may belong to a process on another machine.
+    """
     for name in io_ops.listdir(parent):
         match, path = TEMPORARY.fullmatch(name), parent / name
         if match and name.startswith(".export.") and not is_running(int(match[1])):
@@ -279,10 +283,10 @@ def describe_problem(path: Path, error: Exception) -> str:
 
 
 def folder_error(folder: Path, error: Exception, option: str) -> ResourceError:
-    """Return the error for a folder that cannot be written; `option` is the flag that chooses another one."""
+    """Return the error for a folder that cannot be written to; `option` is the flag for choosing another folder."""
     problem = describe_problem(folder, error)
     where = str(folder).replace("\0", "\\0")
-    return ResourceError(where, f"cannot be written: {problem}", f"{_advice(error)} another {option}")
+    return ResourceError(where, f"cannot be written to: {problem}", f"{_advice(error)} another {option}")
 
 
 def _advice(error: Exception) -> str:
@@ -302,7 +306,7 @@ def _save_error(path: Path, error: OSError, size: int, io_ops: IoOps) -> Resourc
 
 
 def _hidden_cause(error: BaseException, outer: BaseException | None) -> BaseException:
-    """Return the error that a library hid behind its own: torch turns a full disk and Ctrl-C into a RuntimeError.
+    """Return the original error behind a library's own: torch turns a full disk or Ctrl-C into a RuntimeError.
 
     `outer` is the exception that the caller was already handling; its own chain is not searched.
     """

@@ -1,7 +1,7 @@
 """The lock of a run folder: only one run at a time writes to it.
 
-It is an operating system lock on the file `.lock`, so it is released as soon as its process ends, even by `kill -9`.
-The text in `.lock` says who holds it, for messages only.
+It is an operating-system lock on the file `.lock`, so it is released as soon as the process that holds it ends, even
+after `kill -9`. The text in `.lock` describes that process.
 """
 
 import contextlib
@@ -24,29 +24,29 @@ from smollm2.storage.run_folder import LOCK
 
 @dataclass
 class HeldFolder:
-    """A run folder while this process holds it. `made` lists the folders that it created, the run folder first."""
+    """A run folder that this process has locked. `made` lists the folders that it created, the run folder first."""
 
     path: Path
     made: list[Path]
-    is_exclusive: bool  # False if the file system has no locks: other runs are not kept out
+    is_exclusive: bool  # False if the file system does not support locks: other runs are not kept out
     is_discarded: bool = False
 
     def discard(self) -> None:
-        """Remove the folder when it is released, if this process created it. A folder that existed before is kept."""
+        """Mark the folder for removal when the lock is released. A folder that this process did not create is kept."""
         self.is_discarded = True
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[HeldFolder]:
-    """Create the folder if it is missing, check that it is writable, and hold its lock.
+    """Create the folder if it is missing, check that it is writable, and hold its lock inside the `with` block.
 
-    Also remove the temporary files of killed processes. Raise ResourceError if the folder cannot be written, or if
-    another run holds it; the message names that run.
+    Also remove the temporary files of killed processes. Raise ResourceError if the folder cannot be written to, or if
+    another run holds the lock; the message names that run.
     """
     handle, is_exclusive, made = _open_locked(folder)
     lock = [handle]
-    # A forked child shares the lock and would keep it after this process is killed. If a child runs another program,
-    # the lock is closed anyway: Python's file descriptors are not inherited.
+    # A forked child shares the lock and would still hold it after this process is killed. If a child runs another
+    # program, the lock file is closed anyway: Python's file descriptors are not inherited.
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: _close_all(lock))
     held = HeldFolder(folder, made, is_exclusive, is_discarded=True)
@@ -66,7 +66,10 @@ def lock_folder(folder: Path) -> Iterator[HeldFolder]:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether the process that last took the folder's lock is running on this machine. Does not take the lock."""
+    """Return whether the process that last took the folder's lock is still running on this machine.
+
+    The lock is not taken.
+    """
     try:
         holder = json.loads((folder / LOCK).read_bytes())
         started = holder.get("process_started")
@@ -76,9 +79,10 @@ def is_held(folder: Path) -> bool:
 
 
 def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
-    """Open `.lock` and lock it; return its descriptor, whether the file system has locks, and the folders created.
+    """Open `.lock` and lock it; return its descriptor, whether the file system supports locks, and the folders created.
 
-    Until it is locked, another holder may remove the folder and the file with it; in that case, start over.
+    Before the lock is taken, another process that holds it may remove the folder and the file; in that case, start
+    over.
     """
     path = folder / LOCK
     while True:
@@ -86,8 +90,8 @@ def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except OSError as error:
-            if path.is_symlink():  # another user may have pointed it anywhere
-                raise ResourceError(path, "is a symbolic link", "Remove it, or choose another --save_dir") from None
+            if path.is_symlink():  # another user may have made it point anywhere
+                raise ResourceError(path, "is a symbolic link", "remove it, or choose another --save_dir") from None
             if not folder.exists():
                 continue
             raise folder_error(folder, error, "--save_dir") from error
@@ -97,7 +101,7 @@ def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
             raise ResourceError(
                 folder,
                 f"is in use by another run ({_describe_holder(path)})",
-                "Wait for it, stop it, or choose another --save_dir",
+                "wait for it, stop it, or choose another --save_dir",
             )
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(handle), path.stat()):
@@ -127,7 +131,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock_or_raise(handle: int) -> None:
-        # Windows does not let others read a locked range: lock one byte far beyond the text.
+        # Windows does not let other processes read a locked range: lock one byte far beyond the text.
         os.lseek(handle, 2**20, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 
@@ -139,7 +143,7 @@ else:
 
 
 def _take_lock(handle: int) -> bool | None:
-    """Return True if the lock was taken, None if another process holds it, False if the file system has no locks."""
+    """Return True if the lock was taken, None if another process holds it, False if the file system lacks locks."""
     try:
         _lock_or_raise(handle)
     except OSError as error:
@@ -161,7 +165,7 @@ def _write_holder(handle: int) -> None:
 
 
 def _read_boot_id() -> str:
-    """Return an identifier of this boot of the machine, or "" if the system has none."""
+    """Return an ID of the machine's current boot, or "" if the system provides none."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
 

@@ -1,9 +1,9 @@
-"""Processes on this machine: whether one is still running, and when this one started."""
+"""Processes on this machine: whether one is still running, and when the current one started."""
 
 import psutil
 
 START_TOLERANCE = 10.0
-"""Seconds by which two readings of one process's start time may differ: the clock may be adjusted in between."""
+"""Seconds by which two readings of the same process's start time may differ: the clock may be adjusted in between."""
 
 
 def is_running(pid: int, started: float | None = None) -> bool:

@@ -22,11 +22,11 @@ CHECKPOINT = re.compile(r"step_([0-9]{1,18})\.pt")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return `folder/step_0500.pt`."""
+    """Return the path of a step's checkpoint, such as `folder/step_0500.pt` for step 500."""
     return folder / f"step_{step:04d}.pt"
 
 
 def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name, or -1 if it has none. Sort by this number, never by text."""
+    """Return the step in a checkpoint's name, or -1 if it has none. Sort checkpoints by this number, never by name."""
     match = CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else -1

@@ -1,5 +1,6 @@
-"""Trackers: where a run's metrics and events go (run folder, console, Weights & Biases, TensorBoard).
+"""Trackers: they record and show a run's metrics and events (run folder, console, Weights & Biases, TensorBoard).
 
-`base.py` has the messages and the fence, `jsonl.py` the files of the run folder, `console.py` what a person sees.
-The files are the record and are written synchronously. The others run behind a fence and cannot delay or end a run.
+`base.py` defines the messages, `jsonl.py` writes the files of the run folder, `console.py` shows the run to the user.
+These two are called synchronously. The other trackers each run on their own thread in a `Fence` (`base.py`), so they
+can neither delay nor end a run.
 """

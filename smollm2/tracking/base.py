@@ -1,8 +1,8 @@
-"""The tracker interface, its messages, the fan-out to several trackers, and the fence around unreliable ones.
+"""The tracker interface, its messages, the fan-out to several trackers, and `Fence`, which isolates unreliable ones.
 
-Everything that a run records is a `Message`. A fenced tracker runs on its own daemon thread and receives messages through
-a bounded queue, so a server that hangs costs the run nothing: what the queue cannot hold is dropped and counted, while
-the local files stay complete.
+Everything that a run records is a `Message`. A `Fence` runs a tracker on a daemon thread, which receives messages
+through a bounded queue. A server that hangs therefore does not slow down the run: messages that do not fit into the
+queue are dropped and counted, while the local files stay complete.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ CLOSE_SECONDS = 30.0
 QUEUE_CAPACITY = 10_000
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that a terminal obeys instead of showing: C0, DEL and C1, marks that reorder text, line separators; and
-lone surrogates, which cannot be written at all."""
+"""Characters that a terminal interprets instead of showing: C0, DEL and C1, marks that reorder text, line separators;
+and lone surrogates, which cannot be encoded."""
 
 Report = Callable[[str], None]
-"""Shows one message to the user."""
+"""A function that shows one message to the user."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The numbers of one step: a training report or a validation."""
+    """The metrics of one step, either from training or from a validation."""
 
     values: Mapping[str, float | int]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model generated for a prompt; `text` is the continuation alone."""
+    """The text that the model generated for a prompt; `text` does not include the prompt."""
 
     prompt: str
     text: str
@@ -44,14 +44,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """One round of samples."""
+    """The samples generated after one step."""
 
     samples: Sequence[Sample]
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened once: a resume, a skipped step, a checkpoint. `details` are plain JSON values."""
+    """Something that happened once: a resume, a skipped step, a checkpoint. `details` has plain JSON values."""
 
     kind: str
     text: str
@@ -60,7 +60,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values are between `edges[i]` and `edges[i + 1]`: there is one count fewer than edges."""
+    """A histogram: `counts[i]` values are between `edges[i]` and `edges[i + 1]`; there is one more edge than counts."""
 
     counts: Sequence[int]
     edges: Sequence[float]
@@ -70,10 +70,10 @@ class Histogram:
 class Diagnosis:
     """The diagnostics of the model at one step.
 
-    By parameter: the norm of its gradient before clipping, the norm of its weights, and the norm of its update divided by
-    the norm of its weights. By block: its activations (`rms`, `max_abs`, `max_attention_logit`, `dead_units`: a share).
-    `clipped` is the share of steps since the last diagnostics whose gradient was clipped. The histograms are for trackers
-    that draw them.
+    For each parameter: the norm of its gradient before clipping, the norm of its weights, and the norm of its update
+    divided by the norm of its weights. For each block: statistics of its activations (`rms`, `max_abs`,
+    `max_attention_logit`, and `dead_units`, a fraction). `clipped` is the fraction of steps since the last diagnostics
+    whose gradient was clipped. The histograms are only for trackers that can draw them.
     """
 
     gradient_norms: Mapping[str, float]
@@ -89,9 +89,9 @@ class Diagnosis:
 class Landscape:
     """The loss around the weights of one step, along two random filter-normalized directions (Li et al. 2018).
 
-    `loss` is the loss at the weights themselves. `line[i]` is the loss at `line_at[i]` along the first direction;
-    `grid[i][j]` the loss at `grid_at[i]` along the first and `grid_at[j]` along the second. The directions are drawn from
-    `seed`; each loss is measured on `targets` tokens.
+    `loss` is the loss at the weights themselves. `line[i]` is the loss at distance `line_at[i]` along the first
+    direction; `grid[i][j]` is the loss at `grid_at[i]` along the first direction and `grid_at[j]` along the second. The
+    directions are drawn with the random seed `seed`; each loss is measured on `targets` tokens.
     """
 
     loss: float
@@ -105,7 +105,10 @@ class Landscape:
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A written and verified checkpoint; `is_best` by its validation loss. It may be removed after the call."""
+    """A checkpoint that was written and verified; `is_best` tells whether its validation loss is the lowest so far.
+
+    The file may be removed after the tracker's `on` has returned.
+    """
 
     path: Path
     is_best: bool
@@ -126,11 +129,11 @@ class Tracker(Protocol):
         """Record one message."""
 
     def close(self) -> None:
-        """End the record: no message follows."""
+        """Finish recording: no message follows."""
 
 
 class Fanout(Tracker):
-    """Passes each message to several trackers in order, and counts the seconds that the run spends on them."""
+    """Passes each message to several trackers in order, and measures the time that the run spends on them."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = tuple(trackers)
@@ -138,7 +141,7 @@ class Fanout(Tracker):
 
     @property
     def seconds(self) -> float:
-        """The tracking overhead so far: the time that the run waited, plus the CPU time of fenced trackers."""
+        """The tracking overhead so far in seconds: the time the run waited plus the CPU time of the `Fence` threads."""
         return self.seconds_in_line + sum(tracker.seconds for tracker in self.trackers if isinstance(tracker, Fence))
 
     def on(self, message: Message) -> None:
@@ -155,7 +158,7 @@ class Fanout(Tracker):
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the time of the block as tracking overhead."""
+        """Count the time of the `with` block as tracking overhead."""
         began = time.perf_counter()
         try:
             yield
@@ -165,11 +168,11 @@ class Fanout(Tracker):
     # One method per kind of message keeps the training loop readable.
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """Record the numbers of a training report or a validation."""
+        """Record the metrics of a training step or a validation."""
         self.on(Message(step, Metrics(metrics)))
 
     def log_text(self, samples: Sequence[Sample], step: int) -> None:
-        """Record one round of samples."""
+        """Record the samples generated after one step."""
         self.on(Message(step, Samples(samples)))
 
     def log_event(self, kind: str, text: str, step: int, **details: object) -> None:
@@ -190,16 +193,17 @@ class Fanout(Tracker):
 
 
 KeepFile = Callable[[Path, bool], Path | None]
-"""Takes a saved file and whether it is the best; returns the file to use until the thread gets to it, or None to skip it."""
+"""A function that takes the path of a saved file and whether it is the best. It returns the path that the tracker's
+thread will use later, or None to skip the file."""
 
 
 def keep_path(path: Path, is_best: bool) -> Path:
-    """Return the path unchanged: for trackers that need only its name."""
+    """Return the path unchanged, for trackers that need only the file's name."""
     return path
 
 
 class Fence(Tracker):
-    """Runs a tracker on its own thread, so that it can neither delay nor end the run; disabled after three failures."""
+    """Runs a tracker on its own thread, so that it can neither delay nor end the run. Three failures turn it off."""
 
     def __init__(
         self,
@@ -212,8 +216,8 @@ class Fence(Tracker):
         capacity: int = QUEUE_CAPACITY,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
-        """`keep_file` is called synchronously for each saved file, which may be removed before the thread gets to it.
-        `abandon` is called if the thread does not finish within `close_seconds`."""
+        """`keep_file` is called synchronously for each saved file, because the file may be removed before the thread
+        uses it. `abandon` is called if the thread does not finish within `close_seconds`."""
         self.name = name
         self.seconds = 0.0  # CPU time of this thread, which competes with the run for the GIL
         self.keep_file, self.abandon = keep_file, abandon
@@ -226,7 +230,7 @@ class Fence(Tracker):
         self.thread.start()
 
     def on(self, message: Message) -> None:
-        """Queue the message; never waits."""
+        """Queue the message without waiting."""
         if self.is_off:
             return
         content = message.content
@@ -243,7 +247,7 @@ class Fence(Tracker):
             self.dropped += 1
 
     def close(self) -> None:
-        """Let the thread finish, for `close_seconds` at most, and report what it could not send."""
+        """Wait up to `close_seconds` for the thread to finish; report if it did not, or if messages were dropped."""
         deadline = time.monotonic() + self.close_seconds
         try:
             self.messages.put(None, timeout=self.close_seconds)
@@ -264,7 +268,10 @@ class Fence(Tracker):
             )
 
     def _work(self, open_tracker: Callable[[], Tracker]) -> None:
-        """Run the thread: the one place in the project that catches every exception, because none may reach the run."""
+        """Pass the queued messages to the tracker, on the thread.
+
+        This is the only code in the project that catches every exception, because none may reach the run.
+        """
         failures = 0
         tracker = None
         try:

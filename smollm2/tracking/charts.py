@@ -1,7 +1,7 @@
-"""What trackers and the report draw: the names and groups of metrics, diagnostics by layer, the landscape's figures.
+"""What trackers and the report draw: metrics by name and group, diagnostics by layer, figures of the loss landscape.
 
-Parameters have Hugging Face's names; a layer is their common part: `layers.3` for all of block 3, else `embed_tokens`,
-`norm` or `lm_head`. Figures are plain plotly JSON, so nothing here imports plotly.
+Parameters have their Hugging Face names. A layer is the common part of its parameters' names: `layers.3` for all of
+block 3, else `embed_tokens`, `norm` or `lm_head`. Figures are plain plotly JSON, so plotly is not imported here.
 """
 
 import math
@@ -26,7 +26,10 @@ class Flow:
 
 
 def group_metrics(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
-    """Rename `validation_loss` to `validation/loss` and `loss` to `train/loss`: W&B draws one section per group."""
+    """Return the metrics with their group in the name, such as `train/loss` and `validation/loss`.
+
+    W&B draws one section per group.
+    """
     return {
         f"validation/{name.removeprefix('validation_')}" if name.startswith("validation_") else f"train/{name}": value
         for name, value in metrics.items()
@@ -34,13 +37,16 @@ def group_metrics(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
 
 
 def layer_of(parameter: str) -> str:
-    """Return `layers.3` for `model.layers.3.mlp.up_proj.weight`, `embed_tokens` for `model.embed_tokens.weight`."""
+    """Return the layer of a parameter, such as `layers.3` for `model.layers.3.mlp.up_proj.weight`."""
     block = re.search(r"\blayers\.\d+(?![^.])", parameter)
     return block[0] if block else parameter.removeprefix("model.").removesuffix(".weight").removesuffix(".bias")
 
 
 def flow_by_layer(diagnosis: Diagnosis) -> dict[str, Flow]:
-    """Combine the parameters of each layer, in the model's order; NaN if a number is missing."""
+    """Return each layer's norms and update ratio, combined from its parameters, in the model's order.
+
+    A number is NaN if it is missing for one of the parameters.
+    """
     members: dict[str, list[str]] = {}
     for parameter in diagnosis.gradient_norms:
         members.setdefault(layer_of(parameter), []).append(parameter)
@@ -60,7 +66,7 @@ def flow_by_layer(diagnosis: Diagnosis) -> dict[str, Flow]:
 
 
 def diagnosis_metrics(diagnosis: Diagnosis) -> dict[str, float]:
-    """Return the numbers of a diagnosis as metrics by layer and block."""
+    """Return the values of a diagnosis as metrics that are named by layer or block."""
     found = {"gradients/clipped": diagnosis.clipped}
     for layer, flow in flow_by_layer(diagnosis).items():
         found[f"gradients/norm/{layer}"] = flow.gradient_norm
@@ -72,7 +78,7 @@ def diagnosis_metrics(diagnosis: Diagnosis) -> dict[str, float]:
 
 
 def flow_figure(diagnosis: Diagnosis) -> Figure:
-    """Return the norms of gradients and weights and the update ratio over the layers."""
+    """Return a figure of the gradient norm, the weight norm and the update ratio of each layer."""
     flows = flow_by_layer(diagnosis)
     curves = {
         "gradient norm": [flow.gradient_norm for flow in flows.values()],
@@ -86,9 +92,12 @@ def flow_figure(diagnosis: Diagnosis) -> Figure:
 
 
 def landscape_figures(landscape: Landscape) -> dict[str, Figure]:
-    """Return the landscape as a `surface` over both directions and as a `line` along the first; the weights are marked."""
+    """Return two figures of the landscape: a `surface` over both directions, and a `line` along the first.
+
+    Both mark the loss at the weights themselves.
+    """
     at, loss = list(landscape.grid_at), landscape.loss
-    # grid[i][j] is at i along the first direction; plotly's z[row][column] has x in its columns.
+    # In grid[i][j], i is along the first direction; in plotly's z[row][column], x is along the columns.
     grid = [finite(column) for column in zip(*landscape.grid, strict=True)]
     plane = {"x": at, "y": at, "z": grid}
     hover = "%{x:.3~g}, %{y:.3~g}: loss %{z:.4~f}<extra></extra>"
@@ -121,5 +130,5 @@ def axis(title: str) -> Figure:
 
 
 def finite(numbers: Sequence[float]) -> list[float | None]:
-    """Replace each number that is not finite by None: JSON has no such numbers."""
+    """Return the numbers with each NaN and infinity replaced by None, because JSON has neither."""
     return [number if math.isfinite(number) else None for number in numbers]

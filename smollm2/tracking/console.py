@@ -1,8 +1,8 @@
-"""The console, which shows a run while it trains, and run.log, which has the details.
+"""The console, which shows a run as it trains, and run.log, which records the details.
 
-On a terminal: a progress bar with the latest numbers below it; reports, samples and messages scroll above it. Elsewhere
-each report is one plain line without control characters: rich would wrap and truncate it at 80 columns. Only
-rank 0 has a console; every rank may have a log.
+On a terminal, a progress bar has the latest metrics below it; reports, samples and messages scroll above it. Elsewhere,
+each report is one plain line without control characters, printed without rich, which would wrap and truncate it at 80
+columns. Only rank 0 shows a console; every rank may have a log.
 """
 
 import contextlib
@@ -37,13 +37,14 @@ FORMATS = {
     "grad_norm": "{:.3f}",
     "tokens_per_second": "{:.0f}",
 }
-"""The metrics that are shown, in order; metrics.jsonl has all of them."""
+"""The metrics that the console shows, in this order, and their formats; metrics.jsonl has all metrics."""
 
 SCROLLED = ("loss", "validation_loss", "validation_bpb")
-"""The metrics of a scrolling report on a terminal, which may have only 80 columns; the bar shows all metrics."""
+"""The metrics in the scrolling reports of a terminal, which may have only 80 columns; the latest value of every metric
+in FORMATS is shown below the bar."""
 
 SMOOTHING = 0.9
-"""Weight of past values in smoothed_loss: a mean over about ten reports."""
+"""The weight of past values in smoothed_loss, an exponential moving average over about ten reports."""
 
 SECONDS_BETWEEN_FRACTIONS = 2.0
 
@@ -53,12 +54,12 @@ URL_CREDENTIALS = re.compile(r"\b(\w+://)[^/\s@]+@")
 
 
 class ConsoleTracker(Tracker):
-    """Shows one run. If nothing reads the stream any more (a closed pipe), it goes silent and the run continues."""
+    """Shows one run. If its stream is closed (a broken pipe), it stops printing and the run continues."""
 
     def __init__(
         self, train_steps: int, start_step: int, stream: TextIO | None = None, log: "RunLog | None" = None
     ) -> None:
-        """`log` gets a copy of every message and page."""
+        """`log` receives a copy of every message and page."""
         self.run_log = log
         self.train_steps = train_steps
         self.stream = stream or sys.stdout
@@ -70,7 +71,7 @@ class ConsoleTracker(Tracker):
         )
         self.is_terminal = self.is_terminal and not self.console.is_dumb_terminal
         self.is_silent = False
-        # Messages also come from the threads of fenced trackers.
+        # Messages also come from the threads of trackers in a `Fence`.
         self.lock = threading.RLock()
         self.live: Live | None = None
         self.bar = ProgressBar(total=train_steps, completed=start_step)
@@ -108,7 +109,11 @@ class ConsoleTracker(Tracker):
         self._write("\n".join(lines))
 
     def show_progress(self, label: str, fraction: float) -> None:
-        """Show the progress of work before the first step: in place on a terminal; elsewhere a line per tenth and the end."""
+        """Show the progress of work before the first step.
+
+        On a terminal it is shown in place. Elsewhere a line is printed after each further 10 %, at most every 2 s, and
+        at the end.
+        """
         text = self._encodable(f"{escape_controls(label, keep_newlines=False)} {fraction:.0%}")
         if self.is_terminal:
             self._draw(Text(text) if fraction < 1 else None)
@@ -122,12 +127,12 @@ class ConsoleTracker(Tracker):
             self._write(text)
 
     def restore_smoothing(self, losses: Iterable[float]) -> None:
-        """Continue smoothed_loss from the losses reported before a resume."""
+        """Rebuild smoothed_loss from the losses reported before a resume."""
         for loss in losses:
             self._smooth(loss)
 
     def close(self) -> None:
-        """Remove the bar; messages and pages can still be shown."""
+        """Remove the progress bar; messages and pages can still be shown."""
         self._draw(None)
 
     def _show_metrics(self, metrics: Mapping[str, float | int], step: int) -> None:
@@ -159,23 +164,23 @@ class ConsoleTracker(Tracker):
         return self.smoothed / self.smoothed_weight if self.smoothed_weight else loss
 
     def _time_left(self, step: int) -> str:
-        """Return the remaining time at the overall speed since the first report; empty before there is one."""
+        """Return the remaining time at the average speed since the first report; empty if there is only one report."""
         now = time.monotonic()
         self.first_report = self.first_report or (step, now)
         first_step, then = self.first_report
         if step <= first_step:
             return ""
         seconds = (now - then) / (step - first_step) * max(0, self.train_steps - step)
-        # Clock format, not format_duration: its width stays constant beside a bar.
+        # Clock format, not format_duration: next to a bar, the width must stay constant.
         return f"  time_left {datetime.timedelta(seconds=round(seconds))}"
 
     def _encodable(self, text: str) -> str:
-        """Escape what the stream's encoding cannot represent."""
+        """Escape characters that the stream's encoding cannot represent."""
         encoding = self.stream.encoding or "utf-8"
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _write(self, text: str) -> None:
-        """Write permanent lines."""
+        """Write lines that stay on the screen, above the progress bar if there is one."""
         text = self._encodable(text)
         if self.is_terminal:
             self._attempt(lambda: self._print_above(text))
@@ -183,7 +188,7 @@ class ConsoleTracker(Tracker):
             self._attempt(lambda: print(text, file=self.stream, flush=True))
 
     def _print_above(self, text: str) -> None:
-        """Print above the bar, broken at spaces only: a path stays in one piece, so that it can be copied."""
+        """Print above the bar, wrapped only at spaces: a path stays in one piece and can be copied."""
         lines = [wrap_words(line, self.console.width) for line in text.split("\n")]
         self.console.print(Text("\n".join(lines)), soft_wrap=True)
         if self.live is not None:  # rich cropped the bar like the text above it: redraw it
@@ -194,7 +199,7 @@ class ConsoleTracker(Tracker):
 
         def draw() -> None:
             if self.live is None and picture is not None:
-                # Drawn only when something changes: no refresh thread and no timer of rich's.
+                # Drawn only when something changes, without rich's refresh thread and timer.
                 self.live = Live(picture, console=self.console, auto_refresh=False, transient=True)
                 self.live.start(refresh=True)
             elif self.live is not None and picture is not None:
@@ -206,7 +211,7 @@ class ConsoleTracker(Tracker):
         self._attempt(draw)
 
     def _attempt(self, draw: Callable[[], object]) -> None:
-        """Call `draw`, one thread at a time, unless the reader is gone."""
+        """Call `draw`, from one thread at a time, unless the stream was closed."""
         with self.lock:
             if self.is_silent:
                 return
@@ -222,7 +227,7 @@ class ConsoleTracker(Tracker):
 class RunLog:
     """run.log: every message with its time and rank, errors with their tracebacks; secrets are redacted.
 
-    The file is opened for each message, so that no disk error can reach the run.
+    The file is opened for each message, and disk errors are ignored, so that none can end the run.
     """
 
     def __init__(self, folder: Path, rank: int, secrets: Sequence[str] = ()) -> None:
@@ -248,7 +253,7 @@ def format_metrics(metrics: Mapping[str, float | int]) -> list[str]:
 
 
 def join_in_lines(parts: Sequence[str], width: int) -> list[str]:
-    """Join the parts with two spaces into as few lines of `width` columns as possible; no part is broken."""
+    """Join the parts with two spaces into as few lines of `width` columns as possible; no part is split."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:
@@ -259,19 +264,19 @@ def join_in_lines(parts: Sequence[str], width: int) -> list[str]:
 
 
 def wrap_words(line: str, width: int, indent: int = 0) -> str:
-    """Break a line at spaces; the following lines are indented. A word that is longer than a line stays whole."""
+    """Break a line at spaces; the following lines are indented. A word that is longer than a line is not split."""
     return textwrap.fill(
         line, max(width, indent + 20), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 def find_secrets(variables: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the values of at least 6 characters of environment variables whose names mark them as secret."""
+    """Return the values, of at least 6 characters, of environment variables whose names mark them as secret."""
     return tuple(value for name, value in variables.items() if re.fullmatch(SECRET_NAME, name) and len(value) >= 6)
 
 
 def redact(text: str, secrets: Sequence[str] = ()) -> str:
-    """Return the text with `secrets`, `NAME_KEY=value` and the credentials of URLs replaced by ***."""
+    """Return the text with `secrets`, the values in `NAME_KEY=value` and the credentials in URLs replaced by ***."""
     for secret in secrets:
         text = text.replace(secret, "***")
     return URL_CREDENTIALS.sub(r"\1***@", SECRET_VALUE.sub(r"\1\2***", text))

@@ -1,9 +1,10 @@
-"""The record of a run: metrics, events, samples and diagnostics as .jsonl in the run folder, one JSON object per line.
+"""The record of a run: metrics, events, samples and diagnostics as .jsonl files, with one JSON object per line.
 
-Rows are only appended, each passed to the system before the call returns, so a kill costs at most the end of the
-last line. A resume at step N first removes the rows after N and a truncated last line: the run writes those rows again,
-and none is missing or duplicated. This requires that everything about step N is logged, and `sync` called, before step
-N's checkpoint is written. A number that is not finite becomes null: JSON has no NaN.
+Rows are only appended, and each is passed to the operating system before the call returns, so a killed run loses at
+most the end of the last line. A resume at step N first removes the rows after step N and a truncated last line. The run
+then writes these rows again, so none is missing or duplicated. This requires that everything about step N is logged,
+and `sync` called, before step N's checkpoint is written. A number that is not finite becomes null, because JSON has no
+NaN.
 """
 
 import contextlib
@@ -24,34 +25,33 @@ from smollm2.tracking.base import Diagnosis, Event, Landscape, Message, Metrics,
 FILES = (METRICS, EVENTS, SAMPLES, DIAGNOSTICS)
 
 LINE_SEPARATORS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-"""JSON allows these unescaped, but Python's splitlines would split a row there. Other characters stay readable."""
+"""Escapes for the line separators that JSON allows unescaped: Python's splitlines would split a row at them. Other
+characters stay readable."""
 
 
 class JsonlTracker(Tracker):
-    """Writes the four files of one run folder. If the disk is full, rows wait in memory and the run continues."""
+    """Writes the files of one run folder. If the disk is full, rows are kept in memory and the run continues."""
 
     def __init__(self, folder: Path, resumed_step: int, report: Report) -> None:
-        """Repair the files of `folder` for a run that resumes after `resumed_step`; 0 is a new run: no rows are kept.
-
-        Raise ResourceError if the folder cannot be written.
-        """
+        """Repair the files in `folder` for a run that resumes after `resumed_step`; if that is 0, the run is new, and
+        no rows are kept. Raise ResourceError if the folder cannot be written to."""
         self.folder, self.report = folder, report
         try:
             for name in FILES:
                 repair_rows(folder / name, resumed_step, report)
-            # Unbuffered: what write() accepts is in the system's hands and survives a kill of this process.
+            # Unbuffered: what write() accepts is passed to the operating system and survives a kill of this process.
             self.files = {name: FileIO(folder / name, "ab") for name in FILES}
         except OSError as error:
             raise ResourceError(
                 error.filename or folder,
                 f"cannot be written ({error.strerror or error})",
-                "make it writable or choose another --save_dir",
+                "make it writable, or choose another --save_dir",
             ) from error
         self.unwritten = dict.fromkeys(FILES, b"")
         self.is_full = False
 
     def on(self, message: Message) -> None:
-        """Append the message's rows; a landscape replaces the previous one."""
+        """Append the message's rows to the file for its kind; a landscape replaces the previous one."""
         step = message.step
         match message.content:
             case Metrics(values):
@@ -68,10 +68,13 @@ class JsonlTracker(Tracker):
                 try:
                     write_atomically(self.folder / LANDSCAPE, landscape_json(landscape, step))
                 except (OSError, ResourceError) as error:
-                    self.report(lay_out(LANDSCAPE, f"the landscape of step {step} was not written ({error})"))
+                    self.report(lay_out(LANDSCAPE, f"the landscape of step {step} could not be written ({error})"))
 
     def sync(self) -> None:
-        """Flush to disk. Call it before a checkpoint is written, or a power cut could leave the checkpoint ahead."""
+        """Flush all rows to disk.
+
+        Call this before writing a checkpoint, or a power cut could leave a checkpoint without its rows.
+        """
         for name, file in self.files.items():
             try:
                 self._write(name)
@@ -80,7 +83,7 @@ class JsonlTracker(Tracker):
                 self._report_full(name, error)
 
     def close(self) -> None:
-        """Write the waiting rows and close; report how many could not be written."""
+        """Write the rows that are still in memory and close the files; report how many rows could not be written."""
         self.sync()
         for file in self.files.values():
             file.close()
@@ -98,43 +101,50 @@ class JsonlTracker(Tracker):
             self._report_full(name, error)
 
     def _write(self, name: str) -> None:
-        """Write the waiting rows of a file. If the disk fills in the middle of a row, the rest is written later."""
+        """Write a file's rows that are still in memory.
+
+        If the disk fills up in the middle of a row, the rest is written later.
+        """
         while self.unwritten[name]:
             written = self.files[name].write(self.unwritten[name])
             self.unwritten[name] = self.unwritten[name][written:]
         self.is_full = False
 
     def _report_full(self, name: str, error: OSError) -> None:
-        """Report a full disk once when it begins, not for each row."""
+        """Report a full disk once, when it begins, and not for each row."""
         if not self.is_full:
             self.is_full = True
             self.report(
-                lay_out(name, f"rows wait in memory ({error.strerror or error})", "free some space on its disk")
+                lay_out(
+                    name,
+                    f"cannot be written ({error.strerror or error}); its rows are kept in memory",
+                    "free some disk space",
+                )
             )
 
 
 def diagnosis_row(diagnosis: Diagnosis) -> dict[str, object]:
-    """Return the fields of a diagnosis to four significant digits, without the histograms."""
+    """Return the fields of a diagnosis, without the histograms, rounded to four significant digits."""
     row = dataclasses.asdict(dataclasses.replace(diagnosis, gradient_histograms={}, weight_histograms={}))
     del row["gradient_histograms"], row["weight_histograms"]
     return round_numbers(row)
 
 
 def landscape_json(landscape: Landscape, step: int) -> bytes:
-    """Return the content of landscape.json: the fields of Landscape, and the step of its weights."""
+    """Return the content of landscape.json: the fields of `Landscape`, and the step at which it was measured."""
     row = replace_nonfinite({"step": step, **dataclasses.asdict(landscape)})
     return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 
 def round_numbers(row: Mapping[str, object]) -> dict[str, object]:
-    """Round each number of nested mappings to four significant digits: the file has many rows."""
+    """Round all numbers in nested mappings to four significant digits, to keep the file small."""
     return {
         key: round_numbers(value) if isinstance(value, Mapping) else float(f"{value:.4g}") for key, value in row.items()
     }
 
 
 def replace_nonfinite(value: object) -> object:
-    """Return the same JSON value with None for every NaN and infinity."""
+    """Return a JSON value with every NaN and infinity replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -145,10 +155,10 @@ def replace_nonfinite(value: object) -> object:
 
 
 def repair_rows(path: Path, last_step: int, report: Report) -> None:
-    """Keep only the rows of a file up to `last_step`, atomically.
+    """Rewrite a file atomically so that only the rows up to `last_step` remain.
 
-    A truncated last line is dropped silently: its row is written again. Damaged lines in the middle are moved to a file
-    beside it and counted.
+    A truncated last line is dropped silently, because its row is written again. Damaged lines before it are moved to a
+    file next to it, and their number is reported.
     """
     if not path.exists():
         return
@@ -170,7 +180,7 @@ def repair_rows(path: Path, last_step: int, report: Report) -> None:
 
 
 def read_values(path: Path, name: str) -> list[float]:
-    """Return the values of one metric in the rows of a file; null and damaged lines are skipped."""
+    """Return the values of one metric in the rows of a file; null values and damaged lines are skipped."""
     values = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError, RecursionError, AttributeError):

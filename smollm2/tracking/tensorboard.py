@@ -1,6 +1,6 @@
-"""The TensorBoard tracker, in <save_dir>/tensorboard: it uses the names of wandb.py, so that both show the same.
+"""The TensorBoard tracker, which writes to <save_dir>/tensorboard, with the same metric names as the W&B tracker.
 
-torch writes the files; it and the package `tensorboard` are imported on the fence's thread.
+torch's SummaryWriter writes the files; it and the package `tensorboard` are imported on the tracker's own thread.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def start_tensorboard(folder: Path, resumed_step: int, report: Report) -> Tracker | None:
-    """Return a tracker that writes to `folder`/tensorboard; report a line and return None if the package is absent."""
+    """Return a tracker that writes to `folder`/tensorboard; if the package is missing, report this and return None."""
     if importlib.util.find_spec("tensorboard") is None:
         report(
             "TensorBoard: tensorboard is not installed, the run continues without it. "
@@ -27,20 +27,23 @@ def start_tensorboard(folder: Path, resumed_step: int, report: Report) -> Tracke
 
 
 def open_writer(folder: Path, resumed_step: int) -> "TensorBoardTracker":
-    """Append to earlier files; readers skip what was written after `resumed_step`, since it will be written again."""
+    """Return a tracker that appends to earlier files.
+
+    TensorBoard ignores what they contain after `resumed_step`, because the resumed run writes it again.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     return TensorBoardTracker(SummaryWriter(str(folder), purge_step=resumed_step + 1, flush_secs=10))
 
 
 class TensorBoardTracker(Tracker):
-    """Scalars, texts and histograms of one run; runs behind a fence."""
+    """Writes the scalars, texts and histograms of one run. It runs on its own thread, in a `Fence`."""
 
     def __init__(self, writer: "SummaryWriter") -> None:
         self.writer = writer
 
     def on(self, message: Message) -> None:
-        """Write metrics, samples and diagnostics; other messages have no chart here."""
+        """Write metrics, samples and diagnostics; other messages are ignored."""
         match message.content:
             case Metrics(values):
                 for name, value in group_metrics(values).items():
@@ -61,7 +64,7 @@ class TensorBoardTracker(Tracker):
         self.writer.close()
 
     def _add_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        """Add a histogram whose sums are computed from the midpoints of its bins."""
+        """Add a histogram; its sum and its sum of squares are computed from the midpoints of its bins."""
         edges, counts = list(histogram.edges), list(histogram.counts)
         middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
         self.writer.add_histogram_raw(

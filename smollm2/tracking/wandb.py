@@ -1,12 +1,13 @@
-"""The Weights & Biases tracker: the only importer of wandb, and only inside functions.
+"""The Weights & Biases tracker: the only module that imports wandb, and only inside functions.
 
-All of wandb, including its import, runs on the fence's thread, so training starts at once. What wandb would send
-unasked (git remote and diff, package list, host, program, argv, stdout, code) is turned off; about the machine it sends
-only its load. Rows have their own step, `train/step`: wandb's `step=` drops the rows that a resume writes again.
+All of wandb, including its import, runs on the tracker's own thread, so training starts at once. What wandb would send
+without being asked (git remote and diff, package list, host, program, argv, stdout, code) is turned off; only the
+machine's load is still sent. Rows have their own step, `train/step`: with wandb's `step=`, the rows that a resume
+writes again would be dropped.
 
-Nothing is written to the home folder: what wandb copies before an upload is stored in the run's own wandb folder, and
-checkpoints are not copied at all. During its upload a checkpoint has a hard link there, so that `keep_last` may remove
-the original; an offline run refers to the original.
+Nothing is written to the home folder: what wandb copies before an upload is stored in the run's own wandb folder.
+Checkpoints are not copied at all: during its upload, a checkpoint has a hard link there, so that `keep_last` may remove
+the original. An offline run refers to the original.
 """
 
 import contextlib
@@ -48,22 +49,24 @@ if TYPE_CHECKING:
 INIT_SECONDS = 10.0
 FINISH_SECONDS = 15.0
 CLOSE_SECONDS = 21.0
-"""The limit for emptying the queue and finishing; with KILL_SECONDS, it delays the end of a run by less than 30 s."""
+"""Seconds allowed for emptying the queue and finishing; together with KILL_SECONDS, this delays the end of a run by
+less than 30 s."""
 
 KILL_SECONDS = 3.0
-"""After this long wandb's service is killed: at Python's exit, wandb would wait for it as long as a host hangs."""
+"""Seconds before wandb's service process is killed. Otherwise wandb would wait for it at Python's exit, for as long as
+the host hangs."""
 
 TABLE_ROWS = 1000
-"""Maximum number of samples in one table: each added round lists all earlier rounds again."""
+"""The maximum number of samples in one table: each round added to a table lists all its earlier rounds again."""
 
 BEST = {"validation/loss": "min", "validation/bpb": "min", "train/loss": "min", "train/tokens_per_second": "max"}
-"""Which value a run's summary shows for these metrics; for the others it shows the last one."""
+"""Which value of these metrics a run's summary shows; for all other metrics, it shows the last value."""
 
 
 def start_wandb(
     config: Config, folder: Path, run_id: str, environment: WandbEnvironment, report: Report, done: int = 0
 ) -> Tracker | None:
-    """Return a tracker for W&B, or report the reason in one line and return None. Takes two seconds at most.
+    """Return a tracker for W&B, or report why there is none and return None. This takes at most two seconds.
 
     A resume with the same `run_id` continues the same W&B run; `done` is the number of completed steps.
     """
@@ -91,7 +94,7 @@ def start_wandb(
 
 
 def end_service() -> None:
-    """Kill this process's wandb service after KILL_SECONDS. Without /proc, it is left to end by itself."""
+    """Wait KILL_SECONDS, then kill this process's wandb service. Without /proc, the service is left to exit."""
     time.sleep(KILL_SECONDS)
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -101,7 +104,7 @@ def end_service() -> None:
 
 
 def describe_upload(config: Config, done: int) -> str:
-    """Describe the number and size of the checkpoints that the rest of the run uploads."""
+    """Describe the number and size of the checkpoints that the rest of the run will upload."""
     t, size = config.training, estimate_disk(config).checkpoint_bytes
     count = math.ceil(t.train_steps / t.save_interval) - done // t.save_interval if t.save_interval else 1
     kind, most = ("checkpoints", "") if config.wandb.log_checkpoints == "all" else ("best checkpoints", "at most ")
@@ -112,7 +115,7 @@ def describe_upload(config: Config, done: int) -> str:
 
 
 def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Report) -> "WandbTracker":
-    """Import wandb and start the run: online if that works, else offline after reporting one line."""
+    """Import wandb and start the run in `mode`; if that fails online, report it and start offline."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -141,7 +144,7 @@ def open_run(config: Config, folder: Path, run_id: str, mode: Mode, report: Repo
 
 
 def init_run(config: Config, folder: Path, run_id: str, mode: Mode) -> "wandb.Run":
-    """Start the run in the given mode, with everything that wandb would send unasked turned off."""
+    """Start the run in the given mode, with everything turned off that wandb would send without being asked."""
     import wandb
 
     settings = wandb.Settings(
@@ -156,7 +159,7 @@ def init_run(config: Config, folder: Path, run_id: str, mode: Mode) -> "wandb.Ru
         init_timeout=INIT_SECONDS,
         save_code=False,
         silent=True,
-        # Not x_disable_machine_info: it would silence the measurements too.
+        # Not x_disable_machine_info: it would turn off the measurements of the load too.
         x_disable_meta=True,
         x_save_requirements=False,
     )
@@ -174,7 +177,7 @@ def init_run(config: Config, folder: Path, run_id: str, mode: Mode) -> "wandb.Ru
 
 
 def list_code() -> list[tuple[Path, str]]:
-    """Return the files that may be sent as code, and their names: this package's, and its clone's train.py."""
+    """Return the files to send as code, with their names: this package's files, and train.py if this is a clone."""
     package = Path(__file__).parents[1]
     found = [(path, f"smollm2/{path.relative_to(package)}") for path in sorted(package.rglob("*.py"))]
     root = package.parent
@@ -183,7 +186,7 @@ def list_code() -> list[tuple[Path, str]]:
 
 
 class WandbTracker(Tracker):
-    """One W&B run; runs behind a fence."""
+    """Sends one run to W&B. It runs on its own thread, in a `Fence`."""
 
     def __init__(self, run: "wandb.Run", config: Config, folder: Path, report: Report) -> None:
         self.run, self.config, self.folder, self.report = run, config, folder.absolute(), report
@@ -198,7 +201,7 @@ class WandbTracker(Tracker):
             self._log_artifact("code", "code", list_code())
 
     def on(self, message: Message) -> None:
-        """Send the message. Events are not sent: their texts may contain paths on this machine."""
+        """Send the message. Events are not sent, because their texts may contain paths on this machine."""
         match message.content:
             case Metrics(values):
                 self._log_row(message.step, group_metrics(values))
@@ -212,7 +215,7 @@ class WandbTracker(Tracker):
                 self._send_checkpoint(message.step, path, is_best)
 
     def close(self) -> None:
-        """Send the rest, within a time limit; report how to upload an offline run, or what is left of an online one."""
+        """Finish the upload within a time limit; report how to upload an offline run, or the rest of an online one."""
         import wandb
 
         folder = shlex.quote(str(Path(self.run.dir).parent))
@@ -234,7 +237,7 @@ class WandbTracker(Tracker):
         self.run.log({"train/step": step, **row})
 
     def _log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Add a round to the table of samples; W&B shows its cells as plain text."""
+        """Add the samples of one step to the table of samples; W&B shows its cells as plain text."""
         import wandb
 
         if self.table is None or len(self.table.data) >= TABLE_ROWS:
@@ -244,7 +247,7 @@ class WandbTracker(Tracker):
         self._log_row(step, {"samples/table": self.table})
 
     def _log_diagnosis(self, step: int, diagnosis: Diagnosis) -> None:
-        """Log norms by layer, histograms by parameter, and the flow through the layers as a figure."""
+        """Log norms by layer, histograms by parameter, and a figure of the gradient flow through the layers."""
         import numpy
         import wandb
 
@@ -259,7 +262,7 @@ class WandbTracker(Tracker):
         self._log_row(step, row | {"gradients/flow": as_media(flow_figure(diagnosis))})
 
     def _log_landscape(self, step: int, landscape: Landscape) -> None:
-        """Log a surface that can be rotated, and the line through it."""
+        """Log the landscape as a surface that can be rotated, and as a line along its first direction."""
         figures = landscape_figures(landscape)
         row = {f"landscape/{name}": as_media(figures[name]) for name in ("surface", "line")}
         self._log_row(step, {**row, "landscape/loss": landscape.loss})
@@ -285,7 +288,10 @@ class WandbTracker(Tracker):
         threading.Thread(target=self._release, args=(artifact, path), name=f"W&B {path.name}", daemon=True).start()
 
     def _log_checkpoint(self, path: Path, step: int, is_best: bool) -> "wandb.Artifact":
-        """Send a checkpoint with the aliases latest, step_0500 and best. Immutable and uncached: nothing is copied."""
+        """Send a checkpoint with the aliases `latest`, its step (`step_0500`) and, if it is the best, `best`.
+
+        It is marked immutable and not cached, so wandb does not copy it.
+        """
         import wandb
 
         artifact = wandb.Artifact(f"checkpoints-{self.run.id}", "model", metadata={"step": step})
@@ -293,7 +299,10 @@ class WandbTracker(Tracker):
         return self.run.log_artifact(artifact, aliases=["latest", path.stem, *(["best"] if is_best else [])])
 
     def _log_artifact(self, name: str, kind: str, files: Sequence[tuple[Path, str]]) -> None:
-        """Send small files; wandb first copies them into the run's wandb folder: they may change before the upload."""
+        """Send small files as one artifact.
+
+        wandb first copies them to the run's wandb folder, because they may change before the upload.
+        """
         import wandb
 
         artifact = wandb.Artifact(name, kind)
@@ -302,11 +311,14 @@ class WandbTracker(Tracker):
         self.run.log_artifact(artifact)
 
     def _release(self, artifact: "wandb.Artifact", path: Path) -> None:
-        """Remove the link after the upload. One thread per upload: waiting with a timeout would cancel it."""
+        """Remove the hard link after the upload.
+
+        Each upload has its own thread, because waiting with a timeout would cancel it.
+        """
         try:
             artifact.wait()
         except Exception as error:
-            if self.is_closing:  # the service has ended; `close` reports
+            if self.is_closing:  # the service has ended; `close` reports it
                 return
             self.report(f"W&B: {path.name} may not have been uploaded ({describe(error)})")
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Whether W&B runs online, offline or not at all, decided from the config and the machine before wandb is imported.
+"""Decide from the config and the machine whether W&B runs online, offline or not at all, before wandb is imported.
 
 Online or offline is decided before `wandb.init`, because that call blocks for over a minute if the host is down.
 """
@@ -22,14 +22,15 @@ PROBE_SECONDS = 2.0
 
 OWN_FOLDER = Path("wandb", "smollm2")
 OWN_FOLDERS = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
-"""Variables for the folders of wandb's copies and logs (by default in the home folder), and their replacements."""
+"""Environment variables for the folders of wandb's copies and logs (by default in the home folder), and the subfolders
+that replace those folders."""
 
 Mode = Literal["online", "offline", "disabled"]
 
 
 @dataclass(frozen=True)
 class WandbEnvironment:
-    """The settings for W&B found on this machine."""
+    """The W&B settings found on this machine."""
 
     key_present: bool = False
     mode: str | None = None
@@ -38,16 +39,17 @@ class WandbEnvironment:
 
 
 def prepare_environment(variables: MutableMapping[str, str], folder: Path) -> WandbEnvironment:
-    """Read the variables of this process (`os.environ`) and the files in which `wandb login` stores host and key.
+    """Return the W&B settings in the environment variables and in the files where `wandb login` stores host and key.
 
-    Set the variables for which wandb 0.31 has no other switch, unless the user set them: WANDB_ERROR_REPORTING=false
-    (wandb's own telemetry, which also delayed the end of the process by 20 s if the host hung; measured 2026-11), and
-    the folders of its copies and logs, which move into the run folder `folder`.
+    `variables` are those of this process (`os.environ`). Also set the ones for which wandb 0.31 has no other switch,
+    unless the user has set them: WANDB_ERROR_REPORTING=false (wandb's own telemetry, which also delayed the end of the
+    process by 20 s if the host hung; measured 2026-11), and the folders of its copies and logs, which are moved into
+    the run folder `folder`.
     """
     variables.setdefault("WANDB_ERROR_REPORTING", "false")
     for name, subfolder in OWN_FOLDERS.items():
         ending = str(OWN_FOLDER / subfolder)
-        if variables.get(name, ending).endswith(ending):  # or from an earlier run of this process
+        if variables.get(name, ending).endswith(ending):  # or set by an earlier run in this process
             variables[name] = str(folder.absolute() / ending)
     home = Path(variables.get("HOME") or Path.home())
     settings = read_settings(Path(variables.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb") / "settings")
@@ -67,7 +69,7 @@ def prepare_environment(variables: MutableMapping[str, str], folder: Path) -> Wa
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """Read wandb's own settings file; empty if it is absent or damaged."""
+    """Return wandb's own settings from its settings file, or an empty dictionary if the file is missing or damaged."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read(path, encoding="utf-8")
@@ -86,12 +88,15 @@ def holds_key(path: Path, host: str) -> bool:
 
 
 def make_run_id() -> str:
-    """Return eight characters like wandb's own ids, drawn from the system so that no random state changes."""
+    """Return a run ID of eight characters, like wandb's own.
+
+    It is drawn from the operating system, so that no random state changes.
+    """
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def decide_mode(config: WandbConfig, environment: WandbEnvironment) -> tuple[Mode, str]:
-    """Return `online`, `offline` or `disabled`, and the reason. The config's mode outranks the environment's."""
+    """Return `online`, `offline` or `disabled`, and the reason. The config's mode overrides the environment's."""
     asked, by = (environment.mode or "auto", "WANDB_MODE") if config.mode == "auto" else (config.mode, "wandb.mode")
     if asked == "disabled":
         return "disabled", f"{by} is disabled"
@@ -105,7 +110,10 @@ def decide_mode(config: WandbConfig, environment: WandbEnvironment) -> tuple[Mod
 
 
 def is_reachable(url: str) -> bool:
-    """Return whether a TCP connection to the URL's host opens in time; run on a thread, since DNS has no timeout."""
+    """Return whether a TCP connection to the URL's host opens within PROBE_SECONDS.
+
+    A thread opens it, because a DNS lookup has no timeout.
+    """
     opened: list[bool] = []
 
     def connect() -> None:

@@ -9,25 +9,28 @@ from smollm2.tracking.wandb_environment import OWN_FOLDER
 
 
 def links_folder(folder: Path) -> Path:
-    """Return the folder of the hard links to checkpoints."""
+    """Return the folder for the hard links to checkpoints."""
     return folder.absolute() / OWN_FOLDER / "checkpoints"
 
 
 def remove_links(folder: Path) -> None:
-    """Remove the hard links in a run folder: those of an interrupted run may hold gigabytes of removed checkpoints."""
+    """Remove the hard links in a run folder: those of an interrupted run may keep gigabytes of old checkpoints."""
     for path in links_folder(folder).glob("*.pt"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 class CheckpointLinks:
-    """Hard links, in the run's wandb folder, to the checkpoints to be uploaded."""
+    """Hard links to the checkpoints that are to be uploaded, in the run's wandb folder."""
 
     def __init__(self, folder: Path, config: WandbConfig, report: Report) -> None:
         self.folder, self.chosen, self.report = links_folder(folder), config.log_checkpoints, report
 
     def keep(self, path: Path, is_best: bool) -> Path | None:
-        """Return the hard link, or None if this file is not wanted or the disk cannot hard-link, which is reported."""
+        """Create and return a hard link to the file, or return None if it is not to be uploaded.
+
+        If it cannot be linked, report this once, and return None from then on.
+        """
         if self.chosen == "none" or (self.chosen == "best" and not is_best):
             return None
         link = self.folder / path.name

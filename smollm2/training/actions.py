@@ -1,6 +1,7 @@
 """What happens between steps: validation, samples, the loss landscape, diagnostics, saves.
 
-Samples, landscape and diagnostics are extras: whatever goes wrong with them is reported, and the run continues.
+Samples, landscape and diagnostics are optional: if one of them fails, this is reported and the run continues. The one
+exception is a landscape on several ranks, whose failure ends the run.
 """
 
 import contextlib
@@ -25,12 +26,12 @@ LANDSCAPE_LATER = "`smollm2 landscape` measures one from a checkpoint"
 
 
 def is_due(step: int, interval: int, *, is_last: bool) -> bool:
-    """Return whether an action with this interval (0: never) is due at this step; at the last step every action is."""
+    """Return whether an action is due: at every multiple of `interval` (never if it is 0), and at the last step."""
     return is_last or (interval > 0 and step % interval == 0)
 
 
 def scheduled_actions(run: Run, step: int) -> tuple[str, ...]:
-    """Return, in order, the actions that follow this step, other than its report and its save."""
+    """Return the names of the actions due after this step, in order, without its report and its save."""
     t, is_last = run.config.training, step == run.config.training.train_steps
     scheduled = {
         "validation": run.validation is not None and is_due(step, t.eval_interval, is_last=is_last),
@@ -41,9 +42,9 @@ def scheduled_actions(run: Run, step: int) -> tuple[str, ...]:
 
 
 def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, float | None]:
-    """Run the pending actions in order, and return the validation loss if there is one.
+    """Run the pending actions in order; return the new progress, and the validation loss if it was measured.
 
-    An action interrupted by a signal stays pending; the resumed run repeats it.
+    An action that is interrupted by a signal stays pending, and the resumed run repeats it.
     """
     step, validation_loss = progress.step, None
     with contextlib.suppress(Interrupted):
@@ -63,9 +64,10 @@ def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, floa
 
 
 def validate(run: Run, step: int, size: int) -> float:
-    """Log validation loss and bits per byte; return the loss over the windows on which all checkpoints are compared.
+    """Log the validation loss and bits per byte; return the loss on the windows that are used to compare checkpoints.
 
-    These windows are fixed and spread over the split. The last validation reads and logs the whole split.
+    These windows are fixed and spread evenly over the validation split. The last validation logs the results for the
+    whole split.
     """
     assert run.validation is not None
     count = len(run.validation)
@@ -85,7 +87,7 @@ def validate(run: Run, step: int, size: int) -> float:
 
 
 def evaluate(run: Run, windows: Sequence[int], size: int) -> Evaluation:
-    """Return the totals of these windows of the validation split, computed by all ranks."""
+    """Return the summed loss, tokens and bytes of these windows of the validation split, computed by all ranks."""
     assert run.validation is not None
     return evaluate_on_ranks(
         run.model, run.validation, windows, run.tokenizer.bytes_per_token, batch_size=size, runtime=run.runtime
@@ -93,16 +95,17 @@ def evaluate(run: Run, windows: Sequence[int], size: int) -> Evaluation:
 
 
 def add(first: Evaluation, second: Evaluation) -> Evaluation:
-    """Return the sum of both totals."""
+    """Return the sum of two evaluations."""
     return Evaluation(
         first.loss_sum + second.loss_sum, first.tokens + second.tokens, first.text_bytes + second.text_bytes
     )
 
 
 def draw_samples(run: Run, step: int) -> list[Sample]:
-    """Return the text that the model generates after each prompt, and without a prompt.
+    """Return a sample for each prompt, and one without a prompt.
 
-    Each text depends only on the seed, the step and the prompt's place in the list. Raise Interrupted between two prompts.
+    The random numbers of a sample depend only on the seed, the step and the prompt's position in the list. Raise
+    Interrupted between two prompts if a signal was received.
     """
     t, samples = run.config.training, []
     for index, prompt in enumerate((*t.sample_prompts, "")):
@@ -125,17 +128,20 @@ def draw_samples(run: Run, step: int) -> list[Sample]:
 
 
 def sample_seed(seed: int, step: int, index: int) -> int:
-    """Return the seed of one sample, so that no two prompts of a round share random numbers."""
+    """Return the random seed of one sample. No two prompts at the same step share a seed."""
     return (seed + step + 1_000_003 * index) % 2**63
 
 
 def report_skipped(run: Run, kind: str, what: str, problem: str, step: int) -> None:
-    """Report that an extra failed. The run continues."""
+    """Report that optional work, such as a sample, failed. The run continues."""
     run.tracker.log_event(kind, f"step {step}: skipped {what} ({problem})", step)
 
 
 def log_landscape(run: Run, step: int, size: int) -> None:
-    """Measure the loss around the weights on all ranks, and log it. Raise Interrupted with the weights restored."""
+    """Measure the loss around the weights on all ranks, and log it.
+
+    Raise Interrupted, with the weights restored, if a signal was received.
+    """
     side, seed = choose_side(run.config, run.runtime.planned_device, size), run.config.training.seed
     if not side:
         run.tracker.log_event("landscape", f"skipped the loss landscape: the run is too short; {LANDSCAPE_LATER}", step)
@@ -156,7 +162,7 @@ def log_landscape(run: Run, step: int, size: int) -> None:
     except Interrupted:
         raise
     except Exception as error:
-        if run.runtime.world_size > 1:  # the other ranks wait for this one's share of the sum
+        if run.runtime.world_size > 1:  # the other ranks wait for this one's part of the sum
             raise
         report_skipped(run, "landscape", "the loss landscape", describe(error), step)
         return
@@ -164,7 +170,7 @@ def log_landscape(run: Run, step: int, size: int) -> None:
 
 
 class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
-    """The diagnostics of one step, on rank 0. Entered before the update and left after it.
+    """A context manager that collects the diagnostics of one step, on rank 0; the update is made inside it.
 
     An error is kept as text until it is logged: an exception object would keep the activations in memory.
     """
@@ -191,7 +197,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
             self.problem = describe(failure)
 
     def log(self, progress: Progress, micro_batch: MicroBatch) -> None:
-        """Log the diagnostics of a completed step, with the activations of one micro-batch."""
+        """Log the diagnostics of a completed step, with activation statistics of one micro-batch."""
         activations = self._measure_activations(micro_batch)
         if self.problem:
             report_skipped(self.run, "diagnostics", "the diagnostics", self.problem, progress.step)
@@ -211,7 +217,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
 
 
 def scheduled_diagnostics(run: Run, step: int) -> Diagnostics | None:
-    """Return the diagnostics of this step, if they are due on this rank."""
+    """Return a `Diagnostics` for this step, or None if none are due on this rank."""
     t = run.config.training
     if run.runtime.rank or t.diagnostics_interval == 0:
         return None
@@ -219,7 +225,10 @@ def scheduled_diagnostics(run: Run, step: int) -> Diagnostics | None:
 
 
 def save(run: Run, progress: Progress, validation_loss: float | None, *, must_succeed: bool) -> None:
-    """Write the checkpoint on rank 0. Raise ResourceError on every rank if it fails and `must_succeed` is set."""
+    """Write the checkpoint on rank 0. If it fails and `must_succeed` is set, raise ResourceError there.
+
+    In that case, the other ranks raise an error as well, and all end together.
+    """
     check_replicas(run, progress.step)
     run.runtime.pulse.mark("a save")
     with run.runtime.together():
@@ -243,6 +252,6 @@ def check_replicas(run: Run, step: int) -> None:
         name = list(dict(run.model.named_parameters()))[odd[1]]
         raise TrainingError(
             f"step {step}",
-            f"the weights of rank {odd[0]} differ from those of the others, first in {name}; nothing was saved",
-            "Its memory or its device computes wrongly: remove that machine, and resume with --resume auto",
+            f"the weights of rank {odd[0]} differ from those of the other ranks, first in {name}; nothing was saved",
+            "the memory or the device of that rank is probably faulty: remove its machine, and resume with --resume auto",
         )

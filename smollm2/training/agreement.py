@@ -1,4 +1,4 @@
-"""Several ranks, one run: they agree before it starts, and they end together."""
+"""Checks that all ranks start the same run, and that they end together."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ def refuse_disagreement(runtime: Runtime, facts: Mapping[str, object]) -> None:
         rank, differing = found
         raise TrainingError(
             f"rank {rank}",
-            f"is not in the same run as rank 0: {', '.join(differing)}",
+            f"was started differently from rank 0: {', '.join(differing)}",
             "start every rank with the same code, flags and files",
         )
 
@@ -38,7 +38,7 @@ def config_facts(config: Config) -> dict[str, object]:
 
 
 def start_facts(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> dict[str, object]:
-    """Return the facts that each rank determines for itself and that must be the same on all ranks."""
+    """Return the facts that each rank determines on its own and that must be the same on all ranks."""
     return {
         "the checkpoint": f"step {setup.start.step}" if setup.start else "none",
         "the tokenizer": tokenizer.fingerprint[:12],
@@ -49,7 +49,7 @@ def start_facts(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> dict[s
 
 
 def fingerprint_code() -> str:
-    """Return a short hash of this package's files."""
+    """Return a short hash of this package's Python files."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -57,7 +57,10 @@ def fingerprint_code() -> str:
 
 
 def fingerprint_tokens(store: TokenStore) -> str:
-    """Return a hash of the number of tokens and of 64 excerpts: another machine's copy of the file may be damaged."""
+    """Return a hash of the number of tokens and of 64 excerpts of each split.
+
+    It can reveal that another machine's copy of the file is damaged.
+    """
     digest = hashlib.sha256()
     for tokens in (store.train, store.validation):
         digest.update(f"{len(tokens)}|".encode())
@@ -68,10 +71,10 @@ def fingerprint_tokens(store: TokenStore) -> str:
 
 @contextlib.contextmanager
 def watch_ranks(config: Config, runtime: Runtime, log: RunLog) -> Iterator[Watch]:
-    """Watch over the ranks during the block; the caller starts the watch once the run folder exists.
+    """Watch the ranks inside the `with` block; the caller starts the watch once the run folder exists.
 
-    If a rank is lost in the block, the error names it. A run that finished, or was asked to stop, ends on all ranks
-    together: a launcher kills the other ranks once the first has exited.
+    If a rank is lost inside the block, the error names it. After the last step or a request to stop, all ranks end
+    together, because a launcher kills the other ranks once the first has exited.
     """
 
     def report(message: str) -> None:

@@ -15,8 +15,8 @@ from smollm2.training.setup import Setup
 def share_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
     """Return the tokenizer and the tokens on every rank.
 
-    Rank 0 alone reads the text, which may be standard input; the other ranks open the result. Raise DataError if a
-    rank cannot.
+    Only rank 0 reads the text, which may be standard input; the other ranks open the tokens that it wrote. Raise
+    DataError if a rank cannot find them.
     """
     runtime, opened, made = setup.runtime, None, None
     with runtime.together():
@@ -30,7 +30,7 @@ def share_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
             if store is None:
                 raise DataError(
                     folder,
-                    "rank 0 made the tokens there, and this rank cannot find them",
+                    "rank 0 wrote the tokens there, but this rank cannot find them",
                     "set data.cache_dir to a folder that all machines share",
                 )
             opened = tokenizer_from_text(text, end_of_text), store

@@ -1,8 +1,8 @@
-"""A run from start to end: open what it needs, take the steps, leave a model behind.
+"""A run from start to end: open what it needs, take the steps, save the model.
 
-The loop's state between steps is `Progress`, saved as a whole; the learning rate is a function of the step, a batch of
-the seed and the batch's number, a sample of the seed and the step. So a run that was killed and resumed is
-bit-identical to one that was not.
+The loop's state between steps is `Progress`, which each checkpoint contains. The learning rate depends only on the
+step, a batch on the seed and its number, and the random numbers of a sample on the seed, the step and the prompt. A run
+that was killed and resumed is therefore bit-identical to one that was not.
 """
 
 import contextlib
@@ -51,12 +51,15 @@ REPLICA_INTERVAL = 1000
 """Steps between comparisons of the ranks' weights; each save compares them as well."""
 
 OnStep = Callable[[int, StepResult], object]
-"""Called after each step with its number and its result."""
+"""A function that is called after each step with the step's number and result."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run ended. `checkpoint_path` is the last step's; `best_validation_loss` is infinite if there is none."""
+    """The result of a run. `best_validation_loss` is infinite if no loss was measured.
+
+    `checkpoint_path` is the checkpoint of the last step.
+    """
 
     step: int
     tokens: int
@@ -67,7 +70,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that passed every check. Its run folder is still unchanged."""
+    """A run that has passed every check and has not yet changed its run folder."""
 
     setup: Setup
     run: Run
@@ -84,12 +87,12 @@ def train(
     quiet: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainingResult:
-    """Train according to `config`, and return where the run ended.
+    """Train according to `config`, and return the result of the run.
 
     `resume="auto"` resumes from the newest valid checkpoint in save_dir, if there is one; `checkpoint_path` names the
-    checkpoint to resume from. `origins` names the origin of each value, for the run folder's config.yaml. With `quiet`
-    nothing is printed. Raise a Smollm2Error for a problem that the user can fix, and its subclass Interrupted after a
-    signal or at the time limit, once the run is saved.
+    checkpoint to resume from. `origins` says where each config value comes from, for the run folder's config.yaml. With
+    `quiet`, nothing is printed. Raise a Smollm2Error for a problem that the user can fix, and its subclass Interrupted
+    after a signal or at the time limit, once the run is saved.
     """
     limit = TimeLimit(config.training.time_limit)
     runtime = start_runtime(config.training)
@@ -107,10 +110,10 @@ def train(
                 watch.start()
             prepared = prepare(setup, resume, checkpoint_path)
         except Smollm2Error:
-            watch.close(0)  # all ranks fail together here, and none may write in a folder that is being removed
+            watch.close(0)  # all ranks fail together here, and none may write to a folder that is being removed
             with contextlib.suppress(RuntimeError):
                 runtime.gather("leaving")
-            if held:  # nothing was trained: remove the folder if this process made it
+            if held:  # nothing was trained: remove the folder if this process created it
                 held.discard()
             raise
         progress = prepared.progress
@@ -129,7 +132,10 @@ def train(
 
 
 def claim_folder(setup: Setup, stack: contextlib.ExitStack) -> HeldFolder | None:
-    """Make and lock the run folder on rank 0. Raise ResourceError on every rank if it cannot be written or is in use."""
+    """Create and lock the run folder on rank 0. Raise ResourceError if it cannot be written to or is in use.
+
+    In that case, the other ranks raise an error as well, and all end together.
+    """
     config, runtime, held = setup.config, setup.runtime, None
     with runtime.together():
         micro_batch_size(config.global_batch_size, runtime.world_size, config.training.batch_size)
@@ -143,7 +149,7 @@ def claim_folder(setup: Setup, stack: contextlib.ExitStack) -> HeldFolder | None
 
 
 def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Prepared:
-    """Open and check everything that the run needs. Nothing in the run folder changes here."""
+    """Open and check everything that the run needs, without changing anything in the run folder."""
     runtime = setup.runtime
     refuse_disagreement(runtime, {"the code": fingerprint_code(), **config_facts(setup.config)})
     with runtime.together():
@@ -161,12 +167,12 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
         micro_batch = choose_micro_batch(setup.config, runtime)
     run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
     if number := runtime.stop_requested():
-        raise Interrupted(f"stopped by {signal_name(number)} before a step; nothing was lost", number)
+        raise Interrupted(f"stopped by {signal_name(number)} before training began; nothing was lost", number)
     return Prepared(setup, run, progress, micro_batch)
 
 
 def run_prepared(prepared: Prepared, limit: TimeLimit, log: RunLog, on_step: OnStep | None) -> Progress:
-    """Run the remaining steps and return the progress after them. Raise the reason if they end early."""
+    """Run the remaining steps and return the progress after them. If they end early, raise an error with the reason."""
     setup, run = prepared.setup, prepared.run
     try:
         with contextlib.ExitStack() as trackers:
@@ -192,12 +198,12 @@ def run_prepared(prepared: Prepared, limit: TimeLimit, log: RunLog, on_step: OnS
 
 
 def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duration]:
-    """Change the run folder for the first time, now that the next step is about to run, and show the start page.
+    """Make the first changes to the run folder, now that the next step is about to run, and show the start page.
 
-    Return the run with its trackers, and the announced time.
+    Return the run with its trackers, and the announced duration.
     """
     setup, run, progress = prepared.setup, prepared.run, prepared.progress
-    # Before the rows are cut: a kill in between must not leave a newer checkpoint without its rows.
+    # Before the later rows are removed: a kill in between must not leave a newer checkpoint without its rows.
     moved = move_superseded(run.folder, progress.step) if run.runtime.rank == 0 else []
     if run.runtime.rank == 0:
         recompute_best(run.folder, count_compared_windows(run.config, run.validation))
@@ -217,14 +223,14 @@ def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duratio
 
 
 def explain_failure(error: Exception, setup: Setup, log: RunLog) -> Exception:
-    """Return the error as shown to the user: with the log's path, the rank concerned, and what to set."""
+    """Return the error as it is shown to the user, with the log's path, the rank concerned or the setting to change."""
     if isinstance(error, TrainingError):
         return TrainingError(f"{error} The details are in {log.path}.")
     if is_out_of_memory(error):
         error = ResourceError(
             "training.batch_size",
-            f"{setup.config.training.batch_size}: out of memory",
-            "lower it, and raise training.gradient_accumulation_steps by as much; the checkpoints are intact",
+            f"{setup.config.training.batch_size} is too large: out of memory",
+            "lower it, and raise training.gradient_accumulation_steps by the same factor; the checkpoints are intact",
         )
         error.rank = setup.runtime.rank
     if isinstance(error, DataError):  # each rank reads its own windows
@@ -235,9 +241,9 @@ def explain_failure(error: Exception, setup: Setup, log: RunLog) -> Exception:
 def run_steps(
     run: Run, progress: Progress, size: int, limit: TimeLimit, announced: Duration, on_step: OnStep | None
 ) -> Progress:
-    """Run from `progress` to the last step, in micro-batches of up to `size` sequences.
+    """Train from `progress` to the last step, in micro-batches of up to `size` sequences.
 
-    Raise Interrupted after a signal or at the time limit, TrainingError for numerical failures.
+    Raise Interrupted after a signal or at the time limit, and TrainingError for numerical failures.
     """
     t, runtime = run.config.training, run.runtime
     share = run.config.global_batch_size // runtime.world_size
@@ -247,7 +253,7 @@ def run_steps(
         while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
             limit.begin_step()
-            if not progress.pending:  # else a signal interrupted this step's actions, and they come first
+            if not progress.pending:  # else a signal had interrupted the actions of the last step, and they come first
                 result, progress, size = make_step(run, progress, next(batches), size)
                 meter.add(result)
                 if correction := forecast.add(result.seconds, t.train_steps - progress.step):
@@ -265,7 +271,7 @@ def run_steps(
 
 
 def make_step(run: Run, progress: Progress, batch: Batch, size: int) -> tuple[StepResult, Progress, int]:
-    """Take one step, with its diagnostics if due. Return its result, the new progress and the micro-batch size used."""
+    """Take one step, with diagnostics if due; return its result, the new progress and the micro-batch size used."""
     step = progress.step + 1
     diagnostics = scheduled_diagnostics(run, step)
     result, size = step_within_memory(run, step, batch, size, diagnostics)
@@ -279,9 +285,9 @@ def make_step(run: Run, progress: Progress, batch: Batch, size: int) -> tuple[St
 def step_within_memory(
     run: Run, step: int, batch: Batch, size: int, diagnostics: contextlib.AbstractContextManager[object] | None
 ) -> tuple[StepResult, int]:
-    """Take step `step` in micro-batches of up to `size`, smaller if memory runs out; return its result and the size.
+    """Take step `step` in micro-batches of up to `size` sequences, or smaller ones if memory runs out.
 
-    Raise ResourceError if not even one sequence fits.
+    Return its result and the size that was used. Raise ResourceError if not even one sequence fits.
     """
     t, runtime = run.config.training, run.runtime
     while True:
@@ -310,14 +316,14 @@ def step_within_memory(
 
 
 def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
-    """Return this rank's batch on the device, in the fewest nearly equal micro-batches of up to `size` sequences."""
+    """Return this rank's batch on the device, split into as few nearly equal micro-batches as `size` sequences allow."""
     count = -(-len(batch.input_ids) // size)
     parts = (torch.tensor_split(runtime.to_device(array), count) for array in batch if array is not None)
     return list(zip(*parts, strict=True))
 
 
 def describe_step(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:
-    """Return the metrics row of a step; all but tokens_per_second is a function of the config and the step."""
+    """Return the metrics row of a step; everything but tokens_per_second depends only on the config and the step."""
     return {
         "tokens": progress.tokens,
         "epoch": run.batches.epoch_of(progress.step),
@@ -330,7 +336,7 @@ def describe_step(run: Run, progress: Progress, result: StepResult, meter: Meter
 
 
 def end_step(run: Run, progress: Progress, validation_loss: float | None, limit: TimeLimit, meter: Meter) -> None:
-    """Save if it is due. Raise Interrupted, with a checkpoint, after a signal or at the time limit."""
+    """Save a checkpoint if it is due. After a signal or at the time limit, save one and raise Interrupted."""
     t, runtime, step = run.config.training, run.runtime, progress.step
     is_last = step == t.train_steps
     save_seconds = run.saver.seconds if run.saver else 0.0

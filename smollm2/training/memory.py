@@ -17,52 +17,54 @@ OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed: cuBLAS and the CPU allocator raise plain RuntimeErrors."""
+    """Return whether the error is a failed allocation, for which cuBLAS and the CPU allocator raise a RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def micro_batch_size(global_batch: int, world_size: int, batch_size: int) -> int:
-    """Return a rank's largest micro-batch: its share is cut into as few nearly equal parts as `batch_size` allows.
+    """Return the size of a rank's largest micro-batch.
 
-    Raise ConfigError, naming the nearest batch that divides, if the ranks cannot share the global batch equally.
+    The rank's share of the global batch is split into as few nearly equal parts as `batch_size` allows. Raise
+    ConfigError, naming the nearest global batch that divides, if the ranks cannot share the global batch equally.
     """
     if global_batch % world_size:
         lower = global_batch // world_size * world_size
         nearest = " or ".join(str(size) for size in (lower, lower + world_size) if size)
         raise ConfigError(
             "training.batch_size",
-            f"x training.gradient_accumulation_steps is {global_batch} sequences, which {world_size} devices cannot share "
-            "equally",
-            f"the nearest that they can: {nearest}",
+            f"the global batch (batch_size x gradient_accumulation_steps) is {global_batch} sequences, which "
+            f"{world_size} devices cannot share equally",
+            f"the nearest possible size is {nearest}",
         )
     share = global_batch // world_size
     return largest_part(share, batch_size)
 
 
 def smaller_micro_batch(share: int, size: int) -> int | None:
-    """Return the next smaller micro-batch after running out of memory, at most half of `size`; None below one sequence."""
+    """Return the next micro-batch size to try when memory has run out, at most half of `size`; None below 1."""
     return largest_part(share, size // 2) if size > 1 else None
 
 
 def largest_part(share: int, limit: int) -> int:
-    """Return the largest part when `share` sequences are cut into the fewest nearly equal parts of up to `limit`."""
+    """Return the size of the largest of as few nearly equal parts of `share` sequences as `limit` allows."""
     return math.ceil(share / math.ceil(share / limit))
 
 
 @dataclass(frozen=True)
 class MicroBatchChoice:
-    """Sequences in one forward pass, and the reason if they are fewer than training.batch_size allows."""
+    """The number of sequences in one forward pass, and the reason if it is lower than training.batch_size allows."""
 
     size: int
     reason: str = ""
 
 
 def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
-    """Return how many sequences to process at once. On a CPU `plan`'s estimate decides: Linux would kill the run.
+    """Return how many sequences to process at once.
 
-    Raise ResourceError if not even one sequence fits.
+    On a CPU, the memory estimate of `smollm2 plan` decides, because Linux would kill a run that needs too much. Raise
+    ResourceError if not even one sequence fits.
     """
     t, share = config.training, config.global_batch_size // runtime.world_size
     allowed = micro_batch_size(config.global_batch_size, runtime.world_size, t.batch_size)
@@ -80,7 +82,7 @@ def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
         size = smaller_micro_batch(share, size)
     if not size:
         raise no_room_for_one_sequence(
-            config, f" ({format_bytes(needed(1))} are needed, this machine has {format_bytes(limit)})"
+            config, f" ({format_bytes(needed(1))} is needed, but this machine has {format_bytes(limit)})"
         )
     if size == allowed:
         return MicroBatchChoice(size)
@@ -95,13 +97,13 @@ def no_room_for_one_sequence(config: Config, numbers: str = "") -> ResourceError
     """Return the error for a run in which not even one sequence fits into memory."""
     return ResourceError(
         "training.batch_size",
-        f"{config.training.batch_size}: out of memory even with one sequence at once{numbers}",
-        "set training.gradient_checkpointing true, a shorter training.sequence_length or a smaller model",
+        f"{config.training.batch_size} is too large: out of memory even with one sequence at a time{numbers}",
+        "set training.gradient_checkpointing to true, or use a shorter training.sequence_length or a smaller model",
     )
 
 
 def describe_smaller_batch(config: Config, size: int) -> str:
-    """Return the settings with which a run starts with micro-batches of at most `size` and the same global batch."""
+    """Describe the settings that start a run with micro-batches of at most `size` and the same global batch."""
     total = config.global_batch_size
     divisor = max(n for n in range(1, size + 1) if total % n == 0)
     return f"set training.batch_size {divisor} and training.gradient_accumulation_steps {total // divisor}"

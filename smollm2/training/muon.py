@@ -1,10 +1,10 @@
-"""Muon: momentum whose update is orthogonalized (arXiv 2502.16982), in one implementation for all devices.
+"""The Muon optimizer: momentum with an orthogonalized update (arXiv 2502.16982), implemented once for all devices.
 
 `torch.optim.Muon` casts to bf16 on every device and processes one matrix at a time. A CPU without bf16 units emulates
-those products at a hundredth of its float32 speed. Here the dtype is an argument, and products of equal shape are
-stacked and batched. The comparison, with its figures, is in docs/decisions/0006-muon-of-our-own.md.
+bf16 products at a hundredth of its float32 speed. Here the dtype is an argument, and matrices of equal shape are
+stacked and multiplied in one batch. The comparison, with its figures, is in docs/decisions/0006-muon-of-our-own.md.
 
-Letters in shapes: B matrices of one stack, M their shorter and N their longer side.
+Letters in shapes: B is the number of matrices in a stack, M their shorter and N their longer side.
 """
 
 import math
@@ -21,28 +21,28 @@ COEFFICIENTS = (
     (3.4861, -2.5145, 0.4819),
     (2.5202, -1.8034, 0.4083),
 )
-"""(a, b, c) of each step X <- a X + b (X X^T) X + c (X X^T)^2 X, by the method of Polar Express (arXiv 2505.16932): each is the
-best polynomial of its degree for the range left by the step before. Four steps take singular values between 0.003 and 1
-to between 0.77 and 1.23. Each range is 2 % wider than needed: outside it the polynomials explode, and bf16 rounds."""
+"""(a, b, c) of each step X <- a X + b (X X^T) X + c (X X^T)^2 X, computed as in Polar Express (arXiv 2505.16932): each
+is the best polynomial of its degree for the range of singular values that the previous step leaves. Four steps map
+singular values between 0.003 and 1 to between 0.77 and 1.23. Each range is 2 % wider than needed, because bf16 rounds
+and the polynomials explode outside their range."""
 
 SMALLEST_NORM = 1e-7
-"""A matrix with a smaller norm is divided by this instead: noise of that size is not scaled up to a full update."""
+"""A matrix with a smaller norm is divided by this instead, so that tiny noise is not scaled up to a full update."""
 
 STACKED_NUMBERS = 2**25
-"""The most elements in one stack: bounds the temporary memory of large models."""
+"""The maximum number of elements in one stack, which bounds the temporary memory for large models."""
 
 
 class Muon(Optimizer):
     """Orthogonalized Nesterov momentum with decoupled weight decay, for parameters with two dimensions.
 
-    The update is scaled by 0.2 sqrt(max(rows, columns)) to the root mean square of AdamW's (arXiv 2502.16982, section 2.2),
-    so that one learning rate and one weight decay serve both. The state of a parameter is its `momentum_buffer`, with
-    the same meaning as in `torch.optim.Muon`.
+    The update is scaled by 0.2 sqrt(max(rows, columns)) to match the root mean square of AdamW's updates (arXiv
+    2502.16982, section 2.2), so that one learning rate and one weight decay suit both optimizers. The state of a
+    parameter is its `momentum_buffer`, with the same meaning as in `torch.optim.Muon`.
     """
 
-    arithmetic = (
-        2  # version of the update rule; checkpoints record it; one without it is from torch.optim.Muon: version 1
-    )
+    # Version of the update rule, recorded in checkpoints. A checkpoint without it is from torch.optim.Muon, version 1.
+    arithmetic = 2
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. `closure` is there only to match torch's signature."""
+        """Update every parameter that has a gradient. `closure` exists only to match torch's signature."""
         for group in self.param_groups:
             for stack in stack_by_shape([p for p in group["params"] if p.grad is not None]):
                 self._update(stack, group)
@@ -83,7 +83,7 @@ class Muon(Optimizer):
 
 
 def stack_by_shape(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield stacks, of bounded size, of matrices of equal shape; tall ones join the wide ones with the same sides."""
+    """Yield groups, of bounded size, of matrices with the same shorter and the same longer side."""
     stacks: dict[tuple[int, int], list[Tensor]] = {}
     for p in params:
         stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
@@ -99,16 +99,16 @@ def lay_wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (B, M, N) in `dtype` with the singular vectors of `x` and singular values near 1.
+    """Return matrices (B, M, N) in `dtype` with the singular vectors of `x` and singular values near 1.
 
-    The Frobenius norm of X X^T bounds the square of the largest singular value, and is tighter than that of X itself:
-    the iteration starts with larger singular values, which saves one of its steps.
+    The Frobenius norm of X X^T bounds the square of the largest singular value more tightly than the square of X's norm
+    does. The iteration therefore starts with larger singular values, which saves one of its steps.
     """
     x = x.to(dtype)
     gram = torch.bmm(x, x.mT)
     square = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(SMALLEST_NORM**2)
     gram, x = gram / square, x * square.rsqrt()
-    # The square root of bf16's precision is too coarse for the small singular values, which the Gram matrix has squared.
+    # The Gram matrix squares the singular values, and bf16 is too coarse for the squares of the small ones.
     if dtype == torch.float32 and x.shape[1] < x.shape[2]:
         return torch.bmm(iterate_on_gram(gram), x)
     for number, (a, b, c) in enumerate(COEFFICIENTS):
@@ -118,9 +118,9 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def iterate_on_gram(gram: Tensor) -> Tensor:
-    """Return the product (B, M, M) of all steps' polynomials of X X^T, so that the longer X is multiplied only once.
+    """Return the product (B, M, M) of every step's polynomial in X X^T, so that the longer X is multiplied only once.
 
-    Polynomials of one symmetric matrix commute: with P = a + b G + c G^2, the next Gram matrix is P G P.
+    Polynomials in one symmetric matrix commute: with P = a + b G + c G^2, the next Gram matrix is P G P.
     """
     product = gram
     for number, (a, b, c) in enumerate(COEFFICIENTS):

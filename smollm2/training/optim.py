@@ -1,6 +1,7 @@
-"""Optimizers and the learning rate: AdamW, or Muon for the matrices of the blocks; the rate is a function of the step.
+"""The optimizers (AdamW, or Muon for the matrices of the transformer blocks) and the learning rate schedule.
 
-There is no scheduler object: the step number alone determines the rate, so a resume or a second device cannot shift it.
+There is no scheduler object: the learning rate depends only on the step number, so a resume or a second device cannot
+shift it.
 """
 
 import math
@@ -16,10 +17,10 @@ from smollm2.training.muon import Muon
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Return the learning rate of the update after `step` completed ones (0 <= step < train_steps).
+    """Return the learning rate of the update that follows `step` completed ones (0 <= step < train_steps).
 
-    Warmup: learning_rate * (step + 1) / warmup_steps. Then, with p the completed share of the remaining updates,
-    cosine: min + (max - min) (1 + cos(pi p)) / 2; linear: max - (max - min) p; wsd: max, and linear over the last
+    Warmup: learning_rate * (step + 1) / warmup_steps. Then, with p the completed fraction of the remaining updates,
+    cosine: min + (max - min) (1 + cos(pi p)) / 2; linear: max - (max - min) p; wsd: max, then linear over the last
     decay_steps (SmolLM2's recipe, arXiv 2502.02737, section 4).
     """
     highest, lowest = config.learning_rate, config.min_learning_rate
@@ -35,10 +36,11 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, Optimizer]:
-    """Return the optimizers by name; together they hold every trainable parameter exactly once.
+    """Return the optimizers by name; each trainable parameter belongs to exactly one of them.
 
-    `decay: matrices` exempts parameters with one dimension, norms and biases, from the decay. Muon takes the matrices
-    of the blocks, with the update scaled so that AdamW's learning rate and decay serve both (arXiv 2502.16982).
+    With `decay: matrices`, parameters with one dimension (norms and biases) have no weight decay. Muon updates the
+    matrices of the blocks; its update is scaled so that AdamW's learning rate and weight decay suit both (arXiv
+    2502.16982).
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = {n: p for n, p in parameters.items() if config.optimizer == "muon" and p.ndim == 2 and ".layers." in n}
@@ -68,15 +70,17 @@ def _decay_groups(parameters: Mapping[str, Tensor], config: TrainingConfig) -> l
 
 
 def set_learning_rate(optimizers: Mapping[str, Optimizer], rate: float) -> None:
-    """Give every group of every optimizer the same rate."""
+    """Set the same learning rate in every parameter group of every optimizer."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
 def optimizer_states(optimizers: Mapping[str, Optimizer]) -> dict[str, dict[str, object]]:
-    """Return what a checkpoint keeps: each optimizer's state, its parameters' names, so that a change of order is
-    detected, and the version of its arithmetic if that is not the first."""
+    """Return what a checkpoint stores for each optimizer: its state, its parameter names and its update rule's version.
+
+    The names reveal a change in the order of the parameters. The version is stored only if it is not 1.
+    """
     states: dict[str, dict[str, object]] = {}
     for name, optimizer in optimizers.items():
         states[name] = {"parameters": _names(optimizer), "state": optimizer.state_dict()}
@@ -101,12 +105,12 @@ def describe_arithmetic_changes(
 
 
 def load_optimizer_states(optimizers: Mapping[str, Optimizer], states: Mapping[str, Mapping[str, object]]) -> None:
-    """Restore the moments; rates, decay and betas stay those of the config, which a resume may have changed.
+    """Restore the moments. Learning rate, weight decay and betas keep the config's values, which a resume may change.
 
     Raise ValueError if the optimizers or the order of their parameters differ.
     """
     if {name: _names(o) for name, o in optimizers.items()} != {n: list(s["parameters"]) for n, s in states.items()}:  # type: ignore[call-overload]
-        raise ValueError("the optimizer's parameters are other ones, or stand in another order")
+        raise ValueError("the optimizer's parameters are different, or are in another order")
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict({**states[name]["state"], "param_groups": optimizer.state_dict()["param_groups"]})  # type: ignore[dict-item]
 

@@ -1,4 +1,4 @@
-"""The pages at the start and the end of a run, and the same facts as events for the report."""
+"""The pages shown at the start and the end of a run, and the same facts as events for the report."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ Rows = list[tuple[str, str]]
 
 
 def plan_run(run: Run) -> Plan:
-    """Return what the run needs on this machine."""
+    """Return the plan of the run on this machine: the memory, disk space and time that it needs."""
     machine = machine_of(run.runtime)
     plan = make_plan(run.config, machine)
     if plan.throughput.measured:
@@ -34,7 +34,7 @@ def plan_run(run: Run) -> Plan:
 
 
 def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
-    """Return what is trained, on which data, and what resources it will take."""
+    """Return the rows of the start page: what is trained, on which data, and which resources it will take."""
     t, m, runtime = run.config.training, run.config.model, run.runtime
     seconds = plan.duration.of(t.train_steps - progress.step)
     heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
@@ -64,14 +64,14 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
 
 
 def describe_numerics(run: Run) -> str:
-    """Return the precision, the attention backend and the compilation of the run."""
+    """Describe the precision, the attention backend and the compilation of the run."""
     precision, backend = run.runtime.precision, run.model.model.attention_backend
     compiled = "each block, at the first step" if run.config.training.compile else "off"
     return f"{precision.name}: {precision.reason}; attention: {backend}; compile: {compiled}"
 
 
 def describe_validation(run: Run) -> str:
-    """Return what the validation split holds, or why there is none."""
+    """Describe the size of the validation split, or why there is none."""
     if run.validation:
         return f"{len(run.store.validation):,} tokens in {len(run.validation):,} windows"
     if run.config.data.validation_fraction == 0:
@@ -80,7 +80,7 @@ def describe_validation(run: Run) -> str:
 
 
 def describe_warmup(t: TrainingConfig) -> str:
-    """Return what is wrong with a warmup that takes the whole run; empty if it leaves steps to train."""
+    """Return a warning if the warmup takes up the whole run, else an empty string."""
     if t.warmup_steps < t.train_steps:
         return ""
     reached = learning_rate_at(t.train_steps - 1, t)
@@ -91,7 +91,7 @@ def describe_warmup(t: TrainingConfig) -> str:
 
 
 def report_start(run: Run, progress: Progress, start: Start | None) -> None:
-    """Show how the run starts, and record its data and its machine for the report."""
+    """Report a resume and a warning about the warmup, if any, and record the run's data and machine for the report."""
     if start:
         run.tracker.log_event("resume", describe_resume(run, start), progress.step)
     if warning := describe_warmup(run.config.training):
@@ -115,7 +115,7 @@ def report_start(run: Run, progress: Progress, start: Start | None) -> None:
 
 
 def report_end(run: Run, error: Exception) -> None:
-    """Record why the run ends early, at the step of its last checkpoint; the command shows the reason."""
+    """Record, at the step of the last checkpoint, why the run ended early. The command line shows the reason."""
     last_step = 0
     with contextlib.suppress(ResourceError):  # the error that ended the run matters, not one that follows from it
         last_step = max(map(step_of, list_checkpoints(run.folder)), default=0)
@@ -125,7 +125,7 @@ def report_end(run: Run, error: Exception) -> None:
 
 
 def end_page(run: Run, progress: Progress, seconds: float) -> Rows:
-    """Return what the run has achieved and which files it leaves behind."""
+    """Return the rows of the end page: the results of the run and the files that it wrote."""
     overhead = f"{run.tracker.seconds:.1f} s of {seconds:.0f} s ({run.tracker.seconds / seconds:.1%})"
     rows = [
         ("time", str(datetime.timedelta(seconds=round(seconds)))),

@@ -1,4 +1,4 @@
-"""The loop's state between steps: `Progress`, saved as a whole in each checkpoint."""
+"""The training loop's state between steps: `Progress`, which is saved as a whole in each checkpoint."""
 
 import dataclasses
 import math
@@ -16,16 +16,16 @@ SPIKE_WINDOW = 128
 SPIKE_SIGMAS = 6
 
 TOP_LEVEL = ("step", "tokens", "loss")
-"""The fields that a checkpoint holds at its top level; the others are under `stability`."""
+"""The fields that are stored at the top level of a checkpoint; the others are stored under `stability`."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The complete state of the loop. A new field needs a default: older checkpoints do not have it.
+    """The complete state of the training loop. A new field needs a default, because older checkpoints do not have it.
 
-    `loss` is that of the last step, `losses` the last 128 finite ones. `skipped` are the steps whose loss or gradient
-    was not finite, `spikes` the steps whose loss stood out, `pending` the actions of this step still to be done.
-    `clipped` counts the steps since the last diagnostics: those whose gradient was clipped, and all.
+    `loss` is the loss of the last step, `losses` are the last 128 finite losses. `skipped` are the steps whose loss or
+    gradient was not finite, `spikes` the steps with a loss spike, `pending` the actions of this step that are still to
+    be run. `clipped` has two counts of the steps since the last diagnostics: those whose gradient was clipped, and all.
     """
 
     step: int = 0
@@ -60,13 +60,13 @@ class Progress:
         )
 
     def to_state(self) -> dict[str, Any]:
-        """Return the checkpoint entries that `from_state` reads: plain values, tuples as lists."""
+        """Return the checkpoint entries that `from_state` reads: plain values, with tuples as lists."""
         kept = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {**{name: kept.pop(name) for name in TOP_LEVEL}, "stability": kept}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":
-        """Return the progress that a checkpoint holds; a field that is newer than the checkpoint takes its default."""
+        """Return the progress stored in a checkpoint. A field that the checkpoint does not have gets its default."""
         names = {field.name for field in dataclasses.fields(cls)}
         found = {name: v for name, v in state["stability"].items() if name in names}
         found |= {name: state[name] for name in TOP_LEVEL}
@@ -82,9 +82,10 @@ def is_spike(losses: Sequence[float], loss: float) -> bool:
 
 
 def too_many_skips(skipped: Sequence[int], step: int, *, fp16: bool) -> str | None:
-    """Return why a run that skipped these steps must stop after `step`, or None.
+    """Return why a run that skipped these steps must stop after `step`, or None if it may continue.
 
-    The limit is ten in a row or 1 % of the last 1,000; with fp16, which finds its loss scale by overflows, 20 in a row.
+    The limit is ten skipped steps in a row, or more than 1 % of the last 1,000. With fp16, which finds its loss scale
+    through overflows, it is 20 in a row.
     """
     in_a_row = 0
     while in_a_row < len(skipped) and skipped[-1 - in_a_row] == step - in_a_row:

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or after a checkpoint, which is restored completely or not at all."""
+"""Where a run starts: at step 0, or at a checkpoint, which is restored completely or not at all."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def find_start(setup: Setup, resume: str, checkpoint_path: str | Path | None) ->
         if existing and path.resolve().parent != folder.resolve():
             raise CheckpointError(
                 path,
-                f"is a checkpoint of another run than the {len(existing)} in {folder}",
+                f"belongs to another run than the checkpoints in {folder}",
                 f"continue it in its own folder with --save_dir {path.parent}, or in an empty one with --save_dir "
                 f"{free_folder(folder)}",
             )
@@ -56,14 +56,14 @@ def find_start(setup: Setup, resume: str, checkpoint_path: str | Path | None) ->
     if existing:
         raise CheckpointError(
             folder,
-            f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}",
+            f"contains checkpoints of an earlier run ({len(existing)}; the newest is {existing[-1].name})",
             f"resume it with --resume auto, or start a new run with --save_dir {free_folder(folder)}",
         )
     return None
 
 
 def free_folder(folder: Path) -> Path:
-    """Return an unused folder name beside `folder`."""
+    """Return an unused folder name next to `folder`, such as `checkpoints-2`."""
     if folder.name in ("", ".."):  # `.`, for example, has no name of its own
         folder = folder.resolve()
     numbered = (folder.with_name(f"{folder.name or 'checkpoints'}-{number}") for number in itertools.count(2))
@@ -71,7 +71,10 @@ def free_folder(folder: Path) -> Path:
 
 
 def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
-    """Report what changes on this resume. Raise CheckpointError for another run, ConfigError if no step is left."""
+    """Report what changes on this resume.
+
+    Raise CheckpointError if the checkpoint belongs to another run, ConfigError if it is past the config's last step.
+    """
     config, state, t = setup.config, start.state, setup.config.training
     if start.step > t.train_steps:
         raise ConfigError(
@@ -80,12 +83,12 @@ def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
     changes = changed_on_resume(Config.model_validate_json(state["config"]), config)
     refused = [f"{c.key} {c.old} -> {c.new}" for c in changes if c.rule == "refused"]
     if state["data"]["tokens_fingerprint"] != store.fingerprint and not refused:
-        refused = ["data.input holds another text"]
+        refused = ["data.input is a different text"]
     if refused:
         raise CheckpointError(
             start.path,
             f"belongs to another run ({', '.join(refused)})",
-            f"undo that change, or start a new run with --save_dir {free_folder(setup.folder)}",
+            f"undo the change, or start a new run with --save_dir {free_folder(setup.folder)}",
         )
     noted = [f"{c.key}: {c.old} -> {c.new}" for c in changes if c.rule == "noted"]
     if (order := state["data"]["order_version"]) != ORDER_VERSION:
@@ -98,7 +101,7 @@ def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
 
 
 def restore(run: Run, start: Start) -> Progress:
-    """Restore the checkpoint's weights, moments and loss scale, and return its progress."""
+    """Restore the checkpoint's weights, optimizer moments and loss scale, and return its progress."""
     state = start.state
     check_shapes(run.model.state_dict(), state["model"], start.path)
     try:
@@ -148,7 +151,7 @@ def describe_exactness(changed: Sequence[str], device_type: str, *, deterministi
 
 
 def state_of(run: Run, progress: Progress) -> State:
-    """Return all that a resume needs, and the tokenizer, so that a checkpoint is self-contained; plain types only."""
+    """Return all that a resume needs, plus the tokenizer, so that a checkpoint is self-contained."""
     t, batches = run.config.training, run.batches
     return {
         **progress.to_state(),

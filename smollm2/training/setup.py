@@ -1,4 +1,4 @@
-"""The parts of a run: its settings, its live objects, and its trackers."""
+"""The parts of a run: its settings, the objects that it uses, and its trackers."""
 
 import contextlib
 import dataclasses
@@ -50,14 +50,14 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The number of steps that it has completed."""
+        """The number of steps completed at the checkpoint."""
         step: int = self.state["step"]
         return step
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is started with. `origins` names the origin of each config value, for the run folder's config.yaml."""
+    """The settings with which a run starts. `origins` says where each config value comes from, for config.yaml."""
 
     config: Config
     origins: Mapping[str, str]
@@ -77,7 +77,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """The live objects of a run, which its functions share."""
+    """The objects of a run, such as model, data and optimizers, which its functions share."""
 
     config: Config
     runtime: Runtime
@@ -86,10 +86,10 @@ class Run:
     batches: Batches
     validation: Windows | None
     model: SmolLM2
-    prepared: nn.Module  # the model as it is called in training: itself, or wrapped for several ranks
+    prepared: nn.Module  # the model that training calls: wrapped in DistributedDataParallel if there are several ranks
     optimizers: Mapping[str, Optimizer]
     tracker: Fanout
-    saver: Saver | None  # rank 0's, from the first step on
+    saver: Saver | None  # only on rank 0, from the first step on
     wandb_run_id: str
     resumed_step: int
 
@@ -100,7 +100,7 @@ class Run:
 
 
 def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
-    """Return the setup with the tokenizer's vocabulary size."""
+    """Return the setup with model.vocab_size set to the tokenizer's vocabulary size."""
     wanted, found = setup.config.model.vocab_size, tokenizer.vocab_size
     if wanted == found:
         return setup
@@ -110,7 +110,10 @@ def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
 
 
 def settle_compilation(setup: Setup) -> Setup:
-    """Return the setup with training.compile true or false. With auto, a resumed run keeps what its checkpoint has."""
+    """Return the setup with training.compile set to true or false.
+
+    If it is auto, a resumed run keeps the checkpoint's value.
+    """
     config, runtime = setup.config, setup.runtime
     if config.training.compile != "auto":
         return setup
@@ -128,7 +131,7 @@ def settle_compilation(setup: Setup) -> Setup:
 
 
 def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
-    """Return the run's windows, model and optimizers, with the console as the only tracker. Write nothing."""
+    """Return the run with its windows, model and optimizers, with the console as the only tracker. Write no files."""
     config, runtime, start = setup.config, setup.runtime, setup.start
     t = config.training
     end_of_text = tokenizer.end_of_text if config.data.document_mask else None
@@ -165,7 +168,10 @@ def open_validation(config: Config, tokenizer: Tokenizer, store: TokenStore) -> 
 
 
 def build_model(config: Config, runtime: Runtime) -> SmolLM2:
-    """Return the model on its device, with the weights of the seed and attention, checkpointing and compilation applied."""
+    """Return the model on its device, initialized from the seed.
+
+    The attention backend, gradient checkpointing and compilation are set as configured.
+    """
     t, m = config.training, config.model
     torch.manual_seed(t.seed)
     model = SmolLM2(m).to(runtime.device)
@@ -175,9 +181,7 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
     backend = choose_backend(t.attention, runtime.device.type, dtype, features, isolates=isolates)
     problem = check_backend(backend, runtime.device, dtype, heads, isolates=isolates)
     if problem:
-        raise TrainingError(
-            "training.attention", problem, f"use training.attention: {'eager' if backend == 'sdpa' else 'sdpa'}"
-        )
+        raise TrainingError("training.attention", problem, f"set it to {'eager' if backend == 'sdpa' else 'sdpa'}")
     model.model.attention_backend = backend
     model.model.checkpointing = t.gradient_checkpointing
     if t.compile is True:
@@ -186,17 +190,18 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
 
 
 def check_disk(config: Config, folder: Path) -> None:
-    """Raise ResourceError, naming the keep_last that fits, if the disk has no room for the checkpoints of the whole run."""
+    """Raise ResourceError, which names the keep_last that fits, if the disk has no room for the run's checkpoints."""
     disk = estimate_disk(config)
     held = sum(path.stat().st_size for path in list_checkpoints(folder))
     free = shutil.disk_usage(folder).free
     if disk.total <= free + held:
         return
-    fits = int((free + held) / disk.checkpoint_bytes) - 1  # the new one is written before an old one is removed
-    advice = f"set training.keep_last: {fits - 1}" if fits > 2 else "free some space"
+    fits = int((free + held) / disk.checkpoint_bytes) - 1  # a new checkpoint is written before an old one is removed
+    advice = f"set training.keep_last to {fits - 1}" if fits > 2 else "free some space"
     raise ResourceError(
         folder,
-        f"the run's {disk.checkpoints} checkpoints need {format_bytes(disk.total)} and {format_bytes(free)} are free",
+        f"the run's {disk.checkpoints} checkpoints need {format_bytes(disk.total)}, but only {format_bytes(free)} "
+        "is free",
         f"{advice}, save less often, or choose another --save_dir",
     )
 
@@ -204,12 +209,12 @@ def check_disk(config: Config, folder: Path) -> None:
 def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
     """Return the run with all its trackers and its saver, and write the run folder's config.yaml and tokenizer.
 
-    This cuts the rows after the resumed step, so no check that could still refuse the run may follow.
+    This removes the rows after the resumed step, so any check that could still refuse the run must come before it.
     """
     if run.runtime.rank:
         return run
     config, folder, step = setup.config, setup.folder, run.resumed_step
-    # A run that resumes into another folder starts its own rows there.
+    # A run that resumes in another folder starts new rows there.
     is_own = setup.start is not None and setup.start.path.resolve().parent == folder.resolve()
     rows = JsonlTracker(folder, step if is_own else 0, setup.report)
     setup.console.restore_smoothing(read_values(folder / METRICS, "loss"))

@@ -1,7 +1,7 @@
-"""One optimizer step: micro-batches, one division by the global count, clip, check that it is finite, update.
+"""One optimizer step: accumulate the gradients of the micro-batches, check that they are finite, clip them, and update.
 
-The unit is the global batch. How it is cut into micro-batches and over ranks changes rounding and nothing else: every
-micro-batch's loss sum is divided by the number of targets in the whole batch, known before the first forward pass.
+How the global batch is split into micro-batches and across ranks changes only rounding: the loss sum of every
+micro-batch is divided by the number of targets in the whole batch, which is known before the first forward pass.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from smollm2.training.memory import is_out_of_memory
 from smollm2.training.optim import set_learning_rate
 
 MicroBatch = tuple[Tensor, ...]
-"""input_ids, labels and, if documents are isolated, document_ids, each (B, T)."""
+"""input_ids, labels and, if documents are isolated, document_ids, each of shape (B, T)."""
 
 
 class MicroBatchTooLarge(Exception):
-    """A rank ran out of memory. All ranks raise this together, and the step starts again with smaller micro-batches."""
+    """A rank ran out of memory. All ranks raise this together, and the step restarts with smaller micro-batches."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's result: `loss` is the global mean without z-loss, `grad_norm` the norm before clipping."""
+    """The result of one step: `loss` is the global mean without z-loss, `grad_norm` the norm before clipping."""
 
     loss: float
     grad_norm: float
@@ -55,8 +55,8 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step with this rank's micro-batches.
 
-    Weights and moments change only if the loss and the gradient norm are finite, on every rank or on none. `diagnostics`
-    is entered before the update and left after it. Raise MicroBatchTooLarge as `accumulate_gradients` does.
+    Weights and moments change only if the loss and the gradient norm are finite on every rank. `diagnostics` is a
+    context manager that encloses the update. Raise MicroBatchTooLarge as `accumulate_gradients` does.
     """
     started = time.perf_counter()
     set_learning_rate(optimizers, learning_rate)
@@ -65,7 +65,7 @@ def train_step(
         runtime.scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()  # the only wait for the device
+    loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()  # the only synchronization with the device
     finite = runtime.all_agree(math.isfinite(loss_value) and math.isfinite(norm_value))
     clipped = finite and 0 < max_grad_norm < norm_value
     with diagnostics or contextlib.nullcontext():
@@ -83,10 +83,10 @@ def train_step(
 def accumulate_gradients(
     model: nn.Module, micro_batches: Sequence[MicroBatch], runtime: Runtime, *, z_loss: float = 0.0
 ) -> tuple[Tensor, int]:
-    """Add the gradient of the global mean loss to every parameter's `grad`; return that loss and the number of targets.
+    """Add the gradient of the global mean loss to every `grad`; return that loss and the number of targets.
 
-    Raise MicroBatchTooLarge on all ranks, with no gradient left behind, if one of them runs out of memory. With several
-    ranks the last backward pass is a collective: a rank that runs out of memory there raises OutOfMemoryError alone.
+    Raise MicroBatchTooLarge on all ranks, with all gradients cleared, if one of them runs out of memory. With several
+    ranks, the last backward pass is a collective: a rank that runs out of memory there raises OutOfMemoryError alone.
     """
     local_count = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels, *_ in micro_batches]).sum()
     count = runtime.sum(local_count)
@@ -119,7 +119,10 @@ def accumulate_gradients(
 
 
 def rehearse(model: nn.Module, micro_batch: MicroBatch, runtime: Runtime) -> None:
-    """Run both passes over one micro-batch and drop the result: memory runs out here, before ranks wait for one another."""
+    """Run the forward and the backward pass of one micro-batch, and discard the result.
+
+    If memory runs out, it does so here, before the ranks wait for one another.
+    """
 
     def run_both_passes() -> None:
         with runtime.autocast():
@@ -132,23 +135,24 @@ def rehearse(model: nn.Module, micro_batch: MicroBatch, runtime: Runtime) -> Non
 
 
 def run_within_memory(model: nn.Module, runtime: Runtime, work: Callable[[], object]) -> None:
-    """Call `work`. Raise MicroBatchTooLarge on all ranks, without gradients, if it runs out of memory on one of them."""
+    """Call `work`. If memory runs out on any rank, clear the gradients and raise MicroBatchTooLarge on all ranks."""
     ran_out = False
     try:
         work()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        ran_out = True  # raised below: the exception would keep the activations alive
+        ran_out = True  # raised below: the caught exception would keep the activations alive
     if runtime.highest(ran_out):
         model.zero_grad(set_to_none=True)
         raise MicroBatchTooLarge
 
 
 def adjust_loss_scale(scaler: torch.amp.GradScaler) -> None:
-    """Let fp16's loss scale halve after an overflow and double after 2,000 good steps. Raise TrainingError below 1.
+    """Halve fp16's loss scale after an overflow, and double it after 2,000 good steps.
 
-    torch's scaler continues down to exactly 0, and the next healthy step then writes NaN into the weights.
+    Raise TrainingError if it falls below 1: torch's scaler would go down to exactly 0, and the next good step would
+    then write NaN into the weights.
     """
     if not scaler.is_enabled():
         return

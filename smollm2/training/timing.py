@@ -1,4 +1,4 @@
-"""Time: the limit of a run, how a run ends before its last step, and the throughput of its steps."""
+"""The time limit of a run, how a run ends before its last step, and the throughput of its steps."""
 
 import contextlib
 import signal
@@ -14,10 +14,11 @@ from smollm2.training.setup import Run
 from smollm2.training.step import StepResult
 
 CHECKED_STEPS = 20
-"""Fewest steps that the announced time is compared with."""
+"""The minimum number of steps to measure before the announced time is compared with them."""
 
 CHECKED_SECONDS = 20.0
-"""Fewest seconds of slow steps before a first correction; each later one needs twice as many as the one before."""
+"""The minimum duration of the measured steps before the announced time can be corrected upwards; it doubles after each
+comparison."""
 
 TIME_UP = 1000
 """A pseudo signal number: the run has reached its own time limit."""
@@ -25,7 +26,7 @@ TIME_UP = 1000
 
 @dataclass
 class TimeLimit:
-    """Whether another step, with its actions and its save, still fits into training.time_limit."""
+    """The time limit of a run: tells whether another step, with its actions and its save, still fits into it."""
 
     seconds: float | None
     started: float = field(default_factory=time.monotonic)
@@ -33,14 +34,14 @@ class TimeLimit:
     longest_step: float = 0.0
 
     def begin_step(self) -> None:
-        """Record how long the run's longest step took, with its actions and its save."""
+        """Mark the start of a step, and update `longest_step`, which includes a step's actions and its save."""
         now = time.monotonic()
         if self.step_began:
             self.longest_step = max(self.longest_step, now - self.step_began)
         self.step_began = now
 
     def is_up(self, save_seconds: float) -> bool:
-        """Return whether the next step might end too late. Called at the end of a step, before its save."""
+        """Return whether the next step might end too late. Call this at the end of a step, before its save."""
         if self.seconds is None:
             return False
         now = time.monotonic()
@@ -50,7 +51,7 @@ class TimeLimit:
 
 @dataclass
 class Meter:
-    """Tokens and seconds of the steps since the last report; evaluation, samples and saves do not count."""
+    """Counts tokens and seconds of the steps since the last report, without evaluation, samples and saves."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -63,14 +64,14 @@ class Meter:
         self.seconds += result.seconds
 
     def take_tokens_per_second(self) -> float:
-        """Return the tokens per second since the last call."""
+        """Return the tokens per second since the last call, and start counting again."""
         rate = self.tokens / self.seconds
         self.tokens, self.seconds = 0, 0.0
         return rate
 
 
 def save_throughput(run: Run, meter: Meter) -> None:
-    """Record in the cache folder how long a step took, for later estimates. A failure never ends a run."""
+    """Record the median time per step in the cache folder, for later estimates. A failure never ends a run."""
     if run.runtime.rank == 0 and len(meter.recent) >= 3:
         seconds = statistics.median(list(meter.recent)[1:])
         with contextlib.suppress(OSError, ResourceError):
@@ -79,10 +80,10 @@ def save_throughput(run: Run, meter: Meter) -> None:
 
 @dataclass
 class Forecast:
-    """The announced time, compared with measured steps during the whole run and corrected if it is far off.
+    """The announced duration of a run, compared with measured steps during the run and corrected if it is far off.
 
-    Slow steps must last: another program that runs for a few seconds does not make the machine slow. If it runs for
-    longer, the correction is corrected in turn after it has ended.
+    It is corrected upwards only after steps have been slow for a while: another program that runs for a few seconds
+    does not make the machine slow. If that program runs for longer, a second correction follows after it has ended.
     """
 
     announced: Duration
@@ -91,7 +92,7 @@ class Forecast:
     steps: list[float] = field(default_factory=list)
 
     def add(self, seconds: float, steps_left: int) -> str | None:
-        """Count one step. Return the line that corrects the announced time, if it is due."""
+        """Count one step. Return a message that corrects the announced time if a correction is due, else None."""
         self.steps.append(seconds)
         self.seconds += seconds
         is_long = len(self.steps) >= CHECKED_STEPS and self.seconds >= self.needed
@@ -108,9 +109,9 @@ class Forecast:
 
 
 def stopped(number: int, step: int) -> Interrupted:
-    """Return the error for a run that a signal or TIME_UP ended after a saved step."""
+    """Return the error for a run that ended after a saved step, because of a signal or TIME_UP."""
     if number == TIME_UP:
-        return Interrupted(f"training.time_limit is reached; step {step} is saved", 0)
+        return Interrupted(f"training.time_limit was reached; step {step} is saved", 0)
     return Interrupted(f"stopped by {signal_name(number)}; step {step} is saved", number)
 
 

@@ -248,7 +248,7 @@ def test_a_count_of_clipped_updates_of_another_type_is_refused(looked: Path, tmp
     state = torch.load(looked / "checkpoints" / "step_0011.pt", weights_only=True)
     state["stability"]["clipped"] = "many"
     torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(CheckpointError, match=r"stability\.clipped is a str and must be a list"):
+    with pytest.raises(CheckpointError, match=r"stability\.clipped is of type str, but must be a list"):
         load_checkpoint(tmp_path / "odd.pt")
 
 

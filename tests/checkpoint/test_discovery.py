@@ -21,7 +21,7 @@ def test_resuming_passes_over_damaged_ones_and_names_each(tmp_path: Path) -> Non
     assert found is not None and found[0] == paths[0] and found[1]["step"] == 1
     assert [line.split(". Trying the next")[0] for line in lines] == [
         f"{paths[3]}: skipped: is empty",
-        f"{paths[2]}: skipped: holds step 2, which is not the step of its name",
+        f"{paths[2]}: skipped: contains step 2, which does not match its name",
     ]
 
 
@@ -40,7 +40,7 @@ def test_a_folder_of_damaged_checkpoints_only_is_not_taken_for_an_empty_one(tmp_
     for path in save_steps(tmp_path, 1, 2):
         path.write_bytes(b"x")
     with pytest.raises(
-        CheckpointError, match=f"^{tmp_path}: none of its 2 checkpoints can be used: step_0002.pt: is damaged"
+        CheckpointError, match=f"^{tmp_path}: none of its checkpoints \\(2\\) can be used: step_0002.pt: is damaged"
     ):
         find_resumable(tmp_path, lambda line: None)
 
@@ -57,17 +57,15 @@ def test_checkpoints_are_ordered_by_the_number_in_their_name(tmp_path: Path) -> 
 def test_a_missing_checkpoint_is_answered_with_those_that_exist(tmp_path: Path) -> None:
     save_steps(tmp_path, 500, 1000)
     path = tmp_path / "step_XXXX.pt"
-    expected = (
-        f"{path}: does not exist; XXXX stands for the number of a step. {tmp_path} holds step_0500.pt, step_1000.pt."
-    )
+    expected = f"{path}: does not exist; XXXX stands for a step number. {tmp_path} contains step_0500.pt, step_1000.pt."
     assert describe_missing(path) == expected
-    with pytest.raises(CheckpointError, match=r"holds step_0500\.pt, step_1000\.pt"):
+    with pytest.raises(CheckpointError, match=r"contains step_0500\.pt, step_1000\.pt"):
         load_checkpoint(path)
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(tmp_path: Path) -> None:
     save_steps(tmp_path, 500)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: is a folder. {tmp_path} holds step_0500.pt"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: is a folder. {tmp_path} contains step_0500.pt"):
         load_checkpoint(tmp_path)
 
 
@@ -75,7 +73,7 @@ def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(tmp_pa
 def test_a_missing_checkpoint_in_an_empty_folder_is_reported(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     assert describe_missing(path) == (
-        f"{path}: does not exist, and {path.parent} holds no checkpoint. Train first, or name another file."
+        f"{path}: does not exist, and {path.parent} contains no checkpoints. Train first, or choose another file."
     )
 
 

@@ -99,7 +99,7 @@ def test_a_state_of_another_step_is_refused_at_the_save(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     state = small_state()
     state["model"]["model.norm.weight"][1] = float("inf")
-    with pytest.raises(TrainingError, match=r"step_0001\.pt: was not saved: 'model\.norm\.weight' in model holds"):
+    with pytest.raises(TrainingError, match=r"step_0001\.pt: was not saved: 'model\.norm\.weight' in model contains"):
         save_checkpoint(tmp_path, state, step=1)
     assert list(tmp_path.iterdir()) == []
 

@@ -182,7 +182,7 @@ def test_a_file_that_unfolds_is_refused_within_300_megabytes(
     def load_with_little_memory() -> None:
         limit = psutil.Process().memory_info().vms + 300_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        with pytest.raises(CheckpointError, match=r"archive that is compressed|is nested|does not have its size"):
+        with pytest.raises(CheckpointError, match=r"archive that is compressed|is nested|storage has another size"):
             load_checkpoint(path)
 
     assert exit_code_in_a_fork(load_with_little_memory) == 0

@@ -152,7 +152,7 @@ def test_a_disk_that_gives_back_other_bytes_does_not_get_to_name_the_file(tmp_pa
             super().fsync(file)
             os.pwrite(file.fileno(), b"\xff" * 64, file.tell() // 2)
 
-    with pytest.raises(ResourceError, match="does not read back as written: is damaged"):
+    with pytest.raises(ResourceError, match="was not saved, because the written file failed its check: is damaged"):
         save_checkpoint(tmp_path, small_state(), step=1, io_ops=Liar())
     assert list(tmp_path.iterdir()) == []
 

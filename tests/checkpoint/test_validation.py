@@ -62,8 +62,8 @@ def test_a_damaged_checkpoint_loads_equal_or_is_refused_by_name(
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"not a checkpoint", "is damaged, or not a checkpoint of this program"),
-        (bytes(10_000), "is damaged, or not a checkpoint of this program"),
+        (b"not a checkpoint", "is damaged, or is not a checkpoint of this program"),
+        (bytes(10_000), "is damaged, or is not a checkpoint of this program"),
     ],
 )
 def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -97,14 +97,16 @@ def test_an_entry_of_another_type_is_refused_by_name(tmp_path: Path, name: str) 
             content = content[parent]
         content[last] = None
 
-    reason = "not a checkpoint of this program" if name == "format" else f"{name} is a NoneType and must be a"
+    reason = "not a checkpoint of this program" if name == "format" else f"{name} is of type NoneType, but must be a"
     with pytest.raises(CheckpointError, match=reason):
         load_checkpoint(write_raw(tmp_path / "x.pt", spoil))
 
 
 def test_a_newer_format_is_named(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "x.pt", lambda content: content.update(format="smollm2-train/2"))
-    with pytest.raises(CheckpointError, match=r"'smollm2-train/2', and this version reads 'smollm2-train/1'; a newer"):
+    with pytest.raises(
+        CheckpointError, match=r"'smollm2-train/2', but this version reads 'smollm2-train/1'; use a newer"
+    ):
         load_checkpoint(path)
 
 
@@ -124,26 +126,32 @@ def nest_in_itself(content: dict[str, Any]) -> None:
     [
         (
             set_weight(torch.tensor([1.0, float("nan")])),
-            r"'model\.norm\.weight' in model holds values that are not finite",
+            r"'model\.norm\.weight' in model contains values that are not finite",
         ),
-        (set_weight(torch.ones(1).expand(10**12)), "is a tensor whose storage does not have its size"),
-        (set_weight(torch.ones(100)[:4]), "is a tensor whose storage does not have its size"),
+        (set_weight(torch.ones(1).expand(10**12)), "is a tensor whose storage has another size"),
+        (set_weight(torch.ones(100)[:4]), "is a tensor whose storage has another size"),
         (set_weight(torch.ones(3, 3).to_sparse()), "which is not allowed in a checkpoint"),
         (set_weight(torch.ones(3, 3, device="meta")), "which is not allowed in a checkpoint"),
         (set_weight(torch.nn.Parameter(torch.ones(3))), "which is not allowed in a checkpoint"),
         (set_weight(1.0), "in model is not a tensor"),
-        (lambda content: content["tied"].append(["lm_head.weight", "nothing"]), "tied does not name tensors"),
+        (
+            lambda content: content["tied"].append(["lm_head.weight", "nothing"]),
+            "tied does not consist of pairs of tensor names",
+        ),
         (lambda content: content["optimizer"]["adamw"].pop("parameters"), "'adamw': parameters is missing"),
-        (lambda content: content["optimizer"].update(muon=1), "optimizer.'muon' is a int"),
-        (lambda content: content["optimizer"].update(muon={"arithmetic": "2"}), "optimizer.muon.arithmetic is a str"),
+        (lambda content: content["optimizer"].update(muon=1), "optimizer.'muon' is of type int"),
+        (
+            lambda content: content["optimizer"].update(muon={"arithmetic": "2"}),
+            "optimizer.muon.arithmetic is of type str",
+        ),
         (
             lambda content: content["best"].update(there={1, 2}),
-            "'best.there' is a set, which is not allowed in a checkpoint",
+            "'best.there' is of type set, which is not allowed in a checkpoint",
         ),
-        (lambda content: content["best"].update({"\x1b[2J": {1}}), r"'best.\\x1b\[2J' is a set"),
-        (lambda content: content["best"].update({1.5: 1}), "has a key that is a float"),
-        (nest_ten_to_the_twelve_times, "is nested too deeply, or inside itself"),
-        (nest_in_itself, "is nested too deeply, or inside itself"),
+        (lambda content: content["best"].update({"\x1b[2J": {1}}), r"'best.\\x1b\[2J' is of type set"),
+        (lambda content: content["best"].update({1.5: 1}), "has a key of type float, which is not allowed"),
+        (nest_ten_to_the_twelve_times, "is nested too deeply, or contains itself"),
+        (nest_in_itself, "is nested too deeply, or contains itself"),
     ],
 )
 def test_a_content_that_no_save_writes_is_refused(

@@ -39,7 +39,7 @@ def test_standard_input_is_named_too(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_a_prompt_that_is_not_utf_8_is_refused_by_its_byte(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "absent", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape")]) == 2
-    assert capsys.readouterr().err == "error: --prompt: byte 0xe9 after 'caf' is not UTF-8. Write it in UTF-8.\n"
+    assert capsys.readouterr().err == "error: --prompt: byte 0xe9 after 'caf' is not UTF-8. Encode it as UTF-8.\n"
 
 
 OUT_OF_RANGE = {

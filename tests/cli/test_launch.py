@@ -89,7 +89,7 @@ def test_the_number_of_processes_is_that_of_the_gpus_or_the_one_that_is_asked_fo
 @pytest.mark.parametrize("text", ["two", "-1", "0", "1.5"])
 def test_a_number_of_processes_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(
-        ConfigError, match=f'NUM_PROCESSES: "{text}" is not a number of processes. Use a number such as 2'
+        ConfigError, match=f'NUM_PROCESSES: "{text}" is not a positive whole number. Use a number such as 2'
     ):
         count_processes({"NUM_PROCESSES": text})
 

@@ -90,11 +90,15 @@ MISTAKES = {
     "the user's own placeholder": (
         ["--checkpoint_path", "checkpoints/step_XXXX.pt"],
         4,
-        "XXXX stands for the number of a step",
+        "XXXX stands for a step number",
     ),
-    "a text as checkpoint": (["--checkpoint_path", "input.txt"], 4, "input.txt: is damaged, or not a checkpoint"),
-    "a file in the run folder's place": (["--save_dir", "input.txt"], 6, "input.txt: cannot be written"),
-    "fp16 on a CPU": (["--training.precision", "fp16"], 2, "training.precision: fp16: a CPU computes fp16"),
+    "a text as checkpoint": (["--checkpoint_path", "input.txt"], 4, "input.txt: is damaged, or is not a checkpoint"),
+    "a file in the run folder's place": (["--save_dir", "input.txt"], 6, "input.txt: cannot be written to"),
+    "fp16 on a CPU": (
+        ["--training.precision", "fp16"],
+        2,
+        "training.precision: fp16 is not supported here: a CPU computes fp16",
+    ),
 }
 FILES = {
     "wrong.yaml": b"training:\n  lr: 1e-4\n",

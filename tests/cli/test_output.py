@@ -71,7 +71,7 @@ def test_an_output_that_takes_no_more_is_one_line_and_exit_code_6(tmp_path: Path
         command = [sys.executable, "-m", "smollm2", "plan", "--preset", "nano"]
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 6
-    assert done.stderr.splitlines()[-1].startswith("error: standard output: cannot be written (")
+    assert done.stderr.splitlines()[-1].startswith("error: standard output: cannot be written to (")
     assert "Traceback" not in done.stderr
 
 

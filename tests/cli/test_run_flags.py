@@ -120,7 +120,9 @@ def test_a_run_does_not_write_its_config_over_the_one_that_it_was_given(
     config = write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--save_dir", "."]) == 2
-    assert capsys.readouterr().err.startswith("error: training.save_dir: the run would write its own config over")
+    assert capsys.readouterr().err.startswith(
+        "error: training.save_dir: the run would overwrite config.yaml with its own config"
+    )
     assert config.read_text() == TINY
 
 

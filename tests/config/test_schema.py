@@ -49,17 +49,33 @@ def test_a_default_follows_the_key_that_decides_it(
 
 
 CONTRADICTIONS: list[tuple[dict[str, dict[str, object]], str, str]] = [
-    ({"model": {"hidden_size": 100}}, "model.num_attention_heads", "must divide model.hidden_size 100 (got 12)"),
-    ({"model": {"hidden_size": 36}}, "model.num_attention_heads", "12 heads in model.hidden_size 36 are 3 wide each"),
-    ({"model": {"hidden_size": 12}}, "model.num_attention_heads", "12 heads in model.hidden_size 12 are 1 wide each"),
+    (
+        {"model": {"hidden_size": 100}},
+        "model.num_attention_heads",
+        "must be a divisor of model.hidden_size = 100 (got 12)",
+    ),
+    (
+        {"model": {"hidden_size": 36}},
+        "model.num_attention_heads",
+        "model.hidden_size = 36 gives 12 heads a width of 3",
+    ),
+    (
+        {"model": {"hidden_size": 12}},
+        "model.num_attention_heads",
+        "model.hidden_size = 12 gives 12 heads a width of 1",
+    ),
     (
         {"model": {"num_key_value_heads": 5}},
         "model.num_key_value_heads",
-        "must divide model.num_attention_heads 12 (got 5)",
+        "must be a divisor of model.num_attention_heads = 12 (got 5)",
     ),
-    ({"training": {"sequence_length": 4096}}, "training.sequence_length", "is longer than"),
-    ({"data": {"stride": 2049}}, "data.stride", "is longer than training.sequence_length 2048 (got 2049)"),
-    ({"training": {"min_learning_rate": 0.1}}, "training.min_learning_rate", "is above training.learning_rate 0.0001"),
+    ({"training": {"sequence_length": 4096}}, "training.sequence_length", "is greater than"),
+    ({"data": {"stride": 2049}}, "data.stride", "is greater than training.sequence_length = 2048 (got 2049)"),
+    (
+        {"training": {"min_learning_rate": 0.1}},
+        "training.min_learning_rate",
+        "is above training.learning_rate = 0.0001",
+    ),
     ({"data": {"document_mask": True}}, "data.document_mask", "has no effect without data.document_separator"),
     ({"training": {"keep_every": 5}}, "training.keep_every", "has no effect without training.keep_last"),
 ]

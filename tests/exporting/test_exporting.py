@@ -287,7 +287,7 @@ def refused(action: Callable[[], object], kind: type[Exception], message: str) -
 def test_a_target_that_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
     folder = written(tmp_path / "source")
     export(folder, tmp_path / "out")
-    refused(lambda: export(folder, tmp_path / "out"), CheckpointError, "the folder exists. .*--force")
+    refused(lambda: export(folder, tmp_path / "out"), CheckpointError, "the folder already exists. .*--force")
     export(folder, tmp_path / "out", dtype="bf16", force=True)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
@@ -297,7 +297,7 @@ def test_force_never_removes_what_no_export_wrote(tmp_path: Path) -> None:
     folder = written(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    refused(lambda: export(folder, tmp_path / "out", force=True), CheckpointError, "holds thesis.txt")
+    refused(lambda: export(folder, tmp_path / "out", force=True), CheckpointError, "contains thesis.txt")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_disk_without_space_is_reported_before_anything_is_written(tmp_path: P
     refused(
         lambda: export(folder, tmp_path / "out", io_ops=full),
         ResourceError,
-        "the export needs 40.6 MB and 1 kB are free",
+        "the export needs 40.6 MB, but only 1 kB is free",
     )
 
 

@@ -192,7 +192,7 @@ def test_what_a_tokenizer_cannot_express_is_counted(smollm2_tokenizer_folder: Pa
 
 
 def test_a_text_without_a_target_is_refused(model: SmolLM2, tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="nothing to predict"):
+    with pytest.raises(DataError, match="the text is too short: it has no token to predict"):
         evaluate(model, tokenizer, "")
 
 

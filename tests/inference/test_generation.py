@@ -184,7 +184,7 @@ def test_a_temperature_that_underflows_draws_the_most_likely_token(temperature: 
 def test_logits_that_are_not_finite_are_reported_as_our_own_error(value: float, temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, value, 1.0]])
     generators = [torch.Generator().manual_seed(0)] * 2
-    with pytest.raises(TrainingError, match="the model's logits: NaN or infinite"):
+    with pytest.raises(TrainingError, match="the model's logits: contain NaN or infinity"):
         sample(logits, Sampling(temperature=temperature), [[], []], generators)
 
 
@@ -282,7 +282,7 @@ def test_text_ends_before_the_first_stop_string(
 
 
 def test_an_id_beyond_the_model_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="encodes the prompt with id 120, but the model has 100 ids"):
+    with pytest.raises(DataError, match="encodes the prompt with id 120, but the model has only 100 ids"):
         generate(small_model(vocab_size=100), tokenizer, ["x"])
 
 
@@ -386,7 +386,7 @@ def test_into_a_pipe_generated_text_goes_as_it_is(
 
 MISTAKES = {
     "no model": (["absent.pt"], 4, "absent.pt: does not exist"),
-    "a folder without a model": (["."], 4, "holds no checkpoint"),
+    "a folder without a model": (["."], 4, "contains no checkpoints"),
     "no best": ([".", "--best"], 4, "best.json: not found"),
     "a cold temperature": (
         ["x.pt", "--temperature", "-1"],
@@ -395,7 +395,11 @@ MISTAKES = {
     ),
     "no tokens": (["x.pt", "--max_new_tokens", "0"], 2, "--max_new_tokens: must be a whole number from 1"),
     "a seed below 0": (["x.pt", "--seed", "-1"], 2, "--seed: must be a whole number from 0"),
-    "a device that is not here": (["x.pt", "--device", "cuda"], 2, "--device: torch finds no CUDA GPU here"),
+    "a device that is not here": (
+        ["x.pt", "--device", "cuda"],
+        2,
+        "--device: PyTorch finds no CUDA GPU on this machine",
+    ),
     "two sources": (["x.pt", "--prompt", "a", "--interactive"], 2, "not allowed with"),
     "a prompts file that is absent": (["x.pt", "--prompts_file", "absent"], 3, "absent: cannot be read"),
     "a line that is no prompt": (["x.pt", "--prompts_file", "bad.jsonl"], 3, "bad.jsonl:2: is not a prompt"),
@@ -426,7 +430,9 @@ def test_a_precision_that_this_cpu_only_emulates_is_refused_before_anything_is_l
 ) -> None:
     code, out, error = ask(capsys, "absent.pt", "--precision", precision, "--device", "cpu")
     assert (code, out, error.count("\n")) == (2, "", 1)
-    assert error.startswith(f"error: --precision: {precision}: ") and error.endswith("Leave it out.\n")
+    assert error.startswith(f"error: --precision: {precision} is not supported here: ") and error.endswith(
+        "Omit this flag.\n"
+    )
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_the_released_config_is_understood(smollm2_tokenizer_folder: Path) -> No
         ({"rope_scaling": 2.0}, "rope_scaling 2.0 is not an object"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config: quantized models"),
         ({"compression_config": {"format": "pack"}}, "compression_config: quantized models"),
-        ({"intermediate_size": 96}, r"up_proj.weight is \(160, 64\) and should be \(96, 64\)"),
+        ({"intermediate_size": 96}, r"up_proj.weight has shape \(160, 64\) instead of \(96, 64\)"),
         ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
         ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
     ],
@@ -84,8 +84,8 @@ def test_a_setting_of_another_model_is_refused_by_name(
     ("name", "content", "reported"),
     [
         ("config.json", b"{", "cannot be read as JSON"),
-        ("config.json", b"[]", "instead of a JSON object"),
-        ("model.safetensors", b"\xff" * 64, "incomplete, or not a safetensors file"),
+        ("config.json", b"[]", "contains JSON of type list instead of an object"),
+        ("model.safetensors", b"\xff" * 64, "is incomplete, or is not a safetensors file"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: bytes, reported: str, tmp_path: Path) -> None:
@@ -104,7 +104,9 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is a folder, and .* holds no checkpoint.* should contain config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"is a folder, and .* contains no checkpoints.* should contain config\.json"
+    ):
         load_model(tmp_path)
 
 
@@ -115,7 +117,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path:
     with torch.no_grad():
         blocks_of(model)[1].mlp.up_proj.weight[3, 5] = value
     write_hugging_face_folder(model, tmp_path)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN or infinite values"
+    ):
         load_model(tmp_path)
 
 
@@ -237,12 +241,15 @@ HALF_DOWNLOADED = {
         {"model.safetensors.index.json": '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'},
         "model-00001-of-00002.safetensors: not found. Download",
     ),
-    "a pointer in place of the weights": ({"model.safetensors": POINTER}, "model.safetensors: a Git LFS pointer"),
-    "a pointer in place of the config": ({"config.json": POINTER}, "config.json: a Git LFS pointer"),
-    "a pointer in place of the index": ({"model.safetensors.index.json": POINTER}, "index.json: a Git LFS pointer"),
+    "a pointer in place of the weights": ({"model.safetensors": POINTER}, "model.safetensors: is a Git LFS pointer"),
+    "a pointer in place of the config": ({"config.json": POINTER}, "config.json: is a Git LFS pointer"),
+    "a pointer in place of the index": ({"model.safetensors.index.json": POINTER}, "index.json: is a Git LFS pointer"),
     "no weights": ({"model.safetensors": None}, "model.safetensors: not found. Download"),
-    "weights in a pickle": ({"model.safetensors": None, "pytorch_model.bin": "x"}, "pytorch_model.bin may run code"),
-    "an empty file": ({"model.safetensors": ""}, "incomplete, or not a safetensors file"),
+    "weights in a pickle": (
+        {"model.safetensors": None, "pytorch_model.bin": "x"},
+        "pytorch_model.bin is not read, because opening it may run code",
+    ),
+    "an empty file": ({"model.safetensors": ""}, "is incomplete, or is not a safetensors file"),
 }
 
 
@@ -265,5 +272,5 @@ def test_weights_that_are_cut_off_are_refused_in_one_line(tmp_path: Path) -> Non
     write_hugging_face_folder(small_model(), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="incomplete, or not a safetensors file"):
+    with pytest.raises(CheckpointError, match="is incomplete, or is not a safetensors file"):
         load_hugging_face_model(tmp_path)

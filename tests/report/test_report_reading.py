@@ -124,7 +124,7 @@ def test_a_folder_that_is_not_a_run_folder_is_refused_by_name(
     with pytest.raises(DataError, match="neither metrics"):
         read_run(tmp_path)
     assert main(["report", str(tmp_path / "absent")]) == 3
-    assert "it is not a folder. Name the --save_dir of a run." in capsys.readouterr().err
+    assert "is not a folder. Specify the --save_dir of a run." in capsys.readouterr().err
 
 
 def test_runs_with_the_same_folder_name_are_distinguished(run: Path, copy: Path) -> None:

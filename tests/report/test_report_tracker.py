@@ -46,7 +46,7 @@ def test_the_page_of_a_stopped_run_reports_the_stop(tmp_path: Path) -> None:
     assert status_of(run) == "stopped"
     page = Page((run.path / "report.html").read_text(encoding="utf-8"))
     assert f"The run was stopped at step {run.last_step:,} of 1,000,000 and can be resumed" in page.text
-    assert f"training.time_limit is reached; step {run.last_step} is saved" in page.text
+    assert f"training.time_limit was reached; step {run.last_step} is saved" in page.text
     assert "--resume auto" in page.text
 
 

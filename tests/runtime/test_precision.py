@@ -54,7 +54,9 @@ def test_precision_is_a_table_over_device_and_features(
     ],
 )
 def test_a_precision_without_hardware_is_refused(requested: str, device: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"^training.precision: {requested}: .*{reason}.* Use auto or float32.$"):
+    with pytest.raises(
+        ConfigError, match=f"^training.precision: {requested} is not supported here: .*{reason}.* Use auto or float32.$"
+    ):
         choose_precision(requested, device, frozenset())
 
 
@@ -66,7 +68,7 @@ def test_training_in_bf16_on_a_cpu_that_emulates_it_is_refused_before_anything_i
     flags = ["--preset", "nano", "--disable_wandb", "--input_file", "absent.txt"]
     assert main(["train", *flags, "--training.precision", "bf16"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: training.precision: bf16: this CPU has no bf16 units")
+    assert error.startswith("error: training.precision: bf16 is not supported here: this CPU has no bf16 units")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

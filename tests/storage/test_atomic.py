@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_is_reported_with_the_reason(
     with pytest.raises(ResourceError) as raised:
         use(folder)
     message = str(raised.value)
-    assert message.startswith(f"{str(folder).replace(chr(0), chr(92) + '0')}: cannot be written: ")
+    assert message.startswith(f"{str(folder).replace(chr(0), chr(92) + '0')}: cannot be written to: ")
     assert problem.format(tmp_path) in message and message.endswith(advice) and "\n" not in message
 
 

@@ -160,7 +160,9 @@ def test_a_full_disk_costs_no_row(tmp_path: Path) -> None:
     assert while_full == 110
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == list(range(1, 10))
     (line,) = reported
-    assert line.startswith("metrics.jsonl: rows wait in memory (") and line.endswith(". Free some space on its disk.")
+    assert line.startswith("metrics.jsonl: cannot be written (") and line.endswith(
+        "); its rows are kept in memory. Free some disk space."
+    )
 
 
 def test_rows_that_were_never_written_are_counted_at_the_end(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_that_th
         training_with("--training.batch_size", "3", "--training.gradient_accumulation_steps", "1"), tmp_path
     )
     assert [rank.code for rank in ended] == [2, 2]
-    assert reported_once(ended, "which 2 devices cannot share equally. The nearest that they can: 2 or 4")
+    assert reported_once(ended, "which 2 devices cannot share equally. The nearest possible size is 2 or 4")
 
 
 def reported_once(ended: list[Ended], sentence: str) -> bool:
@@ -151,8 +151,8 @@ def reported_once(ended: list[Ended], sentence: str) -> bool:
     [
         (("--input_file", "absent.txt"), 3, "absent.txt: file not found"),
         (("--checkpoint_path", "absent.pt"), 4, "absent.pt"),
-        (("--save_dir", "input.txt"), 6, "input.txt: cannot be written"),
-        (("--training.precision", "fp16"), 2, "fp16: a CPU computes fp16"),
+        (("--save_dir", "input.txt"), 6, "input.txt: cannot be written to"),
+        (("--training.precision", "fp16"), 2, "fp16 is not supported here: a CPU computes fp16"),
     ],
 )
 def test_a_mistake_is_reported_by_one_rank_and_ends_all(
@@ -194,7 +194,7 @@ def change_tokenizer(rank: int) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "reported"),
     [
-        (change_seed, "rank 1: is not in the same run as rank 0: training.seed 1337 -> 2"),
+        (change_seed, "rank 1: was started differently from rank 0: training.seed 1337 -> 2"),
         (change_code, "the code "),
         (change_tokens, "the tokens "),
         (change_tokenizer, "the tokenizer "),
@@ -306,7 +306,7 @@ def test_weights_that_differ_by_one_bit_stop_the_run_before_they_are_saved(tmp_p
     write_tiny(tmp_path)
     ended = run_ranks(on_rank_1_before_step(6, flip_a_bit, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [5, 5]
-    assert reported_once(ended, "step 8: the weights of rank 1 differ from those of the others")
+    assert reported_once(ended, "step 8: the weights of rank 1 differ from those of the other ranks")
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
@@ -354,8 +354,8 @@ def test_out_of_memory_where_the_ranks_meet_ends_all_with_one_sentence_of_that_r
     write_tiny(tmp_path)
     ended = run_ranks(on_rank_1_before_step(6, have_no_room_for_gradients, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [6, 6], ended
-    assert "error: rank 1: training.batch_size: 4: out of memory. Lower it" in ended[1].err
-    assert "rank 1 ended with exit code 6 and reports why" in ended[0].err
+    assert "error: rank 1: training.batch_size: 4 is too large: out of memory. Lower it" in ended[1].err
+    assert "rank 1 ended with exit code 6 and reports the reason" in ended[0].err
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 

@@ -96,7 +96,7 @@ def test_a_run_ends_by_itself_in_time_for_its_own_save(tmp_path: Path, capsys: p
     short = [*flags, str(tmp_path / "short"), "--training.save_interval", "0"]
     assert main([*short, "--training.time_limit", "0.01"]) == 75
     reported = capsys.readouterr().err
-    assert reported.startswith("training.time_limit is reached; step 1 is saved. ")
+    assert reported.startswith("training.time_limit was reached; step 1 is saved. ")
     assert main([*short, "--resume", "auto"]) == 0
     assert main([*flags, str(tmp_path / "whole")]) == 0
     assert outcome(tmp_path / "short", 12) == outcome(tmp_path / "whole", 12)
@@ -159,7 +159,9 @@ def test_no_room_for_one_sequence_is_one_sentence_and_exit_code_6(
 ) -> None:
     write_tiny(tmp_path)
     cramp(monkeypatch, 0)
-    with pytest.raises(ResourceError, match=r"batch_size: 4: out of memory even with one sequence .* shorter"):
+    with pytest.raises(
+        ResourceError, match=r"batch_size: 4 is too large: out of memory even with one sequence at a time.* shorter"
+    ):
         train(tiny_config(tmp_path))
 
 
@@ -190,7 +192,7 @@ def test_a_cpu_without_room_for_one_sequence_is_refused_before_the_run(
 ) -> None:
     write_tiny(tmp_path)
     monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"one sequence.* are needed, this machine has 1 kB"):
+    with pytest.raises(ResourceError, match=r"one sequence.* is needed, but this machine has 1 kB"):
         train(tiny_config(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
 

@@ -165,7 +165,9 @@ def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_number_that_does
     write_tiny(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8_000_000))
-    with pytest.raises(ResourceError, match=r"12 checkpoints need .* are free. Set training.keep_last: \d+"):
+    with pytest.raises(
+        ResourceError, match=r"12 checkpoints need .*, but only .* is free. Set training.keep_last to \d+"
+    ):
         train(tiny_config(tmp_path, training__save_interval=1, model__hidden_size=64))
 
 
@@ -177,7 +179,7 @@ def test_a_backend_that_mixes_documents_stops_the_run_before_a_step(
     leaking = lambda q, k, v, mask, is_causal, **rest: real(q, k, v, is_causal=True, **rest)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", leaking)
     isolated = {"data__document_separator": "\f", "data__document_mask": "true"}
-    with pytest.raises(TrainingError, match=r"sdpa differs from the reference.*. Use training\.attention: eager"):
+    with pytest.raises(TrainingError, match=r"sdpa differs from the reference.*. Set it to eager"):
         train(tiny_config(tmp_path, **isolated))
 
 
@@ -185,7 +187,7 @@ def test_weights_that_break_stop_the_run_after_ten_skips(tmp_path: Path) -> None
     write_tiny(tmp_path)
     config = tiny_config(tmp_path, training__learning_rate=10, training__optimizer="adamw", training__train_steps=400)
     hot = config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": 1e30})})
-    with pytest.raises(TrainingError, match=r"10 steps in a row .* run is saved at this step.*run\.log"):
+    with pytest.raises(TrainingError, match=r"10 steps in a row .* run was saved at this step.*run\.log"):
         train(hot)
 
 

@@ -236,7 +236,7 @@ def test_another_run_is_refused_with_what_differs(
 def test_another_text_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / "input.txt").write_text(WORDS * 41)
-    with pytest.raises(CheckpointError, match=r"data\.input holds another text"):
+    with pytest.raises(CheckpointError, match=r"data\.input is a different text"):
         train(tiny_config(tmp_path / "run"), resume="auto")
 
 

@@ -137,7 +137,7 @@ def test_a_ranks_share_is_cut_into_as_few_nearly_equal_micro_batches_as_batch_si
 @pytest.mark.parametrize(("world", "nearest"), [(5, "45 or 50"), (64, "64")])
 def test_a_batch_that_the_devices_cannot_share_is_refused_with_the_nearest(world: int, nearest: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"{world} devices cannot share equally. The nearest that they can: {nearest}"
+        ConfigError, match=f"{world} devices cannot share equally. The nearest possible size is {nearest}"
     ):
         micro_batch_size(48, world, 12)
 
