@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from smollm2.checkpoint.format import content_hash
 from smollm2.config.schema import IGNORE_INDEX, Config
+from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
-from smollm2.data.text import open_text
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import Windows
 from smollm2.errors import CheckpointError
@@ -195,7 +195,7 @@ def open_store(
     data = config.data
     if input_file is None and (store := open_tokens(Path(data.cache_dir) / state["data"]["tokens_fingerprint"])):
         return store
-    text = open_text(input_file or data.input, spool, data.document_separator)
+    text = open_input(input_file or data.input, spool, rules_of(data))
     return prepare_tokens(text, tokenizer, spool, data.validation_fraction)
 
 

@@ -125,8 +125,17 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The text, and how it becomes windows of tokens."""
 
-    input: FilePath = key("input.txt", "noted", "a path, or `-`")
-    """Text file, UTF-8; `-` is standard input. If the default is absent, the sample corpus is made."""
+    input: FilePath = key("input.txt", "noted", "a path, a pattern, a hub name or `-`")
+    """Text (UTF-8), JSONL or parquet: a file, a folder, a pattern such as `notes/**/*.md`, a data set's name on the Hugging
+    Face hub, or `-` for standard input. If the default is absent, the sample corpus is made."""
+    include: tuple[Text, ...] = key((), "noted", max_length=64)
+    """Patterns of the files to read from a folder; default: text, source code, JSONL and parquet."""
+    exclude: tuple[Text, ...] = key((), "noted", max_length=64)
+    """Patterns of the files in a folder that are not read."""
+    text_field: Text | None = key(None, "noted", min_length=1)
+    """Field of JSONL and parquet rows that holds the text; default: text, content, body, ... (docs/data.md)."""
+    on_bad_line: Literal["stop", "skip"] = key("stop", "noted")
+    """What to do with a line of JSONL that holds no text: stop with its number, or skip and count it."""
     tokenizer: FilePath = key("auto", "refused", "`auto`, `bytes`, a path or a hub name")
     """`auto` (a byte-level BPE trained on the text), `bytes`, a folder with tokenizer.json, or a hub name."""
     cache_dir: FolderPath = key("cache", "free", "a path")

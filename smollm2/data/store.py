@@ -22,7 +22,8 @@ from typing import IO, Protocol
 import numpy as np
 
 from smollm2.data.batches import permute
-from smollm2.data.text import CHUNK_RULE, Text, do_nothing, expand_home
+from smollm2.data.sources import Source
+from smollm2.data.text import CHUNK_RULE, do_nothing, expand_home
 from smollm2.data.windows import Tokens, Windows
 from smollm2.errors import DataError, ResourceError
 from smollm2.storage.atomic import IO_OPS, sync_file
@@ -107,7 +108,7 @@ class TokenStore:
 
 
 def prepare_tokens(
-    text: Text,
+    text: Source,
     tokenizer: Encoder,
     cache_dir: Path,
     validation_fraction: float,
@@ -157,7 +158,7 @@ def open_tokens(folder: Path) -> TokenStore | None:
 
 
 def _build(
-    text: Text,
+    text: Source,
     tokenizer: Encoder,
     folder: Path,
     fraction: float,
@@ -189,7 +190,7 @@ def _build(
 
 
 def _write_tokens(
-    text: Text,
+    text: Source,
     tokenizer: Encoder,
     file: IO[bytes],
     dtype: np.dtype[np.uint16] | np.dtype[np.uint32],

@@ -32,7 +32,7 @@ CUT = re.compile(r"(?<=\S)\n(?=\S)|(?<=\S)(?= \S)")
 BLOCK = 2**20
 END_OF_TEXT = "<|endoftext|>"
 
-CHOOSE_FILE = "name a text file with --input_file"
+CHOOSE_FILE = "choose a text file with --input_file"
 
 BINARY_KINDS = (
     (rb"\x1f\x8b", "a gzip file", "unpack it with gunzip"),
@@ -48,8 +48,6 @@ BINARY_KINDS = (
     (rb"(?s)(?:\0[^\0]){8}", "UTF-16 text", "convert it with iconv -f UTF-16BE -t UTF-8"),
 )
 """The first bytes of files that are not UTF-8 text, the name of each kind, and what to do about it."""
-
-JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 
 
 def do_nothing() -> None:
@@ -84,9 +82,11 @@ class Text:
         Raise DataError if the file is no longer the one that was opened.
         """
         digest = hashlib.sha256()
-        yield from split_documents(_read_characters(self.name, self.path, digest.update, stop), self.separator)
+        yield from split_documents(read_characters(self.name, self.path, digest.update, stop), self.separator)
         if digest.hexdigest() != self.sha256:
-            raise DataError(self.name, "the file changed while it was read", "start again when nothing writes to it")
+            raise DataError(
+                self.name, "the file changed while it was being read", "start again when no program is writing to it"
+            )
 
     def sample(self, limit: int = 50_000_000, stop: Callable[[], None] = do_nothing) -> Iterator[str]:
         """Yield about `limit` bytes of the text in chunks spread evenly over it: what a tokenizer is trained on."""
@@ -107,12 +107,12 @@ def open_text(
     shown = "standard input" if name == "-" else shown
     scan = _Scan(separator)
     for chunk in split_documents(
-        scan.count(_read_characters(shown, path, scan.count_bytes, stop)), separator, scan.count_blank
+        scan.count(read_characters(shown, path, scan.count_bytes, stop)), separator, scan.count_blank
     ):
         scan.documents += chunk.last
     if not scan.documents:
         content = "separators and white space" if separator and scan.found[separator] else "white space"
-        what = f"the file holds only {content}" if scan.characters else "the file is empty"
+        what = f"the file contains only {content}" if scan.characters else "the file is empty"
         raise DataError(shown, what, CHOOSE_FILE)
     return Text(
         shown,
@@ -160,7 +160,10 @@ class _Scan:
             yield f"{name}: removed the byte order mark"
         if self.separator is None:
             if count := self.found[END_OF_TEXT]:
-                what, advice = f"{END_OF_TEXT} is read as plain text ({count:,} found)", "if it ends documents, set"
+                what, advice = (
+                    f"{END_OF_TEXT} is read as plain text ({count:,} found)",
+                    "if it separates documents, set",
+                )
                 yield lay_out(name, what, f"{advice} data.document_separator to '{END_OF_TEXT}'")
         elif not self.found[self.separator]:
             problem = (
@@ -239,14 +242,23 @@ def _cut_chunks(blocks: Iterator[str], separator: str | None) -> Iterator[Chunk]
         first = False
 
 
-def _read_characters(
-    name: str, path: Path, inspect: Callable[[bytes], object], stop: Callable[[], None]
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a file that is not compressed."""
+    return path.open("rb")
+
+
+def read_characters(
+    name: str,
+    path: Path,
+    inspect: Callable[[bytes], object],
+    stop: Callable[[], None],
+    open_file: Callable[[Path], IO[bytes]] = open_plain,
 ) -> Iterator[str]:
     """Yield the characters of a UTF-8 file in blocks, without a byte order mark; `inspect` gets the bytes of each."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, line, begun, binary, block = 0, 1, False, False, b"-"
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while block:
                 stop()
                 block = file.read(BLOCK)
@@ -298,14 +310,9 @@ def _spool_pipe(
         reason = getattr(error, "strerror", None) or error
         raise DataError(shown, f"the file cannot be read ({reason})", CHOOSE_FILE) from None
     if stat.S_ISDIR(mode):
-        join = "to join the files of a folder: `cat FOLDER/*.txt > corpus.txt`"
-        raise DataError(shown, "this is a folder, not a text file", f"{CHOOSE_FILE}; {join}")
+        raise DataError(shown, "this is a folder, not a text file", CHOOSE_FILE)
     if not stat.S_ISREG(mode):
         raise DataError(shown, "this is a device or a socket, not a text file", CHOOSE_FILE)
-    if path.suffix.lower() in JSONL_SUFFIXES:
-        convert = r"""`jq -j '.text + "\f"' FILE > corpus.txt`"""
-        advice = f"convert it, for example with {convert}, and set data.document_separator to a form feed"
-        raise DataError(shown, "JSONL input is not supported", advice)
     return None
 
 

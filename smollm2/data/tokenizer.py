@@ -60,7 +60,7 @@ class Tokenizer:
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         if not 2 <= self.vocab_size <= MAX_VOCAB_SIZE:
-            what = f"the number of ids is outside the range of 2 to {MAX_VOCAB_SIZE:,} ({self.vocab_size:,})"
+            what = f"the vocabulary size {self.vocab_size:,} is not between 2 and {MAX_VOCAB_SIZE:,}"
             raise DataError(name, what, "use another tokenizer")
         if len(set(ids.values())) < len(ids):
             raise DataError(name, "two tokens share an id", "replace its tokenizer.json")
@@ -158,7 +158,7 @@ def load_tokenizer(name: str, *, report: Callable[[str], None] = lambda message:
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except FileNotFoundError:
-        what, advice = "the folder has no tokenizer.json", "name a folder or a hub repository that has one"
+        what, advice = "the folder has no tokenizer.json", "use a folder or a hub repository that has one"
         raise DataError(name, what, advice) from None
     except (OSError, UnicodeDecodeError) as error:
         what = f"the file cannot be read ({_first_line(error)})"
@@ -224,7 +224,7 @@ def _find_end_of_text(ids: dict[str, int], wanted: int | str | None, name: str) 
     for token in (wanted, *ENDS_OF_TEXT):
         if isinstance(token, str) and token in ids:
             return ids[token]
-    raise DataError(name, "the tokenizer has no end-of-text token", "name it as eos_token in its tokenizer_config.json")
+    raise DataError(name, "the tokenizer has no end-of-text token", "set it as eos_token in its tokenizer_config.json")
 
 
 def _read_end_of_text(folder: Path) -> int | str | None:
@@ -255,7 +255,7 @@ def _fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
         if (folder / "tokenizer.json").is_file():
             return folder
     except ValueError:  # not a valid repository name
-        what, advice = f"{absent}, and this is not a hub name", "name an existing folder, `bytes` or `auto`"
+        what, advice = f"{absent}, and this is not a hub name", "use an existing folder, `bytes` or `auto`"
         raise DataError(name, what, advice) from None
     except OSError:
         pass
@@ -264,7 +264,7 @@ def _fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
         return Path(hub.snapshot_download(name, allow_patterns=files, etag_timeout=5))
     except Exception as error:  # the library may change the class of its HTTP errors; none of them is a bug of ours
         what = f"{absent}, and the download from the hub failed ({type(error).__name__})"
-        advice = f"run `hf download {name}` on a machine with a network, or name a folder, `bytes` or `auto`"
+        advice = f"run `hf download {name}` on a machine with network access, or use a folder, `bytes` or `auto`"
         raise DataError(name, what, advice) from None
 
 

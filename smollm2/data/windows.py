@@ -53,7 +53,7 @@ class Windows:
     ) -> None:
         self.name = getattr(tokens, "filename", "the token stream")
         if len(tokens) < 2:
-            what = f"the text has too few tokens to predict one from another ({len(tokens)})"
+            what = f"the text has too few tokens ({len(tokens)}): at least two are needed"
             raise DataError(self.name, what, "use more text")
         assert 1 <= stride <= length
         self.tokens, self.length, self.stride, self.vocab_size = tokens, length, stride, vocab_size

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
-from smollm2.data.text import Chunk, open_text, split_documents
+from smollm2.data.sources import Rules, open_input
+from smollm2.data.text import Chunk, split_documents
 from smollm2.data.tokenizer import Tokenizer
 
 
@@ -42,7 +43,7 @@ def open_chunks(
     Raise DataError if the file cannot be used.
     """
     if isinstance(text_or_path, Path):
-        text = open_text(str(text_or_path), spool, separator)
+        text = open_input(str(text_or_path), spool, Rules(separator), report=report)
         for note in text.notes:
             report(note)
         return text.chunks()

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smollm2.config.schema import Config, ModelConfig
+from smollm2.errors import DataError
+from smollm2.storage.input_files import find_files, is_pattern
 
 LIBRARIES = 365_000_000
 """Bytes that Python and torch need in addition to the tensors; measured after the first step on 2026-11-24."""
@@ -200,8 +202,10 @@ def find_corpus(config: Config) -> Corpus | None:
     """Return the size of the text, counted by an earlier run or estimated from the file; None if there is no file."""
     data = config.data
     try:
-        size = Path(data.input).stat().st_size
-    except (OSError, ValueError):
+        path = Path(data.input)
+        several = is_pattern(data.input) or path.is_dir()
+        size = find_files(data.input, data.include, data.exclude).bytes if several else path.stat().st_size
+    except (OSError, ValueError, DataError):
         return None
     vocab_size = 257 if data.tokenizer == "bytes" else config.model.vocab_size
     for counted_size, corpus in read_counts(Path(data.cache_dir)):

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 
 from smollm2.data.sample import write_sample_corpus
+from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
-from smollm2.data.text import open_text
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
 from smollm2.errors import DataError
 from smollm2.storage.atomic import probe_folder, write_atomically
@@ -44,7 +44,7 @@ def open_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
     is_chosen = data.input != "input.txt" or setup.origins.get("data.input", "default").startswith("--")
     if not is_chosen and not Path(data.input).exists():
         setup.report(f"{data.input}: missing, so a sample corpus is made: {write_sample_corpus(Path(data.input))}")
-    text = open_text(data.input, cache, data.document_separator, stop=stop)
+    text = open_input(data.input, cache, rules_of(data), stop=stop, report=setup.report)
     for note in text.notes:
         setup.report(note)
     if setup.start:

@@ -75,9 +75,10 @@ MISTAKES = {
     "the root folder as run folder": (["--save_dir", "/"], 2, "--save_dir: must be a path (got '/')"),
     "an input that is not there": (["--input_file", "absent.txt"], 3, "absent.txt: file not found"),
     "the default input asked for by name": (["--input_file", "nowhere/input.txt"], 3, "nowhere/input.txt"),
-    "a folder as input": (["--input_file", "."], 3, "this is a folder, not a text file"),
+    "a folder with a file of another encoding": (["--input_file", "."], 3, "latin1.txt:2: byte 0xe9 at offset 7"),
+    "an empty pattern": (["--input_file", "*.rst"], 3, "*.rst: no file to read there"),
     "an empty input": (["--input_file", "empty.txt"], 3, "empty.txt: the file is empty"),
-    "only white space": (["--input_file", "blank.txt"], 3, "blank.txt: the file holds only white space"),
+    "only white space": (["--input_file", "blank.txt"], 3, "blank.txt: the file contains only white space"),
     "UTF-16": (["--input_file", "utf16.txt"], 3, "this is UTF-16 text"),
     "a PDF": (["--input_file", "paper.pdf"], 3, "this is a PDF file"),
     "bytes that are not UTF-8": (

@@ -1,0 +1,407 @@
+"""Documents from any input: a file, a folder, a pattern, a data set of the Hugging Face hub, or standard input.
+
+`open_input` reads every document once: it checks them, counts them and hashes their text. What it returns has the
+interface of `Text`, so that the tokenizer and the token store do not know where a document comes from. The hash covers
+the text of the documents in order, not the files, so the same text in another format uses the same token cache.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+from smollm2.config.schema import DataConfig
+from smollm2.data.text import (
+    BLOCK,
+    END_OF_TEXT,
+    Chunk,
+    Text,
+    do_nothing,
+    expand_home,
+    open_plain,
+    open_text,
+    read_characters,
+    split_documents,
+)
+from smollm2.errors import ConfigError, DataError, lay_out
+from smollm2.storage.input_files import (
+    CHOOSE_INPUT,
+    InputFiles,
+    check_regular,
+    find_files,
+    is_hub_name,
+    is_pattern,
+    kind_of,
+)
+
+TEXT_FIELDS = ("text", "content", "body", "article", "document", "markdown", "code", "story")
+"""The fields in which the text of a row is looked for, in this order."""
+
+LISTED_LINES = 5
+"""How many of the skipped lines are named."""
+
+INSTALL = "run `pip install 'smollm2-training[data]'`"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How documents are read from files; from the section `data` of a config."""
+
+    separator: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    text_field: str | None = None
+    skips_bad_lines: bool = False
+
+
+def rules_of(data: DataConfig) -> Rules:
+    """Return the rules in a config's section `data`."""
+    skips = data.on_bad_line == "skip"
+    return Rules(data.document_separator, data.include, data.exclude, data.text_field, skips)
+
+
+@dataclass
+class Counts:
+    """What a pass over the documents has found."""
+
+    bytes: int = 0
+    characters: int = 0
+    documents: int = 0
+    blank_documents: int = 0
+    blank_characters: int = 0
+    ends_of_text: int = 0
+    bad_lines: list[str] = field(default_factory=list)
+    fields: dict[str, str] = field(default_factory=dict)  # the field of each file whose field was guessed
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def count_blank(self, characters: int) -> None:
+        """Count a document that is dropped because it is empty or holds only white space."""
+        self.blank_documents += 1
+        self.blank_characters += characters
+
+    def count(self, chunk: Chunk) -> None:
+        """Count a chunk and add it to the hash, with a mark at the end of its document."""
+        data = chunk.text.encode()
+        self.bytes, self.characters = self.bytes + len(data), self.characters + len(chunk.text)
+        self.documents += chunk.last
+        self.ends_of_text += chunk.text.count(END_OF_TEXT)
+        self.digest.update(data + b"\xff" * chunk.last)  # no UTF-8 text holds this byte
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The documents of several files, or of one that is not plain text, which were read once in full."""
+
+    name: str
+    files: tuple[Path, ...]
+    rules: Rules
+    size: int  # bytes of the documents' text
+    characters: int
+    blank_documents: int
+    blank_characters: int
+    sha256: str
+    notes: tuple[str, ...]
+
+    @property
+    def separator(self) -> str | None:
+        """The text between two documents of one text file."""
+        return self.rules.separator
+
+    def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
+        """Yield every document, except the blank ones, in chunks. `stop` is called often and may raise.
+
+        Raise DataError if a file is no longer what it was when the collection was opened.
+        """
+        counts = Counts()
+        yield from read_collection(self.files, self.rules, counts, stop)
+        if counts.digest.hexdigest() != self.sha256:
+            raise DataError(
+                self.name, "a file changed while it was being read", "start again when no program is writing there"
+            )
+
+    def sample(self, limit: int = 50_000_000, stop: Callable[[], None] = do_nothing) -> Iterator[str]:
+        """Yield about `limit` bytes of the text in chunks spread evenly over it: what a tokenizer is trained on."""
+        every = -(-self.size // limit)
+        return (chunk.text for i, chunk in enumerate(self.chunks(stop)) if i % every == 0)
+
+
+Source = Text | Collection
+
+
+def open_input(
+    name: str,
+    cache_dir: Path,
+    rules: Rules,
+    *,
+    stop: Callable[[], None] = do_nothing,
+    report: Callable[[str], None] = lambda message: None,
+) -> Source:
+    """Find and check the documents that `name` stands for; `report` receives a line before a download is tried.
+
+    Raise DataError if there are none or they cannot be read, ConfigError if a package that reads them is missing, and
+    ResourceError if standard input cannot be copied into `cache_dir`.
+    """
+    path = expand_home(name)
+    if name != "-" and (is_pattern(str(path)) or path.is_dir()):
+        return open_collection(name, find_files(str(path), rules.include, rules.exclude), rules, stop)
+    if name != "-" and not path.exists() and is_hub_name(name):
+        folder = fetch_from_hub(name, report)
+        return open_collection(name, find_files(str(folder), rules.include, rules.exclude), rules, stop)
+    is_plain = path.suffix.lower() not in (".gz", ".zst") and kind_of(path) in ("text", None)
+    if name == "-" or is_plain or not path.exists():
+        return open_text(name, cache_dir, rules.separator, stop=stop)
+    check_regular(path)
+    return open_collection(name, InputFiles([path]), rules, stop)
+
+
+def open_collection(name: str, found: InputFiles, rules: Rules, stop: Callable[[], None] = do_nothing) -> Collection:
+    """Read all documents of the files once. Raise DataError if there are none, or for the first one that is invalid."""
+    counts, files = Counts(), tuple(found.files)
+    for chunk in read_collection(files, rules, counts, stop):
+        del chunk
+    if not counts.documents:
+        what = "the documents contain only white space" if counts.blank_documents else "there are no documents"
+        raise DataError(name, what, CHOOSE_INPUT)
+    return Collection(
+        name,
+        files,
+        rules,
+        counts.bytes,
+        counts.characters,
+        counts.blank_documents,
+        counts.blank_characters,
+        counts.digest.hexdigest(),
+        tuple(list_notes(name, found, rules, counts)),
+    )
+
+
+def list_notes(name: str, found: InputFiles, rules: Rules, counts: Counts) -> Iterator[str]:
+    """Yield what to report about a collection: what was read, what was left out, and which decisions were made."""
+    files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in found.left_out.most_common(6))
+    documents = "1 document" if counts.documents == 1 else f"{counts.documents:,} documents"
+    yield f"{name}: read {documents} from {files}{f'; files left out: {left_out}' if left_out else ''}"
+    for text_field in sorted(set(counts.fields.values())):
+        yield f"{name}: the text is the field {text_field!r}; another one is read with data.text_field"
+    if counts.bad_lines:
+        more = len(counts.bad_lines) - LISTED_LINES
+        listed = "; ".join(counts.bad_lines[:LISTED_LINES]) + (f"; and {more:,} more" if more > 0 else "")
+        yield f"{name}: skipped {len(counts.bad_lines):,} lines: {listed}"
+    if counts.ends_of_text and rules.separator != END_OF_TEXT:
+        yield lay_out(name, f"{END_OF_TEXT} is read as plain text ({counts.ends_of_text:,} found)", "")
+
+
+def read_collection(files: tuple[Path, ...], rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[Chunk]:
+    """Yield the documents of the files in chunks, and count them."""
+    for path in files:
+        kind = kind_of(path)
+        chunks: Iterator[Chunk]
+        if kind in ("rows", "table"):
+            rows = read_rows(path, rules, counts, stop) if kind == "rows" else read_table(path, rules, counts, stop)
+            chunks = (chunk for text in rows for chunk in split_row(text, counts))
+        else:
+            blocks = read_characters(str(path), path, lambda block: None, stop, open_bytes)
+            chunks = split_documents(blocks, rules.separator, counts.count_blank)
+        for chunk in chunks:
+            counts.count(chunk)
+            yield chunk
+
+
+def split_row(text: str, counts: Counts) -> Iterator[Chunk]:
+    """Yield a document that is held in memory, in chunks."""
+    if text:
+        return split_documents(iter([text]), None, counts.count_blank)
+    counts.count_blank(0)
+    return iter(())
+
+
+def read_rows(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[str]:
+    """Yield the text of each line of a JSONL file; blank lines are ignored.
+
+    Raise DataError for a line that is not a JSON object with text in its field, unless such lines are skipped.
+    """
+    text_field = rules.text_field
+    for number, line in enumerate(read_lines(path, stop), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = parse_row(line)
+            if text_field is None:
+                text_field = guess_field(path, {key for key, value in row.items() if isinstance(value, str)})
+                counts.fields[str(path)] = text_field
+            yield take_text(row, text_field)
+        except ValueError as error:
+            if not rules.skips_bad_lines:
+                advice = "mend the line, or set data.on_bad_line to skip"
+                raise DataError(where, str(error), advice) from None
+            counts.bad_lines.append(f"{where} {error}")
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """Return the JSON object on a line. Raise ValueError with the reason if there is none."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte 0x{error.object[error.start]:02x} is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError("the line is not valid JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError("the line is not a JSON object")
+    return row
+
+
+def take_text(row: dict[str, Any], text_field: str) -> str:
+    """Return the text of a row. Raise ValueError with the reason if the field is absent or not text."""
+    if text_field not in row:
+        present = ", ".join(map(repr, list(row)[:8]))
+        raise ValueError(f"the field {text_field!r} is absent (present: {present})")
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"the field {text_field!r} is not text but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"\\u{ord(text[error.start]):04x} is half of a surrogate pair, not a character") from None
+    return text
+
+
+def guess_field(path: Path, fields: set[str]) -> str:
+    """Return the field that holds the text. Raise DataError if none of the usual ones is there."""
+    for text_field in TEXT_FIELDS:
+        if text_field in fields:
+            return text_field
+    present = ", ".join(sorted(fields)[:12]) or "none"
+    what = f"none of the usual fields of a document is there (fields with text: {present})"
+    raise DataError(path, what, "name the field with data.text_field")
+
+
+def read_lines(path: Path, stop: Callable[[], None]) -> Iterator[bytes]:
+    """Yield the lines of a file that may be compressed. Raise DataError if it cannot be read."""
+    held = b""
+    try:
+        with open_bytes(path) as file:
+            while block := file.read(BLOCK):
+                stop()
+                *lines, held = (held + block).split(b"\n")
+                yield from lines
+            yield held
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, error) from None
+
+
+def read_table(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[str]:
+    """Yield the text of each row of a parquet file; rows without a value count as blank documents.
+
+    Raise DataError if the file is damaged or its field is absent or not text.
+    """
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ModuleNotFoundError:
+        raise ConfigError(path, "parquet files are read with pyarrow, which is not installed", INSTALL) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            types = {column.name: column.type for column in file.schema_arrow}
+            texts = {
+                name for name, kind in types.items() if arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
+            }
+            text_field = rules.text_field or guess_field(path, texts)
+            if rules.text_field is None:
+                counts.fields[str(path)] = text_field
+            if text_field not in texts:
+                what = f"is not text but {types[text_field]}" if text_field in types else "is absent"
+                present = f"fields with text: {', '.join(sorted(texts)[:12]) or 'none'}"
+                raise DataError(
+                    path, f"the field {text_field!r} {what} ({present})", "name another one in data.text_field"
+                )
+            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+                stop()
+                yield from (value or "" for value in batch.column(0).to_pylist())
+    except (OSError, arrow.ArrowException, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from None
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file for reading, decompressed if its name ends in .gz or .zst. Raise ConfigError without zstandard."""
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if ending != ".zst":
+        return open_plain(path)
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise ConfigError(path, "zstd files are read with zstandard, which is not installed", INSTALL) from None
+    return cast(IO[bytes], io.BufferedReader(ZstdFile(path.open("rb"), zstandard.ZstdDecompressor), BLOCK))
+
+
+class ZstdFile(io.RawIOBase):
+    """A zstd file of any number of frames. zstandard's own reader takes a truncated file for a complete one."""
+
+    def __init__(self, file: IO[bytes], make_decompressor: Callable[[], Any]) -> None:
+        self.file, self.make_decompressor = file, make_decompressor
+        self.frame, self.held = make_decompressor().decompressobj(), b""
+        self.is_begun = False
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read decompressed bytes into `buffer`; return their number. Raise OSError if the file is damaged."""
+        while not self.held:
+            if self.frame.eof:
+                data = self.frame.unused_data
+                self.frame, self.is_begun = self.make_decompressor().decompressobj(), bool(data)
+            else:
+                data = b""
+            data = data or self.file.read(BLOCK)
+            if not data and self.is_begun:
+                raise OSError("the compressed data is truncated")
+            if not data:
+                return 0
+            self.is_begun = True
+            try:
+                self.held = self.frame.decompress(data)
+            except Exception as error:  # zstandard.ZstdError, whose module is optional
+                raise OSError(str(error)) from None
+        count = min(len(buffer), len(self.held))
+        buffer[:count], self.held = self.held[:count], self.held[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        super().close()
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """Return the error for a file that cannot be read or is damaged."""
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(path, f"the file cannot be read ({reason})", "check that it is complete, and its permissions")
+
+
+def fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
+    """Return the folder of the hub's data set `name`: from the local cache, else downloaded. Raise DataError."""
+    import huggingface_hub as hub
+
+    files = [
+        f"*{ending}{compression}" for ending in (".parquet", ".jsonl", ".txt") for compression in ("", ".gz", ".zst")
+    ]
+    try:
+        return Path(hub.snapshot_download(name, repo_type="dataset", allow_patterns=files, local_files_only=True))
+    except OSError:
+        pass
+    report(f"{name}: the data set is not on this machine; trying the Hugging Face hub (25 s without a network)")
+    try:
+        return Path(hub.snapshot_download(name, repo_type="dataset", allow_patterns=files, etag_timeout=5))
+    except Exception as error:  # the library may change the class of its HTTP errors; none of them is a bug of ours
+        what = f"there is no such file or folder, and the download from the hub failed ({type(error).__name__})"
+        advice = f"check the name, or run `hf download --repo-type dataset {name}` on a machine with network access"
+        raise DataError(name, what, advice) from None

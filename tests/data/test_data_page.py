@@ -1,0 +1,47 @@
+"""docs/data.md: each command is understood, and its input is read, from files made by the formats' own libraries."""
+
+import gzip
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from runs import ROOT
+
+from smollm2.cli.main import build_parser
+from smollm2.cli.run_flags import load_run_config
+from smollm2.data.sources import open_input, rules_of
+
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\|[^|]*\| `(smollm2 train [^`]*)` \|$", PAGE, re.MULTILINE)
+TEXT = "A document. " * 50
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that the page's commands name."""
+    for folder in ("notes/drafts", "repository/src", "fineweb-sample/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("novel.txt", "notes/a.md", "notes/b.txt", "notes/drafts/c.md", "repository/src/main.py"):
+        (tmp_path / name).write_text(TEXT)
+    rows = "".join(json.dumps({"role": "user", "content": TEXT}) + "\n" for _ in range(3))
+    (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    for name in ("dump.parquet", "fineweb-sample/data/train-00000-of-00001.parquet"):
+        parquet.write_table(arrow.table({"text": 3 * [TEXT]}), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_commands_read_their_input(command: str, inputs: Path) -> None:
+    args, unknown = build_parser().parse_known_args(shlex.split(command)[1:])
+    config, _ = load_run_config(args, unknown)
+    if config.data.input != "OWNER/NAME":
+        assert open_input(config.data.input, inputs / "cache", rules_of(config.data)).characters % len(TEXT) == 0
+
+
+def test_the_page_has_a_command_for_each_kind_of_input() -> None:
+    assert len(COMMANDS) == 8
