@@ -242,7 +242,7 @@ MISTAKES = {
     "training:\n  time_limit: 1:30": "2: training.time_limit: must be seconds above 0, or a duration such as 90m, 2h or 1-12:00:00, "
     "or null (got '1:30')",
     "training:\n  save_dir: /": "2: training.save_dir: must be a path (got '/')",
-    "data:\n  input: ~nobody-of-this-name/a.txt": "2: data.input: must be a path, or `-` (got '~nobody-of-this-name/a.txt')",
+    "data:\n  input: ~nobody-of-this-name/a.txt": "2: data.input: must be a path, a pattern, a hub name or `-` (got '~nobody-of-this-name/a.txt')",
     'training:\n  sample_prompts: ["\\ud800"]': "2: training.sample_prompts: must be a list of texts, as [a, b], at most 64 long "
     "(got '[\\ud800]')",
     "training:\n  seed: 1\n  seed: 2": "3: training.seed: is already set on line 2. Keep one of the two.",
@@ -259,8 +259,8 @@ MISTAKES = {
     "a: 1\n---\nb: 1": "2: not valid YAML (but found another document). Check its colons, indentation and quotes.",
     "training:\n  seed: \x01": "2: contains the character '\\x01'. Remove it.",
     'data:\n  input: "\\U99999999"': "1: not valid YAML (an escape sequence stands for no character). Write the character itself.",
-    'data:\n  input: "\\ud800"': "2: data.input: must be a path, or `-` (got '\\ud800')",
-    'data:\n  input: "a\\0b"': "2: data.input: must be a path, or `-` (got 'a\\x00b')",
+    'data:\n  input: "\\ud800"': "2: data.input: must be a path, a pattern, a hub name or `-` (got '\\ud800')",
+    'data:\n  input: "a\\0b"': "2: data.input: must be a path, a pattern, a hub name or `-` (got 'a\\x00b')",
     "training: &a\n  seed: 1": "1: anchors and aliases (& and *) are not supported. Write out the value.",
     "training:\n  seed: *a": "2: anchors and aliases (& and *) are not supported. Write out the value.",
     "training:\n  seed: !!python/object/apply:os.system [id]": "2: tags (tag:yaml.org,2002:python/object/apply:os.system) are not supported. Write the plain "
@@ -325,8 +325,8 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines(load: Loader) -> 
         ("training.betas", "[0.9", "--training.betas: not valid YAML (expected ',' or ']', but got '<stream end>'). Check its colons, "
          "indentation and quotes."),
         ("training.betas", "0.9", "--training.betas: must be two numbers from 0 to below 1, as [0.9, 0.95] (got 0.9)"),
-        ("data.input", "", "--data.input: must be a path, or `-` (got nothing)"),
-        ("data.input", os.fsdecode(b"\xff.txt"), "--data.input: must be a path, or `-` (got '\\udcff.txt')"),
+        ("data.input", "", "--data.input: must be a path, a pattern, a hub name or `-` (got nothing)"),
+        ("data.input", os.fsdecode(b"\xff.txt"), "--data.input: must be a path, a pattern, a hub name or `-` (got '\\udcff.txt')"),
         ("training.lr", "1", "--training.lr: unknown key. Did you mean training.learning_rate?"),
     ],
 )  # fmt: skip
@@ -564,6 +564,7 @@ NOTED = re.findall(
     training.train_steps training.learning_rate training.min_learning_rate training.warmup_steps training.schedule
     training.decay_steps training.weight_decay training.betas training.eps training.max_grad_norm training.z_loss
     training.deterministic training.precision training.attention training.gradient_checkpointing training.compile data.input
+    data.include data.exclude data.text_field data.on_bad_line
 """,
 )
 FREE = re.findall(
