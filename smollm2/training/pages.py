@@ -27,10 +27,13 @@ Rows = list[tuple[str, str]]
 def plan_run(run: Run) -> Plan:
     """Return the plan of the run on this machine: the memory, disk space and time that it needs."""
     machine = machine_of(run.runtime)
-    plan = make_plan(run.config, machine)
+    windows = max(1, count_compared_windows(run.config, run.validation))  # eval_windows may be more than there are
+    training = run.config.training.model_copy(update={"eval_windows": windows})
+    config = run.config.model_copy(update={"training": training})
+    plan = make_plan(config, machine)
     if plan.throughput.measured:
         return plan
-    return make_plan(run.config, machine, measure_if_long(run.runtime, machine, plan.duration.total))
+    return make_plan(config, machine, measure_if_long(run.runtime, machine, plan.duration.total))
 
 
 def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:

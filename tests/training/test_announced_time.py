@@ -46,6 +46,13 @@ def test_a_run_of_seconds_is_announced_from_the_table_and_not_corrected(
     assert "seconds, estimated from a table" in shown and "CORRECTED" not in shown
 
 
+def test_a_validation_counts_no_more_windows_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny(tmp_path)
+    train(tiny_config(tmp_path, training__train_steps=2, training__eval_windows=10**9))
+    [announced] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  time ")][:1]
+    assert " seconds, " in announced
+
+
 def test_the_end_page_shows_how_to_generate_text(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     train(config)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  generate text")]
