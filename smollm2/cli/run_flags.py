@@ -41,7 +41,9 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def load_run_config(args: argparse.Namespace, unknown: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
-    """Return the config from file and flags, and the origin of each value. `unknown` are arguments that argparse left.
+    """Return the config from the file and the flags, and the origin of each value.
+
+    `unknown` holds the arguments that argparse did not recognize.
 
     Raise ConfigError, listing every problem.
     """

@@ -81,7 +81,7 @@ class Windows:
         ids = self.tokens[first : first + self.length + 1].astype(np.int64)
         if ids.max() >= self.vocab_size:
             at = first + int(ids.argmax())
-            what = f"token {at} is id {ids.max()}, outside the vocabulary of {self.vocab_size}"
+            what = f"token {at} has id {ids.max()}, but the vocabulary size is {self.vocab_size}"
             raise DataError(self.name, what, "delete its folder: the tokens will be regenerated")
         input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, IGNORE_INDEX, np.int64)
         input_ids[: len(ids) - 1] = ids[:-1]

@@ -113,7 +113,7 @@ def check_options(format: str, dtype: str, shard_bytes: int) -> None:
 
 
 def read_source(path: Path, *, best: bool, report: Callable[[str], None]) -> Source:
-    """Return the model to export, with its tokenizer and training facts. Raise CheckpointError if it does not load."""
+    """Return the model to export, with its tokenizer and what is known of its training. Raise CheckpointError."""
     model, tokenizer, state = load_source(path, best=best, report=report)
     if state is None:
         return Source(model, tokenizer, facts={})

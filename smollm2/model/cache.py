@@ -64,9 +64,9 @@ class KeyValueCache:
         return self.length == len(self.columns)
 
     def advance(self, count: int) -> tuple[Tensor, list[Slot]]:
-        """Return the positions (B, T) of the next `count` columns within their sequences, and a `Slot` for each layer.
+        """Return each sequence's position indices (B, T) for the next `count` tokens, and a `Slot` for each layer.
 
-        Positions in the padding before a sequence and after its end are clamped to the range of the model.
+        Positions in left padding, or past the end of a sequence, are clamped to the model's valid positions.
         """
         first, self.length = self.length, self.length + count
         new = self.columns[first : self.length]

@@ -26,7 +26,7 @@ TIME_UP = 1000
 
 @dataclass
 class TimeLimit:
-    """The time limit of a run: tells whether another step, with its actions and its save, still fits into it."""
+    """The time limit of a run: tells whether another step, with its evaluation, samples and save, fits within it."""
 
     seconds: float | None
     started: float = field(default_factory=time.monotonic)

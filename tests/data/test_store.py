@@ -167,7 +167,7 @@ def test_a_changed_id_is_found_when_its_window_is_read(tmp_path: Path) -> None:
     tokens = np.memmap(store.folder / "train.bin", "<u2", "r+")
     tokens[500] = 60_000
     tokens.flush()
-    with pytest.raises(DataError, match=r"train\.bin: token 500 is id 60000"):
+    with pytest.raises(DataError, match=r"train\.bin: token 500 has id 60000"):
         Windows(store.train, 100, 100, store.vocab_size).read(5)
 
 

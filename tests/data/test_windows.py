@@ -101,5 +101,5 @@ def test_an_id_outside_the_vocabulary_is_found_when_it_is_read() -> None:
     tokens[9] = 500
     windows = Windows(tokens, 4, 4, 12)
     windows.read(0)
-    with pytest.raises(DataError, match="token 9 is id 500, outside the vocabulary of 12"):
+    with pytest.raises(DataError, match="token 9 has id 500, but the vocabulary size is 12"):
         windows.read(2)
