@@ -1,4 +1,7 @@
-"""The config keys: type, default, bounds, description, resume rule. docs/config.md is generated from this file."""
+"""The config keys: type, default, bounds, description, resume rule. docs/config.md is generated from this file.
+
+Longer than 350 lines, because every key of a run is in this one file: to find a key, nobody should have to search.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -142,6 +145,8 @@ class DataConfig(Section):
     """Folder of the token cache; default: cache beside save_dir."""
     validation_fraction: float = key(0.05, "refused", ge=0, le=0.5)
     """Share of the text kept for validation: whole documents, or the end of one long text."""
+    validation_input: FilePath | None = key(None, "refused", "a path, a pattern, a hub name or null")
+    """Another input whose documents are the validation text; validation_fraction is then not used."""
     stride: int = key(2048, "refused", ge=1, le=2**24)
     """Tokens from one window to the next; default: sequence_length. If it is less, shared tokens are context, not targets."""
     document_separator: Text | None = key(None, "refused", min_length=1)
@@ -150,7 +155,12 @@ class DataConfig(Section):
     """Documents in one window do not attend to one another, and the first token of each is not a target."""
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield a contradiction if document_mask is set without document_separator."""
+        """Yield a mask without documents, and a validation text that is the training text."""
+        if self.validation_input is not None and self.validation_input == self.input:
+            names = ("data.validation_input", "data.input")
+            yield Contradiction(
+                names, "is the training text", "choose another text, or leave data.validation_input out"
+            )
         if self.document_mask and self.document_separator is None:
             keys = ("data.document_mask", "data.document_separator")
             yield Contradiction(keys, "has no effect without data.document_separator", "set both, or neither")

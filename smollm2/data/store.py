@@ -15,7 +15,7 @@ import shutil
 import socket
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -99,6 +99,12 @@ class TokenStore:
     train: Tokens
     validation: Tokens
     statistics: Statistics
+    validation_folder: Path | None = None  # of a validation text of its own
+
+    def with_validation(self, other: "TokenStore") -> "TokenStore":
+        """Return the same store with the tokens of another text as its validation text."""
+        statistics = replace(self.statistics, validation_tokens=len(other.train))
+        return replace(self, validation=other.train, statistics=statistics, validation_folder=other.folder)
 
     @property
     def notes(self) -> tuple[str, ...]:

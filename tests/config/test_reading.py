@@ -140,7 +140,7 @@ def test_an_alias_sets_its_key(load: Loader, text: str, attention: str, checkpoi
     assert (training.attention, training.gradient_checkpointing) == (attention, checkpointing)
 
 
-PATH_KEYS = ["data.input", "data.tokenizer", "data.cache_dir", "training.save_dir"]
+PATH_KEYS = ["data.input", "data.validation_input", "data.tokenizer", "data.cache_dir", "training.save_dir"]
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
@@ -554,7 +554,7 @@ REFUSED = re.findall(
     model.vocab_size model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads
     model.num_key_value_heads model.head_dim model.max_position_embeddings model.rope_theta model.norm model.norm_eps
     model.initializer_range model.tie_word_embeddings training.sequence_length training.optimizer training.decay
-    training.seed data.tokenizer data.validation_fraction data.stride data.document_separator data.document_mask
+    training.seed data.tokenizer data.validation_fraction data.validation_input data.stride data.document_separator data.document_mask
     training.batch_size training.gradient_accumulation_steps
 """,
 )

@@ -70,6 +70,7 @@ CONTRADICTIONS: list[tuple[dict[str, dict[str, object]], str, str]] = [
         "must be a divisor of model.num_attention_heads = 12 (got 5)",
     ),
     ({"training": {"sequence_length": 4096}}, "training.sequence_length", "is greater than"),
+    ({"data": {"validation_input": "input.txt"}}, "data.validation_input", "is the training text"),
     ({"data": {"stride": 2049}}, "data.stride", "is greater than training.sequence_length = 2048 (got 2049)"),
     (
         {"training": {"min_learning_rate": 0.1}},

@@ -105,7 +105,7 @@ def test_closing_ends_the_thread() -> None:
 
 def test_an_error_in_the_thread_reaches_the_caller() -> None:
     batches = Batches(Windows(np.array([1, 9, 1], np.uint16), 1, 1, 5), 0, 2)
-    with pytest.raises(Exception, match="outside the vocabulary"):
+    with pytest.raises(Exception, match="the vocabulary size is 5"):
         next(prefetched(batches, 0, 0, 2))
 
 

@@ -44,4 +44,4 @@ def test_its_commands_read_their_input(command: str, inputs: Path) -> None:
 
 
 def test_the_page_has_a_command_for_each_kind_of_input() -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
