@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # every optimizer imports it: the forks then need not
 from runs import TINY, WORDS, outcome, write_tiny
 
 from smollm2.checkpoint import saving

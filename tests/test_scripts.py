@@ -243,7 +243,7 @@ def test_run_tests_installs_the_tools_and_passes_its_arguments_to_pytest(furnish
     borrow_packages(furnished)
     (furnished / "tests").mkdir()
     (furnished / "tests" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): assert False\n")
-    done = run(furnished / "run_tests.sh", "-k", "one", cwd=tmp_path)
+    done = run(furnished / "run_tests.sh", "-n", "0", "-k", "one", cwd=tmp_path)
     assert done.returncode == 0
     assert "1 passed" in done.stdout and "failed" not in done.stdout
     assert pip_calls(furnished)[0][-1] == ".[wandb,dev]"
