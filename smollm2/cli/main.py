@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smollm2 import __version__
-from smollm2.cli import evaluate, export, generate, landscape, plan, report, train
+from smollm2.cli import evaluate, export, generate, landscape, plan, prepare, report, train
 from smollm2.cli.environment import clean_environment
 from smollm2.cli.flags import Parser
 from smollm2.cli.run_flags import describe_unknown, load_run_config
@@ -20,7 +20,7 @@ from smollm2.errors import (
     lay_out,
 )
 
-COMMANDS = (train, plan, generate, evaluate, export, landscape, report)
+COMMANDS = (train, plan, prepare, generate, evaluate, export, landscape, report)
 
 
 def build_parser() -> Parser:
@@ -86,7 +86,11 @@ def dispatch(argv: Sequence[str] | None) -> int:
         refuse_unknown(parser, unknown)
         parser.print_help()
         return 2
-    if args.command not in ("train", "plan"):  # these report unknown flags with the other problems of their config
+    if args.command not in (
+        "train",
+        "plan",
+        "prepare",
+    ):  # these report unknown flags with the other problems of their config
         refuse_unknown(args.parser, unknown)
     args.run(args)
     return 0

@@ -138,6 +138,11 @@ def changed_on_resume(old: Config, new: Config) -> list[Change]:
     return changes
 
 
+def is_input_chosen(config: Config, origins: Mapping[str, str]) -> bool:
+    """Return whether the user named the input: the default is replaced by a sample corpus if it is absent."""
+    return config.data.input != "input.txt" or origins.get("data.input", "default").startswith("--")
+
+
 def effective_config_yaml(config: Config, origins: Mapping[str, str]) -> str:
     """Return the config as YAML with each value's origin as a comment; loading it gives the same config."""
     lines = [EFFECTIVE_HEADERS[0]]

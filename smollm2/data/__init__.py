@@ -6,6 +6,7 @@
 2. `tokenizer.py` turns each chunk into token ids: by a byte-level BPE trained on the corpus, or by a given tokenizer.
 3. `store.py` writes the ids of all documents, an end of text after each, into a cache on disk, splits off the
    validation text, and maps both into memory.
+   `corpus.py` puts these three stages together for a config.
 4. `windows.py` views each stream of ids as overlapping windows of input ids and labels; each token is a target once.
 5. `batches.py` gives batch n of a run: windows in an order that is a function of the seed and n alone.
 """
