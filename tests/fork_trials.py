@@ -25,9 +25,10 @@ from runs import TINY, WORDS, outcome, write_tiny
 from smollm2.checkpoint import saving
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.cli import main as cli
+from smollm2.data import corpus
 from smollm2.runtime.device import Runtime
 from smollm2.tracking.base import Fanout
-from smollm2.training import actions, corpus, loop, setup
+from smollm2.training import actions, loop, setup
 
 STEPS = 12
 CONFIG = (
@@ -50,7 +51,7 @@ class Stage:
 
 
 STAGES = [
-    Stage("reading the text", corpus, "open_text"),
+    Stage("reading the text", corpus, "open_input"),
     Stage("training the tokenizer", corpus, "train_tokenizer"),
     Stage("tokenizing", corpus, "prepare_tokens"),
     Stage("building the model", setup, "build_model"),
