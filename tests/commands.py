@@ -12,7 +12,12 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from smollm2.cli.main import main
+
+if TYPE_CHECKING:
+    import pytest
 
 SERVER = multiprocessing.get_context("forkserver") if os.name == "posix" else multiprocessing.get_context("spawn")
 SERVER.set_forkserver_preload(["smollm2.training.loop", "torch._dynamo"])
@@ -20,8 +25,6 @@ SERVER.set_forkserver_preload(["smollm2.training.loop", "torch._dynamo"])
 
 def _become(arguments: list[str], folder: Path, environment: Mapping[str, str], streams: Path) -> None:
     """Run the command line in this process, with its streams in files, and exit as it does."""
-    from smollm2.cli.main import main
-
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -68,3 +71,15 @@ def run(
 ) -> "subprocess.CompletedProcess[str]":
     """Run `smollm2 ...` in a folder to its end."""
     return Command(*arguments, folder=folder, text=text, env=env).wait()
+
+
+def check_refused(
+    arguments: list[str], code: int, words: str, folder: Path, capsys: "pytest.CaptureFixture[str]"
+) -> None:
+    """Run the command here; it must end with `code` and one line that holds `words`, and leave no file in `folder`."""
+    before = sorted(folder.rglob("*"))
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before

@@ -62,7 +62,7 @@ def choose_side(config: Config, device: str, sequences: int) -> int:
     device name as in `estimate_memory`.
     """
     t = config.training
-    at_once = config.model_copy(update={"training": t.model_copy(update={"batch_size": sequences})})
+    at_once = config.with_training(batch_size=sequences)
     memory = plan.estimate_memory(at_once, device)
     if COPIES * 4 * plan.count_parameters(config.model) > memory.gradients + memory.activations + memory.loss:
         return 0
@@ -196,7 +196,7 @@ def open_store(
     if input_file is None and (store := open_tokens(Path(data.cache_dir) / state["data"]["tokens_fingerprint"])):
         return store
     text = open_input(input_file or data.input, spool, rules_of(data))
-    return prepare_tokens(text, tokenizer, spool, data.validation_fraction)
+    return prepare_tokens(text, tokenizer, spool, data.held_out_fraction)
 
 
 def draw_landscape(

@@ -4,7 +4,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smollm2.cli.flags import Commands, Parser, add_command, whole_number
@@ -36,17 +35,13 @@ def add_parser(commands: "Commands[Parser]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Prepare the text, and print what was found and where the tokens are."""
     config, origins = load_run_config(args, args.unknown)
-    from smollm2.data.corpus import Listener, open_corpus
-    from smollm2.data.windows import Windows
+    from smollm2.data.corpus import Listener, open_corpus, training_windows
     from smollm2.tracking.console import ConsoleTracker
 
     console = ConsoleTracker(0, 0)
     listener = Listener(console.report, console.show_progress)
     tokenizer, store = open_corpus(config, listener, is_chosen=is_input_chosen(config, origins))
-    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
-    windows = Windows(
-        store.train, config.training.sequence_length, config.data.stride, tokenizer.vocab_size, end_of_text
-    )
+    windows = training_windows(config, tokenizer, store)
     console.report(store.statistics.describe(windows))
     console.show_page("Prepared", list_facts(config, tokenizer, store, windows))
     for number in range(min(args.preview, len(windows))):
@@ -58,9 +53,10 @@ def list_facts(
     config: Config, tokenizer: "Tokenizer", store: "TokenStore", windows: "Windows"
 ) -> list[tuple[str, str]]:
     """Return the rows of the table: what a run with this config will read."""
+    from smollm2.data.batches import Batches
+
     s, t = store.statistics, config.training
-    epochs = t.train_steps * config.global_batch_size / len(windows)
-    held_out = store.validation_folder or "the same folder"
+    epochs = Batches(windows, t.seed, config.global_batch_size).epoch_of(t.train_steps)
     return [
         ("documents", f"{s.documents:,}, and {s.blank_documents:,} blank ones that were dropped"),
         ("tokens", f"{s.train_tokens:,} for training, {s.validation_tokens:,} for validation"),
@@ -68,7 +64,7 @@ def list_facts(
         ("unencodable", f"{s.unknown_bytes:,} bytes in {s.unknown_documents:,} documents"),
         ("epochs", f"{epochs:.2f} in {t.train_steps:,} steps of {config.global_batch_size:,} windows"),
         ("token folder", str(store.folder)),
-        *([("validation", str(held_out))] if isinstance(held_out, Path) else []),
+        *([("validation", str(store.validation_folder))] if store.validation_folder else []),
     ]
 
 

@@ -161,9 +161,20 @@ class DataConfig(Section):
             yield Contradiction(
                 names, "is the training text", "choose another text, or leave data.validation_input out"
             )
-        if self.document_mask and self.document_separator is None:
+        if self.document_mask and self.document_separator is None and self.is_one_text:
             keys = ("data.document_mask", "data.document_separator")
             yield Contradiction(keys, "has no effect without data.document_separator", "set both, or neither")
+
+    @property
+    def is_one_text(self) -> bool:
+        """Whether `input` is a text file by its name, or standard input: one document, unless a separator is set."""
+        is_pattern = any(character in self.input for character in "*?[")
+        return self.input == "-" or (Path(self.input).suffix.lower() in (".txt", ".md") and not is_pattern)
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of `input` that is kept for validation: none if the validation text is another input."""
+        return self.validation_fraction if self.validation_input is None else 0.0
 
 
 class TrainingConfig(Section):
@@ -351,6 +362,10 @@ class Config(BaseModel):
     def with_vocab_size(self, vocab_size: int) -> Self:
         """Return a copy of this config for a tokenizer with `vocab_size` ids."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
+
+    def with_training(self, **values: object) -> Self:
+        """Return the same config with other, valid values of keys in the section `training`."""
+        return self.model_copy(update={"training": self.training.model_copy(update=values)})
 
     @property
     def global_batch_size(self) -> int:

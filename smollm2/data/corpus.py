@@ -7,10 +7,11 @@ from pathlib import Path
 
 from smollm2.config.schema import Config
 from smollm2.data.sample import write_sample_corpus
-from smollm2.data.sources import Source, open_input, rules_of
+from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import TokenStore, prepare_tokens
-from smollm2.data.text import do_nothing
+from smollm2.data.text import Source, do_nothing
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
+from smollm2.data.windows import Windows
 from smollm2.storage.atomic import probe_folder, write_atomically
 
 
@@ -35,11 +36,10 @@ def open_corpus(
     if not is_chosen and not Path(data.input).exists():
         made = write_sample_corpus(Path(data.input))
         listener.report(f"{data.input}: missing, so a sample corpus is made: {made}")
-    text, held_out = open_source(config, data.input, listener), None
-    if data.validation_input:
-        held_out = open_source(config, data.validation_input, listener)
+    text = open_source(config, data.input, listener)
+    held_out = open_source(config, data.validation_input, listener) if data.validation_input else None
     tokenizer = saved or find_tokenizer(config, text, listener)
-    store = tokenize(config, text, tokenizer, 0.0 if held_out else data.validation_fraction, listener)
+    store = tokenize(config, text, tokenizer, data.held_out_fraction, listener)
     if held_out:
         store = store.with_validation(tokenize(config, held_out, tokenizer, 0.0, listener))
     return tokenizer, store
@@ -85,3 +85,10 @@ def tokenize(
     for note in store.notes:
         listener.report(note)
     return store
+
+
+def training_windows(config: Config, tokenizer: Tokenizer, store: TokenStore) -> Windows:
+    """Return the windows of a run over its training tokens."""
+    data, length = config.data, config.training.sequence_length
+    end_of_text = tokenizer.end_of_text if data.document_mask else None
+    return Windows(store.train, length, data.stride, tokenizer.vocab_size, end_of_text)

@@ -9,28 +9,31 @@ import gzip
 import hashlib
 import io
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
 from smollm2.config.schema import DataConfig
+from smollm2.data.hub import DATA_SET, fetch_from_hub
 from smollm2.data.text import (
     BLOCK,
     END_OF_TEXT,
+    READ_ERRORS,
     Chunk,
-    Text,
+    Source,
     do_nothing,
     expand_home,
     open_plain,
     open_text,
     read_characters,
     split_documents,
+    unreadable,
 )
 from smollm2.errors import ConfigError, DataError, lay_out
 from smollm2.storage.input_files import (
     CHOOSE_INPUT,
+    COMPRESSIONS,
     InputFiles,
     check_regular,
     find_files,
@@ -44,6 +47,8 @@ TEXT_FIELDS = ("text", "content", "body", "article", "document", "markdown", "co
 
 LISTED_LINES = 5
 """How many of the skipped lines are named."""
+
+DAMAGED = "check that it is complete, and its permissions"
 
 INSTALL = "run `pip install 'smollm2-training[data]'`"
 
@@ -93,44 +98,21 @@ class Counts:
         self.digest.update(data + b"\xff" * chunk.last)  # no UTF-8 text holds this byte
 
 
-@dataclass(frozen=True)
-class Collection:
-    """The documents of several files, or of one that is not plain text, which were read once in full."""
+@dataclass(frozen=True, kw_only=True)
+class Collection(Source):
+    """The documents of several files, or of one that is not plain text. `size` counts their text alone."""
 
-    name: str
     files: tuple[Path, ...]
     rules: Rules
-    size: int  # bytes of the documents' text
-    characters: int
-    blank_documents: int
-    blank_characters: int
-    sha256: str
-    notes: tuple[str, ...]
-
-    @property
-    def separator(self) -> str | None:
-        """The text between two documents of one text file."""
-        return self.rules.separator
 
     def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
-        """Yield every document, except the blank ones, in chunks. `stop` is called often and may raise.
-
-        Raise DataError if a file is no longer what it was when the collection was opened.
-        """
+        """Yield the documents of the files in chunks."""
         counts = Counts()
         yield from read_collection(self.files, self.rules, counts, stop)
         if counts.digest.hexdigest() != self.sha256:
             raise DataError(
                 self.name, "a file changed while it was being read", "start again when no program is writing there"
             )
-
-    def sample(self, limit: int = 50_000_000, stop: Callable[[], None] = do_nothing) -> Iterator[str]:
-        """Yield about `limit` bytes of the text in chunks spread evenly over it: what a tokenizer is trained on."""
-        every = -(-self.size // limit)
-        return (chunk.text for i, chunk in enumerate(self.chunks(stop)) if i % every == 0)
-
-
-Source = Text | Collection
 
 
 def open_input(
@@ -147,36 +129,38 @@ def open_input(
     ResourceError if standard input cannot be copied into `cache_dir`.
     """
     path = expand_home(name)
+    is_plain = path.suffix.lower() not in COMPRESSIONS and kind_of(path) in ("text", None)
     if name != "-" and (is_pattern(str(path)) or path.is_dir()):
-        return open_collection(name, find_files(str(path), rules.include, rules.exclude), rules, stop)
-    if name != "-" and not path.exists() and is_hub_name(name):
-        folder = fetch_from_hub(name, report)
-        return open_collection(name, find_files(str(folder), rules.include, rules.exclude), rules, stop)
-    is_plain = path.suffix.lower() not in (".gz", ".zst") and kind_of(path) in ("text", None)
-    if name == "-" or is_plain or not path.exists():
+        found = find_files(str(path), rules.include, rules.exclude)
+    elif name != "-" and not path.exists() and is_hub_name(name):
+        found = find_files(str(fetch_from_hub(name, DATA_SET, report)), rules.include, rules.exclude)
+    elif name == "-" or is_plain or not path.exists():
         return open_text(name, cache_dir, rules.separator, stop=stop)
-    check_regular(path)
-    return open_collection(name, InputFiles([path]), rules, stop)
+    else:
+        check_regular(path)
+        found = InputFiles([path])
+    return open_collection(name, found, rules, stop)
 
 
 def open_collection(name: str, found: InputFiles, rules: Rules, stop: Callable[[], None] = do_nothing) -> Collection:
     """Read all documents of the files once. Raise DataError if there are none, or for the first one that is invalid."""
     counts, files = Counts(), tuple(found.files)
-    for chunk in read_collection(files, rules, counts, stop):
-        del chunk
+    for _ in read_collection(files, rules, counts, stop):
+        pass
     if not counts.documents:
         what = "the documents contain only white space" if counts.blank_documents else "there are no documents"
         raise DataError(name, what, CHOOSE_INPUT)
     return Collection(
-        name,
-        files,
-        rules,
-        counts.bytes,
-        counts.characters,
-        counts.blank_documents,
-        counts.blank_characters,
-        counts.digest.hexdigest(),
-        tuple(list_notes(name, found, rules, counts)),
+        name=name,
+        separator=rules.separator,
+        size=counts.bytes,
+        characters=counts.characters,
+        blank_documents=counts.blank_documents,
+        blank_characters=counts.blank_characters,
+        sha256=counts.digest.hexdigest(),
+        notes=tuple(list_notes(name, found, rules, counts)),
+        files=files,
+        rules=rules,
     )
 
 
@@ -283,16 +267,13 @@ def guess_field(path: Path, fields: set[str]) -> str:
 
 def read_lines(path: Path, stop: Callable[[], None]) -> Iterator[bytes]:
     """Yield the lines of a file that may be compressed. Raise DataError if it cannot be read."""
-    held = b""
     try:
         with open_bytes(path) as file:
-            while block := file.read(BLOCK):
+            for line in file:
                 stop()
-                *lines, held = (held + block).split(b"\n")
-                yield from lines
-            yield held
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(path, error) from None
+                yield line
+    except READ_ERRORS as error:
+        raise unreadable(path, error, DAMAGED) from None
 
 
 def read_table(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[str]:
@@ -324,7 +305,7 @@ def read_table(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None
                 stop()
                 yield from (value or "" for value in batch.column(0).to_pylist())
     except (OSError, arrow.ArrowException, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, DAMAGED) from None
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -379,29 +360,3 @@ class ZstdFile(io.RawIOBase):
         """Close the file."""
         self.file.close()
         super().close()
-
-
-def unreadable(path: Path, error: Exception) -> DataError:
-    """Return the error for a file that cannot be read or is damaged."""
-    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    return DataError(path, f"the file cannot be read ({reason})", "check that it is complete, and its permissions")
-
-
-def fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
-    """Return the folder of the hub's data set `name`: from the local cache, else downloaded. Raise DataError."""
-    import huggingface_hub as hub
-
-    files = [
-        f"*{ending}{compression}" for ending in (".parquet", ".jsonl", ".txt") for compression in ("", ".gz", ".zst")
-    ]
-    try:
-        return Path(hub.snapshot_download(name, repo_type="dataset", allow_patterns=files, local_files_only=True))
-    except OSError:
-        pass
-    report(f"{name}: the data set is not on this machine; trying the Hugging Face hub (25 s without a network)")
-    try:
-        return Path(hub.snapshot_download(name, repo_type="dataset", allow_patterns=files, etag_timeout=5))
-    except Exception as error:  # the library may change the class of its HTTP errors; none of them is a bug of ours
-        what = f"there is no such file or folder, and the download from the hub failed ({type(error).__name__})"
-        advice = f"check the name, or run `hf download --repo-type dataset {name}` on a machine with network access"
-        raise DataError(name, what, advice) from None

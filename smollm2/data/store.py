@@ -22,8 +22,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from smollm2.data.batches import permute
-from smollm2.data.sources import Source
-from smollm2.data.text import CHUNK_RULE, do_nothing, expand_home
+from smollm2.data.text import CHUNK_RULE, Source, do_nothing, expand_home
 from smollm2.data.windows import Tokens, Windows
 from smollm2.errors import DataError, ResourceError
 from smollm2.storage.atomic import IO_OPS, sync_file

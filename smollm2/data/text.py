@@ -50,6 +50,10 @@ BINARY_KINDS = (
 """The first bytes of files that are not UTF-8 text, the name of each kind, and what to do about it."""
 
 
+READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What reading a file raises that is absent, forbidden, or compressed and damaged."""
+
+
 def do_nothing() -> None:
     """The default of `stop`."""
 
@@ -61,37 +65,47 @@ class Chunk(NamedTuple):
     last: bool
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text that was read once in full and is UTF-8 with at least one document."""
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Documents that were read once in full: at least one, and all of them text."""
 
     name: str
-    path: Path
-    separator: str | None
-    size: int  # bytes, byte order mark included
-    characters: int  # byte order mark excluded
+    separator: str | None  # the text between two documents of one text file
+    size: int  # bytes
+    characters: int
     blank_documents: int  # dropped: empty, or only white space
     blank_characters: int  # the white space in them
     sha256: str
     notes: tuple[str, ...]  # what to report to the user
-    spool: tempfile.TemporaryDirectory[str] | None = None  # the copy of a pipe, removed together with the Text
 
     def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
         """Yield every document, except the blank ones, in chunks. `stop` is called often and may raise.
 
-        Raise DataError if the file is no longer the one that was opened.
+        Raise DataError if the text is no longer the one that was read.
         """
+        raise NotImplementedError
+
+    def sample(self, limit: int = 50_000_000, stop: Callable[[], None] = do_nothing) -> Iterator[str]:
+        """Yield about `limit` bytes of the text in chunks spread evenly over it: what a tokenizer is trained on."""
+        every = -(-self.size // limit)
+        return (chunk.text for i, chunk in enumerate(self.chunks(stop)) if i % every == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Source):
+    """A text file. `size` includes a byte order mark, and `characters` does not."""
+
+    path: Path
+    spool: tempfile.TemporaryDirectory[str] | None = None  # the copy of a pipe, removed together with the Text
+
+    def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
+        """Yield the documents of the file in chunks."""
         digest = hashlib.sha256()
         yield from split_documents(read_characters(self.name, self.path, digest.update, stop), self.separator)
         if digest.hexdigest() != self.sha256:
             raise DataError(
                 self.name, "the file changed while it was being read", "start again when no program is writing to it"
             )
-
-    def sample(self, limit: int = 50_000_000, stop: Callable[[], None] = do_nothing) -> Iterator[str]:
-        """Yield about `limit` bytes of the text in chunks spread evenly over it: what a tokenizer is trained on."""
-        every = -(-self.size // limit)
-        return (chunk.text for i, chunk in enumerate(self.chunks(stop)) if i % every == 0)
 
 
 def open_text(
@@ -115,16 +129,16 @@ def open_text(
         what = f"the file contains only {content}" if scan.characters else "the file is empty"
         raise DataError(shown, what, CHOOSE_FILE)
     return Text(
-        shown,
-        path,
-        separator,
-        scan.size,
-        scan.characters,
-        scan.blank_documents,
-        scan.blank_characters,
-        scan.digest.hexdigest(),
-        tuple(scan.list_notes(shown)),
-        spool,
+        name=shown,
+        path=path,
+        separator=separator,
+        size=scan.size,
+        characters=scan.characters,
+        blank_documents=scan.blank_documents,
+        blank_characters=scan.blank_characters,
+        sha256=scan.digest.hexdigest(),
+        notes=tuple(scan.list_notes(shown)),
+        spool=spool,
     )
 
 
@@ -280,10 +294,14 @@ def read_characters(
         convert = f"if it is Windows-1252 text, convert it with `iconv -f WINDOWS-1252 -t UTF-8{source}`"
         advice = f"the file is probably binary: {CHOOSE_FILE}" if binary else convert
         raise DataError(f"{name}:{line}", what, advice) from None
-    except OSError as error:
-        raise DataError(
-            name, f"the file cannot be read ({error.strerror})", "check the path and its permissions"
-        ) from None
+    except READ_ERRORS as error:
+        raise unreadable(name, error, "check the path and its permissions") from None
+
+
+def unreadable(name: str | Path, error: Exception, advice: str) -> DataError:
+    """Return the error for a file that cannot be read or is damaged."""
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(name, f"the file cannot be read ({reason})", advice)
 
 
 def _refuse_binary_kinds(name: str, head: bytes) -> None:

@@ -21,6 +21,7 @@ import tiktoken
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from smollm2.data.hub import TOKENIZER, fetch_from_hub
 from smollm2.data.text import END_OF_TEXT, expand_home
 from smollm2.errors import DataError
 
@@ -154,7 +155,7 @@ def load_tokenizer(name: str, *, report: Callable[[str], None] = lambda message:
         return Tokenizer(BYTES, name=name)
     folder = expand_home(name)
     if not folder.is_dir():
-        folder = _fetch_from_hub(name, report)
+        folder = fetch_from_hub(name, TOKENIZER, report)
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -242,30 +243,6 @@ def _read_end_of_text(folder: Path) -> int | str | None:
         if isinstance(value, int | str) and not isinstance(value, bool):
             return value
     return None
-
-
-def _fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
-    """Return the folder of hub repository `name`: from the local cache, else downloaded."""
-    import huggingface_hub as hub
-
-    files = ["tokenizer.json", "tokenizer_config.json", "config.json"]
-    absent = "there is no such folder"
-    try:
-        folder = Path(hub.snapshot_download(name, allow_patterns=files, local_files_only=True))
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    except ValueError:  # not a valid repository name
-        what, advice = f"{absent}, and this is not a hub name", "use an existing folder, `bytes` or `auto`"
-        raise DataError(name, what, advice) from None
-    except OSError:
-        pass
-    report(f"{name}: the tokenizer is not on this machine; trying the Hugging Face hub (25 s without a network)")
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=files, etag_timeout=5))
-    except Exception as error:  # the library may change the class of its HTTP errors; none of them is a bug of ours
-        what = f"{absent}, and the download from the hub failed ({type(error).__name__})"
-        advice = f"run `hf download {name}` on a machine with network access, or use a folder, `bytes` or `auto`"
-        raise DataError(name, what, advice) from None
 
 
 def _encode_bytes(text: str) -> list[int]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from smollm2.model.blocks import BlockAttention
+from smollm2.model.functional import repeat_heads
 
 Backend = Literal["sdpa", "blocks", "varlen", "flex", "eager"]
 
@@ -59,12 +60,6 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> T
     seen = see_past(scores.shape[-1], q.device) if layout is None else layout
     probabilities: Tensor = scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype)
     return probabilities @ v
-
-
-def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return k and v with each head repeated, so that there is one for each query head."""
-    groups = q.shape[1] // k.shape[1]
-    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
 def see_past(length: int, device: torch.device) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from smollm2.model.functional import repeat_heads
+
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """Return attention over the documents of all sequences, concatenated as torch's flash kernel expects them.
@@ -15,11 +17,10 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     the last one.
     """
     options: dict[str, Any] = {"is_causal": True} if takes_option("is_causal") else {"window_size": (-1, 0)}
-    groups = q.shape[1] // k.shape[1]
     if takes_option("enable_gqa"):
         options["enable_gqa"] = True
     else:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k, v = repeat_heads(q, k, v)
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B T, heads, D)
     length = q.shape[2]  # an upper bound: finding the longest document would cost a synchronization
     out = cast(Tensor, varlen_attn(rows[0], rows[1], rows[2], bounds, bounds, length, length, **options))

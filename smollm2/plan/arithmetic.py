@@ -213,7 +213,7 @@ def find_corpus(config: Config) -> Corpus | None:
         if counted_size == size and corpus.vocab_size == vocab_size:
             return corpus
     tokens = size / bytes_per_token(config)
-    return Corpus(round(tokens * (1 - data.validation_fraction)), config.model.vocab_size, False)
+    return Corpus(round(tokens * (1 - data.held_out_fraction)), config.model.vocab_size, False)
 
 
 def read_counts(cache: Path) -> Iterator[tuple[int, Corpus]]:

@@ -119,8 +119,7 @@ def describe_checkpointing(config: Config, machine: Machine, throughput: Through
     """Return what gradient checkpointing saves and costs."""
     seconds, memory = {}, {}
     for is_on in (True, False):
-        training = config.training.model_copy(update={"gradient_checkpointing": is_on})
-        changed = config.model_copy(update={"training": training})
+        changed = config.with_training(gradient_checkpointing=is_on)
         seconds[is_on] = estimate_duration(changed, machine, throughput).step
         memory[is_on] = estimate_memory(changed, machine.device).total
     on, off = (f"{format_bytes(memory[is_on])}, {format_step_time(seconds[is_on])}" for is_on in (True, False))

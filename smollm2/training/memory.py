@@ -74,7 +74,7 @@ def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
     processes = int(environment().get("LOCAL_WORLD_SIZE", "1"))
 
     def needed(size: int) -> int:
-        smaller = config.model_copy(update={"training": t.model_copy(update={"batch_size": size})})
+        smaller = config.with_training(batch_size=size)
         return processes * estimate_memory(smaller, runtime.planned_device).total
 
     size: int | None = allowed

@@ -28,8 +28,7 @@ def plan_run(run: Run) -> Plan:
     """Return the plan of the run on this machine: the memory, disk space and time that it needs."""
     machine = machine_of(run.runtime)
     windows = max(1, count_compared_windows(run.config, run.validation))  # eval_windows may be more than there are
-    training = run.config.training.model_copy(update={"eval_windows": windows})
-    config = run.config.model_copy(update={"training": training})
+    config = run.config.with_training(eval_windows=windows)
     plan = make_plan(config, machine)
     if plan.throughput.measured:
         return plan

@@ -17,6 +17,7 @@ from smollm2.checkpoint.saving import Saver
 from smollm2.config.reading import effective_config_yaml
 from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.data.batches import Batches
+from smollm2.data.corpus import training_windows
 from smollm2.data.store import TokenStore
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import Windows
@@ -125,17 +126,15 @@ def settle_compilation(setup: Setup) -> Setup:
         if problem:
             setup.report(f"training.compile: auto -> false, because {problem}")
         compiles = all(runtime.gather(compiles and not problem))
-    training = config.training.model_copy(update={"compile": compiles})
     origins = {**setup.origins, "training.compile": "auto"}
-    return dataclasses.replace(setup, config=config.model_copy(update={"training": training}), origins=origins)
+    return dataclasses.replace(setup, config=config.with_training(compile=compiles), origins=origins)
 
 
 def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
     """Return the run with its windows, model and optimizers, with the console as the only tracker. Write no files."""
     config, runtime, start = setup.config, setup.runtime, setup.start
     t = config.training
-    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
-    windows = Windows(store.train, t.sequence_length, config.data.stride, tokenizer.vocab_size, end_of_text)
+    windows = training_windows(config, tokenizer, store)
     setup.report(store.statistics.describe(windows))
     model = build_model(config, runtime)
     return Run(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import check_refused
 from runs import TINY, tiny_config, write_tiny
 
 from smollm2.cli.main import main
@@ -70,11 +71,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(
 ) -> None:
     write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    assert main(["prepare", *flags]) == code
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    check_refused(["prepare", *flags], code, words, tmp_path, capsys)
 
 
 def test_it_does_not_import_torch(tmp_path: Path) -> None:

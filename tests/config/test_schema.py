@@ -153,3 +153,8 @@ def test_another_vocabulary_leaves_everything_else_as_it_is() -> None:
 
 def test_the_global_batch_is_the_product() -> None:
     assert build(training={"batch_size": 3, "gradient_accumulation_steps": 5}).global_batch_size == 15
+
+
+@pytest.mark.parametrize("name", ["notes", "rows.jsonl", "dump.parquet", "notes/*.md", "me/stories"])
+def test_documents_of_another_input_than_one_text_need_no_separator_to_be_isolated(name: str) -> None:
+    assert Config.model_validate({"data": {"input": name, "document_mask": True}}).data.document_mask

@@ -11,7 +11,8 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from smollm2.data.sources import Rules, Source, open_input
+from smollm2.data.sources import Rules, open_input
+from smollm2.data.text import Source
 from smollm2.errors import ConfigError, DataError
 
 DOCUMENTS = [
@@ -232,6 +233,13 @@ LARGE = b"".join(json.dumps({"text": os.urandom(40).hex()}).encode() + b"\n" for
 BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a truncated gzip": ("a.jsonl.gz", lambda path: write_truncated(path, gzip.compress(LARGE)), "cannot be read"),
     "no gzip": ("a.jsonl.gz", lambda path: path.write_bytes(rows()), "cannot be read"),
+    "a truncated text": (
+        "a.txt.gz",
+        lambda path: write_truncated(path, gzip.compress(LARGE)),
+        "before the end-of-stream",
+    ),
+    "a text that is no gzip": ("a.txt.gz", lambda path: path.write_bytes(rows()), "Not a gzipped file"),
+    "a truncated zstd text": ("a.txt.zst", lambda path: write_truncated(path, zstandard.compress(LARGE)), "truncated"),
     "a truncated zstd": (
         "a.jsonl.zst",
         lambda path: write_truncated(path, zstandard.compress(LARGE)),
@@ -295,3 +303,9 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_line(
     with pytest.raises(DataError, match="no such file or folder, and the download from the hub failed"):
         open_input("me/absent", tmp_path, Rules(), report=reports.append)
     assert len(reports) == 1 and "not on this machine" in reports[0]
+
+
+def test_a_name_that_no_repository_can_have_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^me/a\.\.b: there is no such file or folder, and this is not a hub name"):
+        open_path("me/a..b")
