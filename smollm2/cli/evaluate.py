@@ -37,7 +37,7 @@ def add_parser(commands: "Commands[Parser]") -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", type=path, help=text)
     parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
     add_device_flag(parser)
-    text = "text file, UTF-8; - is standard input"
+    text = "text, JSONL or parquet: a file, folder, pattern or hub name; - is standard input"
     parser.add_argument("--input_file", metavar="FILE", required=True, type=path, help=text)
     text = "tokens of a window; default: as many as the model was trained on"
     parser.add_argument("--context", type=whole_number(1, 2**24), metavar="N", help=text)

@@ -1,4 +1,4 @@
-"""The flags of `train` and `plan`: those of the run itself, then one per config key; and the resulting config."""
+"""The flags of `train`, `plan` and `prepare`: those of the run itself, then one per config key; and the resulting config."""
 
 import argparse
 import shlex
@@ -29,7 +29,9 @@ def add_run_flags(parser: Parser) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--config", metavar="FILE", type=path, help="config file; default: config.yaml")
     run.add_argument("--preset", metavar="NAME", help=f"a shipped config: {', '.join(list_presets())}")
-    run.add_argument("--input_file", metavar="FILE", help="data.input: text file; - is standard input")
+    run.add_argument(
+        "--input_file", metavar="FILE", help="data.input: a file, folder, pattern or hub name; - is standard input"
+    )
     run.add_argument("--save_dir", metavar="FOLDER", help="training.save_dir: the run folder")
     run.add_argument("--train_steps", metavar="N", help="training.train_steps: optimizer steps in the whole run")
     run.add_argument(

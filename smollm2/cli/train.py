@@ -19,7 +19,7 @@ LAUNCHER = "SMOLLM2_LAUNCHER"
 def add_parser(commands: "Commands[Parser]") -> None:
     """Add `smollm2 train`."""
     text = "Train a model. Values come from the defaults, then the config file or preset, then the flags."
-    add_run_flags(add_command(commands, "train", run, "train a model from a text file", text))
+    add_run_flags(add_command(commands, "train", run, "train a model on your text", text))
 
 
 def run(args: argparse.Namespace) -> None:
