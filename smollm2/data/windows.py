@@ -1,4 +1,4 @@
-"""A stream of tokens, read as windows; contiguous ones here.
+"""A stream of tokens, read as windows: contiguous ones here, and documents packed into windows in packing.py.
 
 Contiguous window i reads length + 1 tokens, starting at token i x stride. Every token but the first of the stream is a
 target exactly once: if windows overlap, the shared tokens are context (label -100), and the last window is padded, never
