@@ -102,6 +102,20 @@ SABOTAGES = [
         "data/test_windows.py::test_every_token_but_the_first_is_a_target_exactly_once",
     ),
     Sabotage(
+        "a packed window does not read the token before its first piece",
+        "data/packing.py",
+        "max(0, starts[0] - 1)",
+        "starts[0]",
+        "data/test_packing.py::test_every_token_but_the_first_of_the_stream_is_a_target_exactly_once",
+    ),
+    Sabotage(
+        "packing takes any window with room instead of the one with the least",
+        "data/packing.py",
+        "rooms.pop(at)",
+        "rooms.pop()",
+        "data/test_packing.py::test_a_piece_goes_where_the_least_room_is_left",
+    ),
+    Sabotage(
         "a step that is not finite is made",
         "training/step.py",
         "    if finite:\n",

@@ -23,7 +23,7 @@ from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.data.windows import Windows
+from smollm2.data.windows import TokenWindows, Windows
 from smollm2.errors import CheckpointError
 from smollm2.formatting import format_estimate
 from smollm2.inference.evaluation import score_windows, spread
@@ -144,7 +144,7 @@ def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
     return direction.mul_(matrix.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
 
 
-def choose_windows(windows: Windows) -> tuple[list[int], int]:
+def choose_windows(windows: TokenWindows) -> tuple[list[int], int]:
     """Return the indices of the windows on which a landscape is measured, and the total number of their targets."""
     indices = spread(len(windows), WINDOWS)
     return indices, sum(int((windows.read(index)[1] != IGNORE_INDEX).sum()) for index in indices)
@@ -158,7 +158,7 @@ class Source:
     state: Mapping[str, Any]
     config: Config
     tokenizer: Tokenizer
-    windows: Windows
+    windows: TokenWindows
     indices: list[int]
     targets: int
     model: nn.Module

@@ -149,6 +149,8 @@ class DataConfig(Section):
     """Another input whose documents are the validation text; validation_fraction is then not used."""
     stride: int = key(2048, "refused", ge=1, le=2**24)
     """Tokens from one window to the next; default: sequence_length. If it is less, shared tokens are context, not targets."""
+    pack: Literal["windows", "best_fit"] = key("windows", "refused")
+    """How the tokens become windows: windows (contiguous), or best_fit (whole documents, of which only those longer than a window are cut)."""
     document_separator: Text | None = key(None, "refused", min_length=1)
     """Text between two documents of one file, such as a form feed; default: the file is one document."""
     document_mask: bool = key(False, "refused")
@@ -345,7 +347,7 @@ class Config(BaseModel):
         return self
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield a contradiction if sequence_length > max_position_embeddings, or stride > sequence_length."""
+        """Yield what contradicts max_position_embeddings in sequence_length, and sequence_length or pack in stride."""
         length, positions = self.training.sequence_length, self.model.max_position_embeddings
         if length > positions:
             keys = ("training.sequence_length", "model.max_position_embeddings")
@@ -358,6 +360,10 @@ class Config(BaseModel):
                 f"is greater than {keys[1]} = {length} (got {self.data.stride}): tokens between windows would be lost"
             )
             yield Contradiction(keys, what, "lower it")
+        elif self.data.pack == "best_fit" and self.data.stride != length:
+            keys = ("data.stride", "data.pack")
+            what = f"has no effect with {keys[1]} = best_fit (got {self.data.stride})"
+            yield Contradiction(keys, what, f"leave it out, or set {keys[1]} to windows")
 
     def with_vocab_size(self, vocab_size: int) -> Self:
         """Return a copy of this config for a tokenizer with `vocab_size` ids."""

@@ -61,6 +61,7 @@ SYNONYMS = {
     "model.flash_attention": "flash_attn use_flash_attention flash",
     "data.input": "input_file dataset train_file data_path path text",
     "data.validation_fraction": "val_fraction val_split valid_fraction test_size",
+    "data.pack": "packing sample_packing",
     "data.document_separator": "separator delimiter",
     "data.document_mask": "doc_mask document_masking intra_document_masking mask_documents block_diagonal",
     "wandb.project": "project_name wandb_project",

@@ -8,5 +8,6 @@
    validation text, and maps both into memory.
    `corpus.py` puts these three stages together for a config.
 4. `windows.py` views each stream of ids as overlapping windows of input ids and labels; each token is a target once.
+   `packing.py` fills windows with documents instead, so that few are cut.
 5. `batches.py` gives batch n of a run: windows in an order that is a function of the seed and n alone.
 """

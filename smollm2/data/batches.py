@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from smollm2.data.windows import Batch, Windows, stack
+from smollm2.data.windows import Batch, TokenWindows, stack
 
 ORDER_VERSION = 1
 """Incremented when (seed, n) gives other windows: a checkpoint of another version is not resumed bit-exactly."""
@@ -25,7 +25,7 @@ Words = npt.NDArray[np.uint64]
 class Batches:
     """All batches of a run: with the epochs laid end to end, batch n begins at window n x global_batch_size."""
 
-    def __init__(self, windows: Windows, seed: int, global_batch_size: int) -> None:
+    def __init__(self, windows: TokenWindows, seed: int, global_batch_size: int) -> None:
         self.windows, self.seed, self.global_batch_size = windows, seed, global_batch_size
 
     def window_ids(self, n: int) -> Ints:

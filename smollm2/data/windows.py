@@ -1,10 +1,12 @@
-"""A stream of tokens, read as windows: window i reads length + 1 tokens, starting at token i x stride.
+"""A stream of tokens, read as windows: contiguous ones here, and documents packed into windows in packing.py.
 
-Every token but the first of the stream is a target exactly once: if windows overlap, the shared tokens are context
-(label -100), and the last window is padded, never dropped. If documents are isolated, the first token of each is not a
-target either, because no token that may be attended to comes before it.
+Contiguous window i reads length + 1 tokens, starting at token i x stride. Every token but the first of the stream is a
+target exactly once: if windows overlap, the shared tokens are context (label -100), and the last window is padded, never
+dropped. If documents are isolated, the first token of each is not a target either, because no token that may be attended
+to comes before it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,31 +44,37 @@ def number_documents(input_ids: Ints, end_of_text: int) -> Ints:
     return before
 
 
-class Windows:
-    """`len()` windows of `length` positions over `tokens`, a new one every `stride` tokens (1 to `length`).
+class TokenWindows(ABC):
+    """`len()` windows of `length` positions over a stream of tokens; a subclass chooses which tokens each one reads.
 
-    With `end_of_text`, the id that ends each document, documents are isolated.
+    With `end_of_text`, the id that ends each document, documents are isolated. Raise DataError if there are fewer than
+    two tokens.
     """
 
-    def __init__(
-        self, tokens: Tokens, length: int, stride: int, vocab_size: int, end_of_text: int | None = None
-    ) -> None:
+    def __init__(self, tokens: Tokens, length: int, vocab_size: int, end_of_text: int | None) -> None:
         self.name = getattr(tokens, "filename", "the token stream")
         if len(tokens) < 2:
             what = f"the text has too few tokens ({len(tokens)}): at least two are needed"
             raise DataError(self.name, what, "use more text")
-        assert 1 <= stride <= length
-        self.tokens, self.length, self.stride, self.vocab_size = tokens, length, stride, vocab_size
-        self.end_of_text = end_of_text
+        self.tokens, self.length, self.vocab_size, self.end_of_text = tokens, length, vocab_size, end_of_text
         self.identity = self._identify()
 
-    def __len__(self) -> int:
-        return 1 + max(0, -(-(len(self.tokens) - 1 - self.length) // self.stride))
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
+    @abstractmethod
     def tokens_used(self) -> int:
         """Return how many tokens the windows read: it is all of them, as the statistics line shows."""
-        return min(len(self.tokens), (len(self) - 1) * self.stride + self.length + 1)
+
+    @abstractmethod
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """Return the (start, stop) of the parts of the stream that window i reads in turn, in all at most length + 1
+        tokens."""
+
+    def context(self, i: int) -> int:
+        """Return how many of the first labels of window i are not targets, because another window has them."""
+        return 0
 
     def read(self, i: int) -> Batch:
         """Return window i.
@@ -75,22 +83,25 @@ class Windows:
         is read. (A read beyond the end of a truncated file would end the process with SIGBUS.)
         """
         if (now := self._identify()) != self.identity and now[:1] == self.identity[:1]:
-            what, advice = "the file changed while the run was reading it", "delete its folder and use --resume auto"
-            raise DataError(self.name, what, f"{advice}: the tokens will be regenerated")
-        first = i * self.stride
-        ids = self.tokens[first : first + self.length + 1].astype(np.int64)
-        if ids.max() >= self.vocab_size:
-            at = first + int(ids.argmax())
-            what = f"token {at} has id {ids.max()}, but the vocabulary size is {self.vocab_size}"
-            raise DataError(self.name, what, "delete its folder: the tokens will be regenerated")
+            advice = "delete its folder and use --resume auto: the tokens will be regenerated"
+            raise DataError(self.name, "the file changed while the run was reading it", advice)
+        ids = np.concatenate([self._read_tokens(start, stop) for start, stop in self.spans(i)])
         input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, IGNORE_INDEX, np.int64)
         input_ids[: len(ids) - 1] = ids[:-1]
-        context = self.length - self.stride if i > 0 else 0
+        context = self.context(i)
         labels[context : len(ids) - 1] = ids[context + 1 :]
         if self.end_of_text is None:
             return Batch(input_ids, labels)
         labels[input_ids == self.end_of_text] = IGNORE_INDEX
         return Batch(input_ids, labels, number_documents(input_ids, self.end_of_text))
+
+    def _read_tokens(self, start: int, stop: int) -> Ints:
+        ids = self.tokens[start:stop].astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            at = start + int(ids.argmax())
+            what = f"token {at} has id {ids.max()}, but the vocabulary size is {self.vocab_size}"
+            raise DataError(self.name, what, "delete its folder: the tokens will be regenerated")
+        return ids
 
     def _identify(self) -> tuple[int, ...]:
         """Return the inode, size and modification time of the mapped file. A file that was removed or replaced stays
@@ -102,3 +113,31 @@ class Windows:
         except OSError:
             return ()
         return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class Windows(TokenWindows):
+    """Contiguous windows, a new one every `stride` tokens (1 to `length`)."""
+
+    def __init__(
+        self, tokens: Tokens, length: int, stride: int, vocab_size: int, end_of_text: int | None = None
+    ) -> None:
+        super().__init__(tokens, length, vocab_size, end_of_text)
+        assert 1 <= stride <= length
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return 1 + max(0, -(-(len(self.tokens) - 1 - self.length) // self.stride))
+
+    @property
+    def tokens_used(self) -> int:
+        """Return how many tokens the windows read: it is all of them, as the statistics line shows."""
+        return min(len(self.tokens), (len(self) - 1) * self.stride + self.length + 1)
+
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """Return the one part of the stream that window i reads."""
+        first = i * self.stride
+        return [(first, min(first + self.length + 1, len(self.tokens)))]
+
+    def context(self, i: int) -> int:
+        """Return how many labels of window i are targets of the window before it."""
+        return self.length - self.stride if i > 0 else 0

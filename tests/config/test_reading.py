@@ -554,7 +554,8 @@ REFUSED = re.findall(
     model.vocab_size model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads
     model.num_key_value_heads model.head_dim model.max_position_embeddings model.rope_theta model.norm model.norm_eps
     model.initializer_range model.tie_word_embeddings training.sequence_length training.optimizer training.decay
-    training.seed data.tokenizer data.validation_fraction data.validation_input data.stride data.document_separator data.document_mask
+    training.seed data.tokenizer data.validation_fraction data.validation_input data.stride data.pack data.document_separator
+    data.document_mask
     training.batch_size training.gradient_accumulation_steps
 """,
 )

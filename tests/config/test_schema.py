@@ -73,6 +73,11 @@ CONTRADICTIONS: list[tuple[dict[str, dict[str, object]], str, str]] = [
     ({"data": {"validation_input": "input.txt"}}, "data.validation_input", "is the training text"),
     ({"data": {"stride": 2049}}, "data.stride", "is greater than training.sequence_length = 2048 (got 2049)"),
     (
+        {"data": {"stride": 1024, "pack": "best_fit"}},
+        "data.stride",
+        "has no effect with data.pack = best_fit (got 1024)",
+    ),
+    (
         {"training": {"min_learning_rate": 0.1}},
         "training.min_learning_rate",
         "is above training.learning_rate = 0.0001",
