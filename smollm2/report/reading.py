@@ -14,11 +14,13 @@ import yaml
 
 from smollm2.errors import DataError, lay_out
 from smollm2.report.json_files import Row, is_step, read_object, read_rows, to_list, to_number, to_numbers, to_text
+from smollm2.report.sources import SourceStatistics, read_sources
 from smollm2.storage.locks import is_held
 from smollm2.storage.run_folder import (
     BEST,
     CHECKPOINT,
     CONFIG,
+    DATA,
     DIAGNOSTICS,
     EVENTS,
     LANDSCAPE,
@@ -72,6 +74,7 @@ class RunFolder:
     samples: Sequence[Row] = ()
     diagnoses: Sequence[tuple[int, Diagnosis]] = ()
     landscape: tuple[int, Landscape] | None = None
+    sources: Sequence[SourceStatistics] = ()
     best: Row | None = None
     checkpoints: Sequence[tuple[int, Path, int]] = ()
     problems: Sequence[str] = ()
@@ -118,6 +121,7 @@ def read_run(path: Path) -> RunFolder:
         samples=sorted(read_rows(path / SAMPLES, problems, parse_sample), key=lambda row: row["step"]),
         diagnoses=sorted(read_rows(path / DIAGNOSTICS, problems, parse_diagnosis), key=lambda row: row[0]),
         landscape=read_landscape(path / LANDSCAPE, problems),
+        sources=read_sources(path / DATA, problems),
         best=read_object(path / BEST, problems),
         checkpoints=list_checkpoints(path),
         problems=problems,
