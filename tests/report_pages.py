@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from run_folders import write_run
+from run_folders import write_data, write_run
 
 from smollm2.report.page import page_chunks
 from smollm2.report.reading import RunFolder, read_runs
@@ -104,6 +104,7 @@ def plant(run: Path, text: str) -> None:
     with (run / "config.yaml").open("a", encoding="utf-8", errors="surrogatepass") as file:
         file.write(f"mine:\n  {json.dumps(text)}: {quoted}  # {quoted}\n")
     (run / "best.json").write_text(json.dumps({"file": text}))
+    write_data(run, text, text)
     *_, last = (run / "diagnostics.jsonl").read_text().splitlines()
     diagnostics = json.loads(last)
     for part in ("gradient_norms", "weight_norms", "update_ratios"):

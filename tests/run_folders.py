@@ -5,7 +5,12 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
+
 from smollm2.config.reading import effective_config_yaml, load_config
+from smollm2.data.overlap import Overlap
+from smollm2.data.statistics import summarize_documents
+from smollm2.storage.run_folder import DATA
 from smollm2.tracking.base import Diagnosis, Fanout, Landscape, Sample
 from smollm2.tracking.jsonl import JsonlTracker
 
@@ -31,6 +36,7 @@ def write_run(folder: Path, *, reports: int = 40, interval: int = 10, name: str 
     origins = {"training.learning_rate": "nano.yaml:21", **{key: f"--{key}" for key in given}}
     config = load_config(preset="nano", flags={key: (f"--{key}", value) for key, value in given.items()})
     (run / "config.yaml").write_text(effective_config_yaml(config, origins), encoding="utf-8")
+    write_data(run, "data/documentation", "data/stories")
     tracker = Fanout([JsonlTracker(run, 0, print)])
     log_start(tracker, 0)
     noise = random.Random(0)
@@ -62,6 +68,23 @@ def log_start(tracker: Fanout, step: int) -> None:
     tracker.log_event("data", "", step, input="input.txt", tokenizer="auto", **statistics, **counts, **use)
     machine = {"device": "cpu AVX512", "precision": "bf16", "threads": 2, "world_size": 1, "torch": "2.13.0"}
     tracker.log_event("start", "", step, system="Linux x86_64", **machine, python="3.11.2", smollm2="0.1.0")
+
+
+def write_data(run: Path, *names: str) -> None:
+    """data.json: sources with lengths as web pages have them, one of which is read more than once."""
+    sources = []
+    for number, name in enumerate(names):
+        noise = np.random.default_rng(number)
+        tokens = noise.lognormal(6 + number % 5 / 2, 1.2, 400).astype(np.uint64) + np.uint64(1)
+        contents = np.append(np.arange(390), np.arange(10)).astype(np.uint64)
+        characters, total = 4 * tokens, int(tokens.sum())
+        size = int(characters.sum()) + 17
+        overlap = Overlap(0.034 + number / 20, 26_980, 504_388, 504_388, 26_992, 26_992)
+        source = {"name": name, "weight": 1 / len(names), "epochs": 1.5, "documents": 400, "characters": 4 * total}
+        source |= {"bytes": size, "tokens": total, "train_tokens": total - 5_000, "validation_tokens": 5_000}
+        source |= {"blank_documents": 3, "unknown_bytes": 0, "overlap": overlap.as_dict()}
+        sources.append({**source, "summary": summarize_documents(characters, tokens, contents, size)})
+    (run / DATA).write_text(json.dumps({"sources": sources}), encoding="utf-8")
 
 
 def log_report(tracker: Fanout, step: int, steps: int, noise: random.Random) -> None:

@@ -4,22 +4,23 @@ A file may be missing, truncated, damaged or written by another program: its usa
 in `problems`, and no error is raised. Metrics are stored in columns of 8 bytes per number, 8 MB for 100,000 rows.
 """
 
-import json
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
 
 from smollm2.errors import DataError, lay_out
+from smollm2.report.json_files import Row, is_step, read_object, read_rows, to_list, to_number, to_numbers, to_text
+from smollm2.report.sources import SourceStatistics, read_sources
 from smollm2.storage.locks import is_held
 from smollm2.storage.run_folder import (
     BEST,
     CHECKPOINT,
     CONFIG,
+    DATA,
     DIAGNOSTICS,
     EVENTS,
     LANDSCAPE,
@@ -43,16 +44,9 @@ COLUMNS = (
 )
 """The columns of metrics.jsonl that a page shows."""
 
-LINE_BYTES = 4 * 2**20
 CONFIG_BYTES = 2**20
-LARGEST_STEP = 2**53
-LARGEST_NUMBER = 1e100
-LARGEST_GRID = 201
 LIFE = ("start", "stopped", "failed", "done")
 """The kinds of events that determine the status of a run."""
-
-Row = Mapping[str, Any]
-Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,7 @@ class RunFolder:
     samples: Sequence[Row] = ()
     diagnoses: Sequence[tuple[int, Diagnosis]] = ()
     landscape: tuple[int, Landscape] | None = None
+    sources: Sequence[SourceStatistics] = ()
     best: Row | None = None
     checkpoints: Sequence[tuple[int, Path, int]] = ()
     problems: Sequence[str] = ()
@@ -126,6 +121,7 @@ def read_run(path: Path) -> RunFolder:
         samples=sorted(read_rows(path / SAMPLES, problems, parse_sample), key=lambda row: row["step"]),
         diagnoses=sorted(read_rows(path / DIAGNOSTICS, problems, parse_diagnosis), key=lambda row: row[0]),
         landscape=read_landscape(path / LANDSCAPE, problems),
+        sources=read_sources(path / DATA, problems),
         best=read_object(path / BEST, problems),
         checkpoints=list_checkpoints(path),
         problems=problems,
@@ -144,35 +140,6 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
     ]
 
 
-def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers. An incomplete last line is omitted, since it will be rewritten."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
-                if line.endswith(b"\n") or len(line) == LINE_BYTES:
-                    yield number, line
-    except OSError as error:
-        problems.append(lay_out(path.name, f"cannot be read ({error.strerror or error})"))
-
-
-def read_rows(path: Path, problems: list[str], parse: Callable[[Row], Parsed]) -> list[Parsed]:
-    """Return the parsed rows of a file. The number of damaged lines, and the first of them, are added to `problems`."""
-    rows: list[Parsed] = []
-    damaged: list[int] = []
-    for number, line in read_lines(path, problems):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not is_step(row.get("step")):
-                raise ValueError(row)
-            rows.append(parse(row))
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            damaged.append(number)
-    if damaged:
-        lines = "1 damaged line is" if len(damaged) == 1 else f"{len(damaged):,} damaged lines are"
-        problems.append(lay_out(f"{path.name}:{damaged[0]}", f"{lines} omitted"))
-    return rows
-
-
 def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
     """Read the metrics as columns, sorted by step."""
     columns = {name: array("d") for name in COLUMNS}
@@ -188,39 +155,6 @@ def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
         order = sorted(range(len(steps)), key=steps.__getitem__)
         columns = {name: array("d", (column[i] for i in order)) for name, column in columns.items()}
     return columns
-
-
-def is_step(value: object) -> bool:
-    """Return whether the value is a valid number of steps."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_STEP
-
-
-def to_number(value: object) -> float:
-    """Return a number from a row; NaN if it is null, absent or too large. Raise ValueError if it is not a number."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(value)
-    return float(value) if abs(value) < LARGEST_NUMBER else math.nan
-
-
-def to_numbers(value: Any) -> dict[str, float]:
-    """Return the value as a mapping from names to numbers. Raise ValueError or AttributeError if it is not one."""
-    return {str(name): to_number(number) for name, number in value.items()}
-
-
-def to_list(value: Any) -> list[float]:
-    """Return the value as a list of numbers of bounded length. Raise ValueError if it is not one."""
-    if not isinstance(value, list) or len(value) > LARGEST_GRID:
-        raise ValueError(value)
-    return [to_number(number) for number in value]
-
-
-def to_text(value: object) -> str:
-    """Return the value if it is a string. Raise ValueError if it is not."""
-    if not isinstance(value, str):
-        raise ValueError(value)
-    return value
 
 
 def parse_event(row: Row) -> Row:
@@ -242,23 +176,6 @@ def parse_diagnosis(row: Row) -> tuple[int, Diagnosis]:
         activations={str(block): to_numbers(values) for block, values in row["activations"].items()},
         clipped=to_number(row.get("clipped")),
     )
-
-
-def read_object(path: Path, problems: list[str]) -> Row | None:
-    """Return the JSON object in a small file; None if the file is missing or damaged."""
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(LINE_BYTES))
-        if isinstance(found, dict):
-            return found
-        problems.append(lay_out(path.name, "is not a JSON object"))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        problems.append(lay_out(path.name, f"cannot be read ({error.strerror or error})"))
-    except (ValueError, RecursionError):
-        problems.append(lay_out(path.name, "is not valid JSON"))
-    return None
 
 
 def read_landscape(path: Path, problems: list[str]) -> tuple[int, Landscape] | None:

@@ -180,7 +180,20 @@
     draw(plot, traces, layout("line", { uirevision: views, showlegend: false, xaxis: data.layout.xaxis, yaxis: data.layout.yaxis }));
   }
 
-  const DRAW = { curves: drawCurves, heat: drawHeat, surface: drawSurface, line: drawLine };
+  function drawBars({ plot, data, views }) {
+    const colors = data.sources.length === 1 ? [color("accent")] : PALETTES[root.dataset.theme];
+    const whole = (value) => value.toLocaleString("en");
+    const ranges = data.bins.map(([low, high]) => (high - low === 1 ? whole(low) : `${whole(low)} to ${whole(high - 1)}`));
+    draw(plot, data.sources.map((one, i) => ({
+      type: "bar", name: plain(one.name), x: data.bins.map(([low]) => whole(low)), y: one.shares, marker: { color: colors[i % colors.length] },
+      customdata: one.documents.map((count, j) => [ranges[j], whole(count)]), hovertemplate: "%{customdata[0]} tokens: %{customdata[1]} documents, %{y:.1f} %",
+    })), layout("lengths", {
+      uirevision: views, showlegend: data.sources.length > 1, bargap: 0.2,
+      xaxis: { type: "category", title: { text: "tokens per document, at least" } }, yaxis: { title: { text: "documents" }, ticksuffix: " %", rangemode: "tozero" },
+    }));
+  }
+
+  const DRAW = { curves: drawCurves, heat: drawHeat, surface: drawSurface, line: drawLine, bars: drawBars };
   const drawAll = (kinds) => figures.filter((one) => kinds.includes(one.kind)).forEach((one) => DRAW[one.kind](one));
 
   // A surface takes as long as all else together, so it waits until the reader is near.
@@ -200,6 +213,7 @@
     heat: ({ data }) => [["diagnostic", "layer", "step", "value"], ...data.measures.flatMap((one) => one.rows.flatMap((row, i) => data.steps.map((step, j) => [one.name, row, step, one.values[i][j]])))],
     surface: ({ data: { data: [{ x, y, z }] } }) => [["first", "second", "loss"], ...z.flatMap((row, j) => row.map((value, i) => [x[i], y[j], value]))],
     line: ({ data: { data: [{ x, y }] } }) => [["distance", "loss"], ...x.map((at, i) => [at, y[i]])],
+    bars: ({ data }) => [["source", "at least", "below", "documents"], ...data.sources.flatMap((one) => data.bins.map(([low, high], i) => [one.name, low, high, one.documents[i]]))],
   };
 
   /** A field of a CSV file. A text that a spreadsheet would run as a formula gets an apostrophe. */
@@ -284,7 +298,7 @@
   const setTheme = (name) => {
     root.dataset.theme = name;
     toggle.textContent = name === "dark" ? "Light theme" : "Dark theme";
-    drawAll(["curves", "heat", "line"]);
+    drawAll(["curves", "heat", "line", "bars"]);
     drawSurfaces();
   };
   toggle.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from smollm2.formatting import format_bytes, format_count, format_duration, format_number
+from smollm2.formatting import format_bytes, format_count, format_duration
 from smollm2.report.curves import shorten
+from smollm2.report.data import data_section
 from smollm2.report.diagnostics import diagnostics_section
 from smollm2.report.figures import Context, curve_figures, initial_smoothing, number_table
 from smollm2.report.reading import RunFolder
@@ -138,46 +139,6 @@ def shorten_landscape(landscape: Landscape) -> Landscape:
 def newest_checkpoint(run: RunFolder) -> str:
     """Return the path of the newest checkpoint, as a user would type it."""
     return str(run.checkpoints[-1][1]) if run.checkpoints else f"{run.path}/step_XXXX.pt"
-
-
-def data_section(run: RunFolder) -> Context:
-    """Return facts about the training data, and the fraction of it that the run uses."""
-    event = run.latest("data")
-    if event is None:
-        return {"note": "This run recorded nothing about its data."}
-    numbers = {
-        name: value for name, value in event.items() if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-    def number(name: str, form: str = "{:,.0f}") -> str:
-        return form.format(numbers[name]) if name in numbers else "–"
-
-    def ratio(top: str, bottom: str) -> float:
-        return float(numbers[top]) / float(numbers[bottom]) if top in numbers and numbers.get(bottom) else math.nan
-
-    used, unknown = ratio("tokens_used", "train_tokens"), ratio("unknown_bytes", "bytes")
-    average = format_number(ratio("tokens", "documents"), "{:,.0f}")
-    characters = format_number(ratio("characters", "tokens"), "{:.2f}")
-    validation = numbers.get("validation_tokens", math.nan)
-    rows: list[tuple[str, object]] = [
-        ("Source", event.get("input", "–")),
-        ("Size", f"{number('bytes')} bytes, {number('characters')} characters"),
-        ("Documents", f"{number('documents')}, {average} tokens each on average"),
-        ("Tokenizer", f"{event.get('tokenizer', '–')}, {number('vocab_size')} entries"),
-        ("Tokens", f"{number('tokens')}, {characters} characters each"),
-        ("Unencodable bytes", describe_unknown(unknown, number("unknown_documents"))),
-        ("Training", f"{number('train_tokens')} tokens in {number('windows')} windows of {number('window_tokens')}"),
-        ("Validation", "none: the text is too short" if validation <= 1 else f"{number('validation_tokens')} tokens"),
-        ("Epochs", f"{number('epochs', '{:.2f}')} by the end of the run"),
-    ]
-    return {"facts": rows, "used": None if math.isnan(used) else min(1.0, max(0.0, used))}
-
-
-def describe_unknown(share: float, documents: str) -> str:
-    """Return how much of the text the tokenizer cannot encode."""
-    if math.isnan(share):
-        return "–"
-    return f"{share:.2%}, in {documents} documents" if share else "none"
 
 
 def events_section(run: RunFolder) -> Context:

@@ -109,7 +109,7 @@ def visit(shared: Visit) -> Visit:
 def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(shared: Visit, path: Path) -> None:
     assert shared.errors == []
     assert set(shared.requests) == {path.as_uri()}
-    assert shared.page.locator(".plot .main-svg").count() >= 8
+    assert shared.page.locator(".plot .main-svg").count() >= 9
     assert shared.page.locator("main > section").evaluate_all("all => all.map(one => one.id)") == [
         s.id for s in SECTIONS
     ]
@@ -175,6 +175,20 @@ def test_the_heat_map_shows_what_is_chosen(visit: Visit) -> None:
     page.get_by_label("largest attention logit").check(force=True)
     assert page.evaluate(f"{heat}.data[0].y") == [f"layers.{layer}" for layer in range(4)]
     assert page.evaluate(f"{heat}.data[0].customdata[0][0]") == pytest.approx(4.5)
+
+
+def test_the_lengths_of_documents_are_bars_of_each_source(visit: Visit) -> None:
+    page = visit.page
+    bars = "document.querySelector('[data-chart=bars] .plot')"
+    assert page.evaluate(f"{bars}.data.map(one => [one.type, one.name])") == [
+        ["bar", "data/documentation"],
+        ["bar", "data/stories"],
+    ]
+    assert page.evaluate(f"{bars}.data[0].x").index("1,024") > 0
+    with page.expect_download() as download:
+        page.locator("[data-chart=bars] [data-tool=csv]").click()
+    lines = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
+    assert lines[0] == '"source","at least","below","documents"' and lines[1].startswith('"data/documentation",')
 
 
 def test_the_landscape_is_a_surface_or_a_map(visit: Visit) -> None:

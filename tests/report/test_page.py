@@ -71,7 +71,7 @@ def test_the_page_names_no_address_outside_its_scripts(run: Path) -> None:
 
 def test_each_chart_has_a_sentence(run: Path) -> None:
     plots = [attrs for _, attrs in page_of(run).tags if attrs.get("class") == "plot"]
-    assert len(plots) == 8
+    assert len(plots) == 9
     assert all(attrs["role"] == "img" and re.search(r"\d", str(attrs["aria-label"])) for attrs in plots)
 
 

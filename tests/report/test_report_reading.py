@@ -34,6 +34,7 @@ FILES = [
     "samples.jsonl",
     "diagnostics.jsonl",
     "landscape.json",
+    "data.json",
     "best.json",
 ]
 
@@ -49,7 +50,7 @@ def test_a_file_that_is_absent_or_damaged_is_named_and_the_page_is_built(
     spoil(copy / name)
     page = page_of(copy)
     assert page.ids == [section.id for section in SECTIONS]
-    is_optional = spoil is Path.unlink and name in ("landscape.json", "best.json")
+    is_optional = spoil is Path.unlink and name in ("landscape.json", "data.json", "best.json")
     is_empty = (copy / name).is_file() and not (copy / name).read_bytes() and name.endswith("l")
     is_named = any(name in problem for problem in read_run(copy).problems)
     assert is_named == (not is_optional and not (is_empty and name != "config.yaml"))
