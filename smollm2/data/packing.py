@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from smollm2.data.windows import Ints, Tokens, TokenWindows
+from smollm2.data.stream import Stream, Tokens
+from smollm2.data.windows import Ints, TokenWindows
 from smollm2.storage.atomic import Target, write_atomically
 
 BUFFER = 8192
@@ -63,7 +64,7 @@ class PackedWindows(TokenWindows):
     neither is that of the rest of a long document, unless the rest is the first piece of its window.
     """
 
-    def __init__(self, tokens: Tokens, packs: Packs, vocab_size: int, end_of_text: int | None = None) -> None:
+    def __init__(self, tokens: Stream | Tokens, packs: Packs, vocab_size: int, end_of_text: int | None = None) -> None:
         super().__init__(tokens, packs.length, vocab_size, end_of_text)
         assert packs.tokens == len(tokens)
         self.packs = packs

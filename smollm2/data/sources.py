@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from smollm2.config.schema import DataConfig
+from smollm2.data.documents import Chunk, Documents, Source, do_nothing
 from smollm2.data.hub import DATA_SET, fetch_from_hub
 from smollm2.data.text import (
     BLOCK,
     END_OF_TEXT,
     READ_ERRORS,
-    Chunk,
-    Source,
-    do_nothing,
     expand_home,
     open_plain,
     open_text,
@@ -76,13 +74,13 @@ class Counts:
 
     bytes: int = 0
     characters: int = 0
-    documents: int = 0
     blank_documents: int = 0
     blank_characters: int = 0
     ends_of_text: int = 0
     bad_lines: list[str] = field(default_factory=list)
     fields: dict[str, str] = field(default_factory=dict)  # the field of each file whose field was guessed
     digest: Any = field(default_factory=hashlib.sha256)
+    documents: Documents = field(default_factory=Documents)
 
     def count_blank(self, characters: int) -> None:
         """Count a document that is dropped because it is empty or holds only white space."""
@@ -93,7 +91,7 @@ class Counts:
         """Count a chunk and add it to the hash, with a mark at the end of its document."""
         data = chunk.text.encode()
         self.bytes, self.characters = self.bytes + len(data), self.characters + len(chunk.text)
-        self.documents += chunk.last
+        self.documents.add(chunk, data)
         self.ends_of_text += chunk.text.count(END_OF_TEXT)
         self.digest.update(data + b"\xff" * chunk.last)  # no UTF-8 text holds this byte
 
@@ -159,6 +157,7 @@ def open_collection(name: str, found: InputFiles, rules: Rules, stop: Callable[[
         blank_characters=counts.blank_characters,
         sha256=counts.digest.hexdigest(),
         notes=tuple(list_notes(name, found, rules, counts)),
+        documents=counts.documents,
         files=files,
         rules=rules,
     )
@@ -168,7 +167,8 @@ def list_notes(name: str, found: InputFiles, rules: Rules, counts: Counts) -> It
     """Yield what to report about a collection: what was read, what was left out, and which decisions were made."""
     files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in found.left_out.most_common(6))
-    documents = "1 document" if counts.documents == 1 else f"{counts.documents:,} documents"
+    count = len(counts.documents)
+    documents = "1 document" if count == 1 else f"{count:,} documents"
     yield f"{name}: read {documents} from {files}{f'; files left out: {left_out}' if left_out else ''}"
     for text_field in sorted(set(counts.fields.values())):
         yield f"{name}: the text is the field {text_field!r}; another one is read with data.text_field"

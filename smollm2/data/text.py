@@ -18,8 +18,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
+from smollm2.data.documents import Chunk, Documents, Source, do_nothing
 from smollm2.errors import DataError, ResourceError, lay_out
 
 CHUNK_RULE = 1
@@ -54,43 +55,6 @@ READ_ERRORS = (OSError, EOFError, zlib.error)
 """What reading a file raises that is absent, forbidden, or compressed and damaged."""
 
 
-def do_nothing() -> None:
-    """The default of `stop`."""
-
-
-class Chunk(NamedTuple):
-    """Part of a document; `last` is true if the document ends with it."""
-
-    text: str
-    last: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Documents that were read once in full: at least one, and all of them text."""
-
-    name: str
-    separator: str | None  # the text between two documents of one text file
-    size: int  # bytes
-    characters: int
-    blank_documents: int  # dropped: empty, or only white space
-    blank_characters: int  # the white space in them
-    sha256: str
-    notes: tuple[str, ...]  # what to report to the user
-
-    def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
-        """Yield every document, except the blank ones, in chunks. `stop` is called often and may raise.
-
-        Raise DataError if the text is no longer the one that was read.
-        """
-        raise NotImplementedError
-
-    def sample(self, limit: int = 50_000_000, stop: Callable[[], None] = do_nothing) -> Iterator[str]:
-        """Yield about `limit` bytes of the text in chunks spread evenly over it: what a tokenizer is trained on."""
-        every = -(-self.size // limit)
-        return (chunk.text for i, chunk in enumerate(self.chunks(stop)) if i % every == 0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Text(Source):
     """A text file. `size` includes a byte order mark, and `characters` does not."""
@@ -119,12 +83,11 @@ def open_text(
     spool = _spool_pipe(name, shown, cache_dir, stop)
     path = Path(spool.name, "input.txt") if spool else expand_home(name)
     shown = "standard input" if name == "-" else shown
-    scan = _Scan(separator)
-    for chunk in split_documents(
-        scan.count(read_characters(shown, path, scan.count_bytes, stop)), separator, scan.count_blank
-    ):
-        scan.documents += chunk.last
-    if not scan.documents:
+    scan, documents = _Scan(separator), Documents()
+    blocks = scan.count(read_characters(shown, path, scan.count_bytes, stop))
+    for chunk in split_documents(blocks, separator, scan.count_blank):
+        documents.add(chunk, chunk.text.encode())
+    if not documents:
         content = "separators and white space" if separator and scan.found[separator] else "white space"
         what = f"the file contains only {content}" if scan.characters else "the file is empty"
         raise DataError(shown, what, CHOOSE_FILE)
@@ -138,6 +101,7 @@ def open_text(
         blank_characters=scan.blank_characters,
         sha256=scan.digest.hexdigest(),
         notes=tuple(scan.list_notes(shown)),
+        documents=documents,
         spool=spool,
     )
 
@@ -148,7 +112,7 @@ class _Scan:
     def __init__(self, separator: str | None) -> None:
         self.separator = separator
         self.digest, self.head = hashlib.sha256(), b""
-        self.size = self.characters = self.documents = self.blank_documents = self.blank_characters = 0
+        self.size = self.characters = self.blank_documents = self.blank_characters = 0
         self.found = dict.fromkeys([separator, *_list_spellings(separator)] if separator else [END_OF_TEXT], 0)
 
     def count_bytes(self, block: bytes) -> None:

@@ -16,18 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from smollm2.data.windows import Tokens
+from smollm2.data.stream import Dtype, Piece, Stream
 from smollm2.errors import DataError
 from smollm2.storage.input_files import check_regular
 
 ENDINGS = (".bin", ".ds")
 
 UINT16, UINT32, UINT64 = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8")
-Dtype = np.dtype[np.uint16] | np.dtype[np.uint32]
 Ends = npt.NDArray[np.uint64]
 
 HEADER_BYTES = 256 * 4
@@ -58,7 +58,7 @@ class TokenFiles:
     `fingerprint` covers the sizes and evenly spaced samples: it does not notice a change between two samples.
     """
 
-    arrays: tuple[Tokens, ...]
+    arrays: tuple[np.memmap[Any, Dtype], ...]
     indexes: tuple[Ends, ...] | None
     format: str
     tokenizer_name: str | None
@@ -66,6 +66,13 @@ class TokenFiles:
 
     def __len__(self) -> int:
         return sum(map(len, self.arrays))
+
+    @property
+    def stream(self) -> Stream:
+        """Return the ids of all files, one after another."""
+        paths = [Path(str(array.filename)) for array in self.arrays]
+        pieces = [Piece(p.parent, p.name, len(a), a.offset) for p, a in zip(paths, self.arrays, strict=True)]
+        return Stream(pieces, self.dtype)
 
     @property
     def dtype(self) -> Dtype:

@@ -1,23 +1,23 @@
-"""A stream of tokens, read as windows: contiguous ones here, and documents packed into windows in packing.py.
+"""A stream of tokens, read as windows: window i reads length + 1 tokens, starting at token i x stride.
 
-Contiguous window i reads length + 1 tokens, starting at token i x stride. Every token but the first of the stream is a
-target exactly once: if windows overlap, the shared tokens are context (label -100), and the last window is padded, never
-dropped. If documents are isolated, the first token of each is not a target either, because no token that may be attended
-to comes before it.
+Every token but the first of the stream is a target exactly once: if windows overlap, the shared tokens are context
+(label -100), and the last window is padded, never dropped. If documents are isolated, the first token of each is not a
+target either, because no token that may be attended to comes before it.
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from smollm2.config.schema import IGNORE_INDEX
+from smollm2.data.stream import Stream, Tokens
 from smollm2.errors import DataError
 
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
 
 
@@ -37,6 +37,44 @@ def stack(windows: Sequence[Batch]) -> Batch:
     return Batch(np.stack(input_ids), np.stack(labels), np.stack(document_ids) if document_ids else None)
 
 
+class WindowSource(Protocol):
+    """The windows of one source, in the order of its text."""
+
+    length: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def tokens_used(self) -> int:
+        """Return how many tokens the windows read."""
+        ...
+
+    def read(self, i: int) -> Batch:
+        """Return window i. Raise DataError if an id is outside the vocabulary or the file has changed."""
+        ...
+
+
+class JoinedWindows:
+    """The windows of several sources, numbered one source after another; source s begins with window `first[s]`."""
+
+    def __init__(self, sources: Sequence[WindowSource], names: Sequence[str] = ("",)) -> None:
+        self.sources, self.names, self.length = sources, names, sources[0].length
+        self.first = [0, *accumulate(map(len, sources))]
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    @property
+    def tokens_used(self) -> int:
+        """Return how many tokens the windows read."""
+        return sum(source.tokens_used for source in self.sources)
+
+    def read(self, i: int) -> Batch:
+        """Return window i. Raise DataError if an id is outside the vocabulary or the file has changed."""
+        source = bisect_right(self.first, i) - 1
+        return self.sources[source].read(i - self.first[source])
+
+
 def number_documents(input_ids: Ints, end_of_text: int) -> Ints:
     """Return how many documents end before each position (..., T): an end of text belongs to the document it ends."""
     ends = input_ids == end_of_text
@@ -51,13 +89,11 @@ class TokenWindows(ABC):
     two tokens.
     """
 
-    def __init__(self, tokens: Tokens, length: int, vocab_size: int, end_of_text: int | None) -> None:
-        self.name = getattr(tokens, "filename", "the token stream")
+    def __init__(self, tokens: Stream | Tokens, length: int, vocab_size: int, end_of_text: int | None) -> None:
         if len(tokens) < 2:
             what = f"the text has too few tokens ({len(tokens)}): at least two are needed"
-            raise DataError(self.name, what, "use more text")
+            raise DataError("the token stream", what, "use more text")
         self.tokens, self.length, self.vocab_size, self.end_of_text = tokens, length, vocab_size, end_of_text
-        self.identity = self._identify()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -77,15 +113,8 @@ class TokenWindows(ABC):
         return 0
 
     def read(self, i: int) -> Batch:
-        """Return window i.
-
-        Raise DataError if an id is outside the vocabulary or the file has changed: both are checked here, as the window
-        is read. (A read beyond the end of a truncated file would end the process with SIGBUS.)
-        """
-        if (now := self._identify()) != self.identity and now[:1] == self.identity[:1]:
-            advice = "delete its folder and use --resume auto: the tokens will be regenerated"
-            raise DataError(self.name, "the file changed while the run was reading it", advice)
-        ids = np.concatenate([self._read_tokens(start, stop) for start, stop in self.spans(i)])
+        """Return window i. Raise DataError if an id is outside the vocabulary or the file has changed."""
+        ids = np.concatenate([read_ids(self.tokens, *span, self.vocab_size) for span in self.spans(i)])
         input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, IGNORE_INDEX, np.int64)
         input_ids[: len(ids) - 1] = ids[:-1]
         context = self.context(i)
@@ -95,31 +124,23 @@ class TokenWindows(ABC):
         labels[input_ids == self.end_of_text] = IGNORE_INDEX
         return Batch(input_ids, labels, number_documents(input_ids, self.end_of_text))
 
-    def _read_tokens(self, start: int, stop: int) -> Ints:
-        ids = self.tokens[start:stop].astype(np.int64)
-        if ids.max() >= self.vocab_size:
-            at = start + int(ids.argmax())
-            what = f"token {at} has id {ids.max()}, but the vocabulary size is {self.vocab_size}"
-            raise DataError(self.name, what, "delete its folder: the tokens will be regenerated")
-        return ids
 
-    def _identify(self) -> tuple[int, ...]:
-        """Return the inode, size and modification time of the mapped file. A file that was removed or replaced stays
-        mapped as it was, so a different inode does not count as a change."""
-        if not isinstance(self.tokens, np.memmap):
-            return ()
-        try:
-            status = Path(self.name).stat()
-        except OSError:
-            return ()
-        return status.st_ino, status.st_size, status.st_mtime_ns
+def read_ids(tokens: Stream | Tokens, first: int, last: int, vocab_size: int) -> Ints:
+    """Return the ids at positions `first` to `last` - 1. Raise DataError if one is outside the vocabulary."""
+    ids = tokens[first:last].astype(np.int64)
+    if ids.max() >= vocab_size:
+        at = first + int(ids.argmax())
+        where, at = tokens.locate(at) if isinstance(tokens, Stream) else ("the token stream", at)
+        what = f"token {at} has id {ids.max()}, but the vocabulary size is {vocab_size}"
+        raise DataError(where, what, "use the tokenizer that made the tokens, or make them again")
+    return ids
 
 
 class Windows(TokenWindows):
     """Contiguous windows, a new one every `stride` tokens (1 to `length`)."""
 
     def __init__(
-        self, tokens: Tokens, length: int, stride: int, vocab_size: int, end_of_text: int | None = None
+        self, tokens: Stream | Tokens, length: int, stride: int, vocab_size: int, end_of_text: int | None = None
     ) -> None:
         super().__init__(tokens, length, vocab_size, end_of_text)
         assert 1 <= stride <= length

@@ -98,7 +98,7 @@ def find_files(name: str, include: Sequence[str] = (), exclude: Sequence[str] = 
         else:
             check_regular(path)
             found.files.append(path)
-    choose_training_split(found)
+    choose_training_split(found, [path for path in found.files if kind_of(path) in ("rows", "table")])
     if not found.files:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.left_out.most_common(5))
         what = f"no file to read there ({reasons} left out)" if reasons else "no file to read there"
@@ -155,9 +155,8 @@ def check_regular(path: Path) -> None:
         raise DataError(path, f"this is {kind}, not a file", "remove it, or name it in data.exclude")
 
 
-def choose_training_split(found: InputFiles) -> None:
-    """Leave out the files of other splits, and the card, if the files are a data set with a training split."""
-    tables = [path for path in found.files if kind_of(path) in ("rows", "table")]
+def choose_training_split(found: InputFiles, tables: Sequence[Path]) -> None:
+    """Leave out those of the tables that belong to other splits, and the card, if one of them is of a training split."""
     names = {path: "/".join(path.parts[-2:]) for path in tables}
     if not any(map(TRAIN.search, names.values())):
         return

@@ -37,13 +37,13 @@ class HeldFolder:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[HeldFolder]:
+def lock_folder(folder: Path, option: str = "--save_dir") -> Iterator[HeldFolder]:
     """Create the folder if it is missing, check that it is writable, and hold its lock inside the `with` block.
 
     Also remove the temporary files of killed processes. Raise ResourceError if the folder cannot be written to, or if
-    another run holds the lock; the message names that run.
+    another run holds the lock; the message names that run, and the option that chooses another folder.
     """
-    handle, is_exclusive, made = _open_locked(folder)
+    handle, is_exclusive, made = _open_locked(folder, option)
     lock = [handle]
     # A forked child shares the lock and would still hold it after this process is killed. If a child runs another
     # program, the lock file is closed anyway: Python's file descriptors are not inherited.
@@ -55,7 +55,7 @@ def lock_folder(folder: Path) -> Iterator[HeldFolder]:
             if is_exclusive:
                 _write_holder(handle)
                 remove_stale_temporaries(folder)
-            probe_folder(folder)
+            probe_folder(folder, option)
             held.is_discarded = False
             yield held
         finally:
@@ -78,7 +78,7 @@ def is_held(folder: Path) -> bool:
         return False
 
 
-def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
+def _open_locked(folder: Path, option: str) -> tuple[int, bool, list[Path]]:
     """Open `.lock` and lock it; return its descriptor, whether the file system supports locks, and the folders created.
 
     Before the lock is taken, another process that holds it may remove the folder and the file; in that case, start
@@ -86,22 +86,22 @@ def _open_locked(folder: Path) -> tuple[int, bool, list[Path]]:
     """
     path = folder / LOCK
     while True:
-        made = make_folder(folder)
+        made = make_folder(folder, option)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except OSError as error:
             if path.is_symlink():  # another user may have made it point anywhere
-                raise ResourceError(path, "is a symbolic link", "remove it, or choose another --save_dir") from None
+                raise ResourceError(path, "is a symbolic link", f"remove it, or choose another {option}") from None
             if not folder.exists():
                 continue
-            raise folder_error(folder, error, "--save_dir") from error
+            raise folder_error(folder, error, option) from error
         taken = _take_lock(handle)
         if taken is None:
             os.close(handle)
             raise ResourceError(
                 folder,
                 f"is in use by another run ({_describe_holder(path)})",
-                "wait for it, stop it, or choose another --save_dir",
+                f"wait for it, stop it, or choose another {option}",
             )
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(handle), path.stat()):

@@ -25,6 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from smollm2.formatting import format_bytes, format_estimate
 from smollm2.storage.run_folder import RUN_LOG
 from smollm2.tracking.base import Event, Message, Metrics, Sample, Samples, Tracker, escape_controls
 
@@ -46,6 +47,7 @@ in FORMATS is shown below the bar."""
 SMOOTHING = 0.9
 """The weight of past values in smoothed_loss, an exponential moving average over about ten reports."""
 
+SECONDS_BETWEEN_DRAWINGS = 0.1
 SECONDS_BETWEEN_FRACTIONS = 2.0
 
 SECRET_NAME = r"\w*_(?:KEY|TOKEN)|(?i:\w*(?:secret|password|api_?key|auth_token|access_token)\w*)"
@@ -79,6 +81,8 @@ class ConsoleTracker(Tracker):
         self.smoothed, self.smoothed_weight = 0.0, 0.0
         self.first_report: tuple[int, float] | None = None
         self.last_fraction = ("", 0.0, 0.0)
+        self.drawn = -math.inf  # when progress was last drawn
+        self.begun = ("", 0.0, 0.0)  # label, fraction and time at which the shown work began
 
     def on(self, message: Message) -> None:
         """Show metrics, samples and the text of events."""
@@ -108,17 +112,27 @@ class ConsoleTracker(Tracker):
             lines = [wrap_words(line, self.console.width, margin) for line in lines]
         self._write("\n".join(lines))
 
-    def show_progress(self, label: str, fraction: float) -> None:
-        """Show the progress of work before the first step.
+    def show_progress(self, label: str, fraction: float, size: int = 0) -> None:
+        """Show the progress of work before the first step; of work on `size` bytes, also the rate and the time left.
 
         On a terminal it is shown in place. Elsewhere a line is printed after each further 10 %, at most every 2 s, and
         at the end.
         """
-        text = self._encodable(f"{escape_controls(label, keep_newlines=False)} {fraction:.0%}")
-        if self.is_terminal:
-            self._draw(Text(text) if fraction < 1 else None)
-            return
         now = time.monotonic()
+        if self.begun[0] != label or fraction < self.begun[1]:
+            self.begun = (label, fraction, now)
+        text = (
+            f"{escape_controls(label, keep_newlines=False)} {fraction:.0%}{describe_pace(self.begun, fraction, size)}"
+        )
+        text = self._encodable(text)
+        if self.is_terminal:
+            if fraction < 1 and now - self.drawn < SECONDS_BETWEEN_DRAWINGS:
+                return
+            self.drawn = now
+            bar = Table.grid(padding=(0, 1))
+            bar.add_row(ProgressBar(1.0, fraction, 24), text)
+            self._draw(bar if fraction < 1 else None)
+            return
         if self.last_fraction[0] != label:
             self.last_fraction = (label, 0.0, now)
         _, last, when = self.last_fraction
@@ -136,7 +150,7 @@ class ConsoleTracker(Tracker):
         self._draw(None)
 
     def _show_metrics(self, metrics: Mapping[str, float | int], step: int) -> None:
-        shown = {name: metrics[name] for name in FORMATS if name in metrics}
+        shown = {name: value for name, value in metrics.items() if name.partition("/")[0] in FORMATS}
         if "loss" in shown:
             shown["smoothed_loss"] = self._smooth(shown["loss"])
         self.latest |= shown
@@ -144,7 +158,9 @@ class ConsoleTracker(Tracker):
         if not self.is_terminal:
             self._write("  ".join([name, *format_metrics(shown)]) + left)
             return
-        self._write("  ".join([name, *format_metrics({key: shown[key] for key in SCROLLED if key in shown})]))
+        self._write(
+            "  ".join([name, *format_metrics({key: shown[key] for key in shown if key.partition("/")[0] in SCROLLED})])
+        )
         self.bar.update(step)
         top = Table.grid(expand=True, padding=(0, 2, 0, 0))
         top.add_row(Text(name + left, no_wrap=True), self.bar)
@@ -194,7 +210,7 @@ class ConsoleTracker(Tracker):
         if self.live is not None:  # rich cropped the bar like the text above it: redraw it
             self.live.refresh()
 
-    def _draw(self, picture: Group | Text | None) -> None:
+    def _draw(self, picture: Group | Table | None) -> None:
         """Keep `picture` below the scrolling lines; None removes it."""
 
         def draw() -> None:
@@ -247,9 +263,26 @@ class RunLog:
         self.write("".join(traceback.format_exception(error)).rstrip())
 
 
+def describe_pace(begun: tuple[str, float, float], fraction: float, size: int) -> str:
+    """Return the rate of work on `size` bytes and the time left, such as `, 8.2 MB/s, 12 seconds left`.
+
+    `begun` has the fraction and the time (of time.monotonic) at which the work began. Return nothing in the first second.
+    """
+    seconds, done = time.monotonic() - begun[2], fraction - begun[1]
+    if not size or seconds < 1 or done <= 0:
+        return ""
+    left = f", {format_estimate(seconds / done * (1 - fraction))} left" if fraction < 1 else ""
+    return f", {format_bytes(done * size / seconds)}/s{left}"
+
+
 def format_metrics(metrics: Mapping[str, float | int]) -> list[str]:
-    """Return `loss 3.2100`, `grad_norm 0.912`, ... in the order of FORMATS."""
-    return [f"{name} {form.format(metrics[name])}" for name, form in FORMATS.items() if name in metrics]
+    """Return `loss 3.2100`, `grad_norm 0.912`, ... in the order of FORMATS, those of each source of a mixture too."""
+    return [
+        f"{name} {form.format(metrics[name])}"
+        for known, form in FORMATS.items()
+        for name in metrics
+        if name.partition("/")[0] == known
+    ]
 
 
 def join_in_lines(parts: Sequence[str], width: int) -> list[str]:

@@ -12,7 +12,7 @@ from smollm2.data.windows import Windows
 
 def make_batches(windows: int = 23, seed: int = 7, global_batch_size: int = 4) -> Batches:
     tokens = np.arange(windows * 5 + 1, dtype=np.uint16)
-    return Batches(Windows(tokens, 5, 5, 1000), seed, global_batch_size)
+    return Batches([Windows(tokens, 5, 5, 1000)], seed, global_batch_size)
 
 
 def test_the_permutation_is_a_bijection_for_every_size_to_2000() -> None:
@@ -75,7 +75,7 @@ def test_slices_of_a_batch_are_the_batch() -> None:
 
 def test_a_batch_numbers_the_documents_of_each_of_its_windows() -> None:
     tokens = np.array([1, 0, 2, 3, 4, 0, 5, 6, 0], np.uint16)
-    batches = Batches(Windows(tokens, 4, 4, 7, end_of_text=0), 0, 2)
+    batches = Batches([Windows(tokens, 4, 4, 7, end_of_text=0)], 0, 2)
     document_ids = batches.read(0, 0, 2).document_ids
     assert document_ids is not None
     assert document_ids[np.argsort(batches.window_ids(0))].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
@@ -104,7 +104,7 @@ def test_closing_ends_the_thread() -> None:
 
 
 def test_an_error_in_the_thread_reaches_the_caller() -> None:
-    batches = Batches(Windows(np.array([1, 9, 1], np.uint16), 1, 1, 5), 0, 2)
+    batches = Batches([Windows(np.array([1, 9, 1], np.uint16), 1, 1, 5)], 0, 2)
     with pytest.raises(Exception, match="the vocabulary size is 5"):
         next(prefetched(batches, 0, 0, 2))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from smollm2.config.schema import IGNORE_INDEX
 from smollm2.data.packing import BUFFER, PackedWindows, Packs, Words, open_packs, pack_documents, save_packs
-from smollm2.data.windows import Tokens
+from smollm2.data.stream import Tokens
 from smollm2.errors import DataError
 
 EXAMPLE = [3, 9, 2, 4, 1, 2]

@@ -11,8 +11,8 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
+from smollm2.data.documents import Source
 from smollm2.data.sources import Rules, open_input
-from smollm2.data.text import Source
 from smollm2.errors import ConfigError, DataError
 
 DOCUMENTS = [

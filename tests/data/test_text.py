@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm2.data.text import CHUNK, CUT, LONGEST_CHUNK, Chunk, Text, _Scan, open_text, split_documents
+from smollm2.data.documents import Chunk
+from smollm2.data.text import CHUNK, CUT, LONGEST_CHUNK, Text, _Scan, open_text, split_documents
 from smollm2.data.tokenizer import tokenizer_from_text, train_tokenizer
 from smollm2.errors import DataError, ResourceError
 

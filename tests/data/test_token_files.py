@@ -108,7 +108,7 @@ def test_there_are_no_ends_if_one_file_has_no_index(tmp_path: Path) -> None:
 
 
 def test_an_id_outside_the_vocabulary_is_found_when_its_window_is_read(tmp_path: Path) -> None:
-    windows = Windows(open_token_files([write_nanogpt(tmp_path / "train.bin")]).arrays[0], 4, 4, 50_000)
+    windows = Windows(open_token_files([write_nanogpt(tmp_path / "train.bin")]).stream, 4, 4, 50_000)
     with pytest.raises(DataError, match=r"train\.bin: token 2 has id 50256, but the vocabulary size is 50000"):
         windows.read(0)
 

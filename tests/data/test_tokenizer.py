@@ -166,9 +166,38 @@ def test_digits_are_split(trained: Tokenizer) -> None:
     assert len(trained.encode("3.14")) == 4
 
 
-def test_training_on_a_long_line_without_spaces_is_quick() -> None:
+def test_a_long_line_of_dna_comes_back_with_more_than_a_byte_per_token() -> None:
     line = "".join(random.Random(0).choices("ACGT", k=400_000))
-    assert train_tokenizer([line], 512).vocab_size == 512
+    tokenizer = train_tokenizer([line], 512)
+    ids = tokenizer.encode(line)
+    assert tokenizer.vocab_size == 512 and tokenizer.decode(ids) == line
+    assert len(line) / len(ids) > 3
+
+
+def test_no_word_is_longer_than_256_characters_and_a_space() -> None:
+    tokenizer = train_tokenizer(["a" * 100_000 + " " * 100_000 + "\n" * 100_000] * 2, 2000)
+    assert 128 <= tokenizer.bytes_per_token.max() <= 257
+
+
+CODE = (
+    "import os\n\n\nclass Box:\n    def open(self):\n        for x in self:\n            print(x)\n\n    size = 1\n\n\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        (":\n    def", [":", "\n   ", " def"]),
+        (":\n        for", [":", "\n       ", " for"]),
+        (":\n            print", [":", "\n           ", " print"]),
+        (")\n\n    size", [")", "\n\n   ", " size"]),
+        ("s\n\n\nclass", ["s", "\n\n", "\n", "class"]),
+    ],
+)
+def test_newlines_and_indentation_of_source_code_become_single_tokens(text: str, tokens: list[str]) -> None:
+    """The last white space before a word is separate, or part of the word if it is a space, as in SmolLM2."""
+    tokenizer = train_tokenizer([CODE * 20], 400)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == tokens
 
 
 @pytest.mark.parametrize("source", ["bytes", "trained"])

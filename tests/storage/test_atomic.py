@@ -14,7 +14,7 @@ from io_faults import (
 )
 from runs import WORDS
 
-from smollm2.data.store import prepare_tokens
+from smollm2.data.building import prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import ResourceError

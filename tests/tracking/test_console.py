@@ -131,6 +131,30 @@ def test_the_progress_of_slow_work_is_printed_by_tenths(monkeypatch: pytest.Monk
     assert text.splitlines() == ["tokenizing 25%", "tokenizing 50%", "tokenizing 75%", "tokenizing 100%"]
 
 
+def test_work_on_a_known_number_of_bytes_shows_its_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+
+    def show(console: ConsoleTracker) -> None:
+        nonlocal now
+        for fraction in (0.2, 0.3, 0.6, 1.0):  # a fifth was done by an earlier process
+            console.show_progress("tokenizing", fraction, 100_000_000)
+            now += 5
+
+    assert printed(show).splitlines() == [
+        "tokenizing 30%, 2 MB/s, 35 seconds left",
+        "tokenizing 60%, 4 MB/s, 10 seconds left",
+        "tokenizing 100%, 5.33 MB/s",
+    ]
+
+
+def test_a_mixture_shows_the_losses_of_each_source() -> None:
+    rows = {"validation_loss": 3.5, "validation_bpb": 1.25, "validation_loss/web": 4.0, "validation_loss/code": 3.0}
+    assert printed(lambda console: Fanout([console]).log(rows, 30)) == (
+        "step 30/1000  validation_loss 3.5000  validation_loss/web 4.0000  validation_loss/code 3.0000  validation_bpb 1.2500\n"
+    )
+
+
 def test_characters_that_the_encoding_lacks_are_escaped() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii")
