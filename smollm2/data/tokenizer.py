@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from smollm2.data.hub import TOKENIZER, fetch_from_hub
+from smollm2.data.sampling import limit_words, split_long_runs
 from smollm2.data.text import END_OF_TEXT, expand_home
 from smollm2.errors import DataError
 
@@ -32,9 +33,6 @@ ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 MAX_VOCAB_SIZE = 2**21
 LONG_SPACE = re.compile(r"\s{131072}")
 """tiktoken's regex engine overflows its stack between 262,144 and 1,048,576 spaces in a row (0.14, measured)."""
-
-LONG_RUN = re.compile(r"(\S{256})")
-"""Training splits longer words: 2 MB of DNA without a space then take 2 s instead of 52 s."""
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -176,7 +174,7 @@ def train_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
     """Return a byte-level BPE of up to `vocab_size` ids, fewer if `chunks` support fewer; never under 257.
 
     It splits digits as SmolLM2's does and has all 256 bytes, so it can represent any text. The same chunks give the
-    same tokenizer. The caller limits the sample (`Text.sample`).
+    same tokenizer. The caller limits their size (`Source.sample`); chunks with too many different words are thinned out.
     """
     backend = _byte_level_backend()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -190,8 +188,8 @@ def train_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words: Iterator[str] = (part for chunk in chunks for part in LONG_RUN.split(chunk) if part)
-    backend.train_from_iterator(words, trainer)
+    parts: Iterator[str] = (part for chunk in limit_words(chunks) for part in split_long_runs(chunk))
+    backend.train_from_iterator(parts, trainer)
     return Tokenizer(backend.to_str(), END_OF_TEXT, name="the trained tokenizer")
 
 
