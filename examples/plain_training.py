@@ -46,7 +46,7 @@ def train(config: Config, path: Path) -> list[float]:
     # The stream is cut into windows: input_ids are T tokens, labels the tokens after each of them, -100 where there is none.
     # Batch n is a function of the seed and n alone: each epoch reads all windows in an order of its own.
     windows = Windows(stream, t.sequence_length, config.data.stride, tokenizer.vocab_size)
-    batches = Batches(windows, t.seed, config.global_batch_size)
+    batches = Batches([windows], t.seed, config.global_batch_size)
 
     # The seed decides the first weights.
     torch.manual_seed(t.seed)

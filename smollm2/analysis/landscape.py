@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from smollm2.checkpoint.format import content_hash
 from smollm2.config.schema import IGNORE_INDEX, Config
+from smollm2.data.building import prepare_tokens
+from smollm2.data.corpus import training_windows, validation_windows
 from smollm2.data.sources import open_input, rules_of
-from smollm2.data.store import TokenStore, open_tokens, prepare_tokens
+from smollm2.data.store import TokenStore, open_tokens
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.data.windows import TokenWindows, Windows
+from smollm2.data.windows import JoinedWindows, TokenWindows, WindowSource
 from smollm2.errors import CheckpointError
 from smollm2.formatting import format_estimate
 from smollm2.inference.evaluation import score_windows, spread
@@ -144,7 +146,7 @@ def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
     return direction.mul_(matrix.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
 
 
-def choose_windows(windows: TokenWindows) -> tuple[list[int], int]:
+def choose_windows(windows: WindowSource) -> tuple[list[int], int]:
     """Return the indices of the windows on which a landscape is measured, and the total number of their targets."""
     indices = spread(len(windows), WINDOWS)
     return indices, sum(int((windows.read(index)[1] != IGNORE_INDEX).sum()) for index in indices)
@@ -158,7 +160,8 @@ class Source:
     state: Mapping[str, Any]
     config: Config
     tokenizer: Tokenizer
-    windows: TokenWindows
+    tokens: str  # the fingerprints of its tokens
+    windows: WindowSource
     indices: list[int]
     targets: int
     model: nn.Module
@@ -179,24 +182,31 @@ def open_source(
         )
     path = checkpoint_path(path, state["step"]) if path.is_dir() else path
     config = read_config(state, path)
-    store = open_store(config, state, tokenizer, input_file, spool)
-    length = config.training.sequence_length
-    tokens, stride = (store.validation, length) if len(store.validation) > 1 else (store.train, config.data.stride)
-    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
-    windows = Windows(tokens, length, stride, tokenizer.vocab_size, end_of_text)
+    stores = open_stores(config, state, tokenizer, input_file, spool)
+    held_out = [validation_windows(config, tokenizer, store) for store in stores]
+    found: list[TokenWindows] = [windows for windows in held_out if windows] or [
+        training_windows(config, tokenizer, s) for s in stores
+    ]
+    windows = JoinedWindows(found)
     indices, targets = choose_windows(windows)
-    return Source(path, state, config, tokenizer, windows, indices, targets, model.to(device))
+    fingerprint = " ".join(store.fingerprint for store in stores)
+    return Source(path, state, config, tokenizer, fingerprint, windows, indices, targets, model.to(device))
 
 
-def open_store(
+def open_stores(
     config: Config, state: Mapping[str, Any], tokenizer: Tokenizer, input_file: str | None, spool: Path
-) -> TokenStore:
+) -> list[TokenStore]:
     """Return the tokens of the checkpoint's run, or of `input_file`; write nothing to paths in the checkpoint."""
-    data = config.data
-    if input_file is None and (store := open_tokens(Path(data.cache_dir) / state["data"]["tokens_fingerprint"])):
-        return store
-    text = open_input(input_file or data.input, spool, rules_of(data))
-    return prepare_tokens(text, tokenizer, spool, data.held_out_fraction)
+    data, saved = config.data, state["data"]
+    if input_file is None:
+        fingerprints = saved.get("sources", [saved["tokens_fingerprint"]])
+        stores = [open_tokens(Path(data.cache_dir) / fingerprint) for fingerprint in fingerprints]
+        found = [store for store in stores if store]
+        if len(found) == len(stores):
+            return found
+    names = [input_file] if input_file else data.inputs
+    texts = [open_input(name, spool, rules_of(data)) for name in names]
+    return [prepare_tokens(text, tokenizer, spool, data.held_out_fraction) for text in texts]
 
 
 def draw_landscape(
@@ -217,7 +227,7 @@ def draw_landscape(
     partial, points = output.with_name(f"{output.name}.partial"), list_points(side)
     subject = {
         "weights": content_hash(source.state["model"]),
-        "tokens": Path(source.windows.name).parent.name,
+        "tokens": source.tokens,
         "windows": source.indices,
         "length": source.windows.length,
         "side": side,

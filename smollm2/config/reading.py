@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from smollm2.config.schema import FIELDS, SECTIONS, Config, Resume
+from smollm2.config.schema import FIELDS, INPUT, SECTIONS, Config
+from smollm2.config.section import Resume
 from smollm2.config.sources import read_source
 from smollm2.config.values import Switch
 from smollm2.config.vocabulary import (
@@ -140,7 +141,7 @@ def changed_on_resume(old: Config, new: Config) -> list[Change]:
 
 def is_input_chosen(config: Config, origins: Mapping[str, str]) -> bool:
     """Return whether the user named the input: the default is replaced by a sample corpus if it is absent."""
-    return config.data.input != "input.txt" or origins.get("data.input", "default").startswith("--")
+    return config.data.inputs != (INPUT,) or origins.get("data.input", "default").startswith("--")
 
 
 def effective_config_yaml(config: Config, origins: Mapping[str, str]) -> str:
@@ -207,10 +208,10 @@ def _pairs(
 
 
 def _read_flags(flags: Mapping[str, tuple[str, str]], problems: list[str]) -> Level:
-    """Return the values of flags. Lists are parsed as YAML; everything else is used literally."""
+    """Return the values of flags. Lists and mappings are parsed as YAML; everything else is used literally."""
     level: Level = {}
     for key, (flag, text) in flags.items():
-        is_list = key in FIELDS and get_origin(FIELDS[key].annotation) is tuple
+        is_list = key in FIELDS and get_origin(FIELDS[key].annotation) in (tuple, dict)
         try:
             node = compose(text, flag) if is_list else None
         except ConfigError as error:
@@ -254,12 +255,17 @@ def _refuse_value(key: str, text: str, origin: str) -> str:
 
 
 def _read_value(node: yaml.Node, kind: Any) -> Any:
-    """Return the text of a node, or a list of texts, for pydantic to parse as `kind`.
+    """Return the text of a node, or a list or a mapping of texts, for pydantic to parse as `kind`.
 
     Booleans and integers such as `1e5` are parsed here. Raise ValueError or KeyError if that fails.
     """
     if isinstance(node, yaml.SequenceNode):
         return [_read_value(item, str) for item in node.value]
+    if isinstance(node, yaml.MappingNode) and get_origin(kind) is dict:
+        pairs = [(key.value, _read_value(value, str)) for key, value in node.value]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(kind)
+        return dict(pairs)
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(kind)
     if is_null(node):

@@ -5,72 +5,29 @@ Longer than 350 lines, because every key of a run is in this one file: to find a
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from smollm2.config.mixture import (
+    MOST_SOURCES,
+    UNITS,
+    Mixture,
+    StageStart,
+    find_problems,
+    first_step,
+    list_stages,
+)
+from smollm2.config.section import Contradiction, Section, key, refuse
 from smollm2.config.values import Beta, Duration, FilePath, FolderPath, Switch, Text, expand_path, name_folder
 
-Resume = Literal["free", "noted", "refused"]
-"""Whether a resumed run may change a key: `free` (it does not affect the results), `noted` (allowed and reported, but
-the run is no longer bit-exact) or `refused` (it would be a different run)."""
+INPUT = "input.txt"
+"""The default input, which a mixture replaces without a word."""
 
 IGNORE_INDEX = -100
 """The label of positions without a target, in data, loss and evaluation (PyTorch's `ignore_index`)."""
-
-
-def key(default: Any, resume: Resume, takes: str = "", **bounds: Any) -> Any:
-    """Return a pydantic field. `default` may be a function of the preceding keys; `takes` describes valid values."""
-    how = {"default_factory": default} if callable(default) else {"default": default}
-    return Field(json_schema_extra={"resume": resume, "takes": takes}, **how, **bounds)
-
-
-class Contradiction(NamedTuple):
-    """Values that are valid individually but not together; the message names the first key."""
-
-    keys: tuple[Text, ...]
-    what: str
-    advice: str
-
-
-def _refuse(name: str, found: list[Contradiction], parts: int) -> None:
-    """Raise ValidationError if there are contradictions. The last `parts` of a dotted key are its path in `name`."""
-    details = [
-        InitErrorDetails(
-            type=PydanticCustomError("contradiction", "{what}. {advice}", one._asdict()),
-            loc=tuple(one.keys[0].split(".")[-parts:]),
-            input=None,
-        )
-        for one in found
-    ]
-    if details:
-        raise ValidationError.from_exception_data(name, details)
-
-
-class Section(BaseModel):
-    """A section of a config; it is immutable, and its numbers must be finite."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
-    )
-
-    @classmethod
-    def resume_rule(cls, name: str) -> Resume:
-        """Return the rule for changing the key `name` when a run is resumed."""
-        rule: Resume = cls.model_fields[name].json_schema_extra["resume"]  # type: ignore[index,assignment]
-        return rule
-
-    def contradictions(self) -> Iterator[Contradiction]:
-        """Yield the contradictions within this section."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def refuse_contradictions(self) -> Self:
-        """Raise ValidationError if there are contradictions, however the config is built."""
-        _refuse(type(self).__name__, list(self.contradictions()), parts=1)
-        return self
 
 
 class ModelConfig(Section):
@@ -128,9 +85,15 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The text, and how it becomes windows of tokens."""
 
-    input: FilePath = key("input.txt", "noted", "a path, a pattern, a hub name or `-`")
+    input: FilePath = key(INPUT, "noted", "a path, a pattern, a hub name or `-`")
     """Text (UTF-8), JSONL or parquet: a file, a folder, a pattern such as `notes/**/*.md`, a data set's name on the Hugging
     Face hub, or `-` for standard input. If the default is absent, the sample corpus is made."""
+    mixture: Mixture = key(
+        {}, "noted", "inputs with their weights, as {web: 0.9, code: [0.1, 0.3]}", max_length=MOST_SOURCES
+    )
+    """Several inputs in place of `input`, each with the share of the windows drawn from it, or its share in each stage."""
+    stages: tuple[StageStart, ...] = key((), "noted", "a list of steps or tokens, as [3000, 6e9 tokens]", max_length=64)
+    """Where the second and each later stage of the mixture begins: after this many steps or tokens."""
     include: tuple[Text, ...] = key((), "noted", max_length=64)
     """Patterns of the files to read from a folder; default: text, source code, JSONL and parquet."""
     exclude: tuple[Text, ...] = key((), "noted", max_length=64)
@@ -157,8 +120,18 @@ class DataConfig(Section):
     """Documents in one window do not attend to one another, and the first token of each is not a target."""
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield a mask without documents, and a validation text that is the training text."""
-        if self.validation_input is not None and self.validation_input == self.input:
+        """Yield a mask without documents, a validation text that is the training text, and a mixture that is no mixture."""
+        if self.mixture and self.input != INPUT:
+            yield Contradiction(
+                ("data.mixture", "data.input"), "cannot be combined with data.input", "set only one of the two"
+            )
+        if self.stages and not self.mixture:
+            yield Contradiction(
+                ("data.stages", "data.mixture"), "has no effect without data.mixture", "set both, or neither"
+            )
+        for what, advice in find_problems(self.mixture, len(self.stages) + 1) if self.mixture else ():
+            yield Contradiction(("data.mixture", "data.stages"), what, advice)
+        if self.validation_input is not None and self.validation_input in self.inputs:
             names = ("data.validation_input", "data.input")
             yield Contradiction(
                 names, "is the training text", "choose another text, or leave data.validation_input out"
@@ -168,10 +141,19 @@ class DataConfig(Section):
             yield Contradiction(keys, "has no effect without data.document_separator", "set both, or neither")
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inputs of the run: those of the mixture, or the one input."""
+        return tuple(self.mixture) or (self.input,)
+
+    @property
     def is_one_text(self) -> bool:
-        """Whether `input` is a text file by its name, or standard input: one document, unless a separator is set."""
-        is_pattern = any(character in self.input for character in "*?[")
-        return self.input == "-" or (Path(self.input).suffix.lower() in (".txt", ".md") and not is_pattern)
+        """Whether each input is a text file by its name, or standard input: one document, unless a separator is set."""
+
+        def is_text(name: str) -> bool:
+            is_pattern = any(character in name for character in "*?[")
+            return name == "-" or (Path(name).suffix.lower() in (".txt", ".md") and not is_pattern)
+
+        return len(self.inputs) == 1 and is_text(self.inputs[0])
 
     @property
     def held_out_fraction(self) -> float:
@@ -343,7 +325,7 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def refuse_contradictions(self) -> Self:
         """Raise ValidationError if two sections contradict each other."""
-        _refuse("Config", list(self.contradictions()), parts=2)
+        refuse("Config", list(self.contradictions()), parts=2)
         return self
 
     def contradictions(self) -> Iterator[Contradiction]:
@@ -364,6 +346,25 @@ class Config(BaseModel):
             keys = ("data.stride", "data.pack")
             what = f"has no effect with {keys[1]} = best_fit (got {self.data.stride})"
             yield Contradiction(keys, what, f"leave it out, or set {keys[1]} to windows")
+        starts = self.stage_steps
+        if any(second <= first for first, second in pairwise(starts)):
+            what = f"must ascend (got the steps {', '.join(map(str, starts[1:]))})"
+            yield Contradiction(("data.stages",), what, "give each stage a later start")
+
+    @property
+    def stage_steps(self) -> list[int]:
+        """The step, counted from 0, at which each stage of the mixture begins; the first begins at 0."""
+        tokens = self.global_batch_size * self.training.sequence_length
+        return [0, *(first_step(start, tokens) for start in self.data.stages)]
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of the windows of the whole run that is drawn from each input."""
+        starts = [min(step, self.training.train_steps) for step in self.stage_steps]
+        lengths = [after - before for before, after in pairwise([*starts, self.training.train_steps])]
+        stages = list_stages(self.data.mixture, len(starts)) if self.data.mixture else [[UNITS]]
+        shares = (sum(n * units[i] for n, units in zip(lengths, stages, strict=True)) for i in range(len(stages[0])))
+        return [share / (UNITS * self.training.train_steps) for share in shares]
 
     def with_vocab_size(self, vocab_size: int) -> Self:
         """Return a copy of this config for a tokenizer with `vocab_size` ids."""

@@ -162,6 +162,8 @@ def to_yaml(value: object) -> str:
     """Return a value as one line of YAML that every YAML parser reads as the same type."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(to_yaml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{to_yaml(name)}: {to_yaml(each)}' for name, each in value.items())}}}"
     if isinstance(value, float):
         text = repr(value)
         return text if "." in text else text.replace("e", ".0e")

@@ -1,47 +1,76 @@
 """Batch n as a pure function of (seed, n), in O(1) memory and time: resuming needs a number and nothing else.
 
-The windows are read in epochs, each in its own order: a keyed bijection of 0..size-1, computed for each index and
-never stored. Six rounds of a Feistel network permute the next even power of two; an index that falls outside is
+The windows of a source are read in epochs, each in its own order: a keyed bijection of 0..size-1, computed for each index
+and never stored. Six rounds of a Feistel network permute the next even power of two; an index that falls outside is
 permuted again until it falls inside (cycle walking), at most 4 times on average. World size only affects slicing.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
-from smollm2.data.windows import Batch, TokenWindows, stack
+from smollm2.data.mixing import ONE_SOURCE, MixtureSchedule
+from smollm2.data.windows import Batch, JoinedWindows, WindowSource, stack
 
 ORDER_VERSION = 1
 """Incremented when (seed, n) gives other windows: a checkpoint of another version is not resumed bit-exactly."""
 
 ROUNDS = 6
 
+SOURCE_STEP = np.uint64(0xD1B54A32D192ED03)
+"""Added to the seed for each further source, so that their orders have nothing to do with one another."""
+
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 
 class Batches:
-    """All batches of a run: with the epochs laid end to end, batch n begins at window n x global_batch_size."""
+    """All batches of a run: batch n begins at position n x global_batch_size of the windows of the run.
 
-    def __init__(self, windows: TokenWindows, seed: int, global_batch_size: int) -> None:
-        self.windows, self.seed, self.global_batch_size = windows, seed, global_batch_size
+    The mixture says which source a position draws from. Each source is read in epochs, laid end to end. A window's number
+    counts through all sources.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[WindowSource],
+        seed: int,
+        global_batch_size: int,
+        mixture: MixtureSchedule = ONE_SOURCE,
+    ) -> None:
+        self.windows, self.seed, self.global_batch_size, self.mixture = (
+            JoinedWindows(sources),
+            seed,
+            global_batch_size,
+            mixture,
+        )
 
     def window_ids(self, n: int) -> Ints:
         """Return the windows of batch n, in order, shape (global_batch_size,)."""
-        size = len(self.windows)
-        epoch, index = np.divmod(n * self.global_batch_size + np.arange(self.global_batch_size), size)
-        seed = np.full(epoch.shape, self.seed, np.uint64)
-        return permute(index, size, _mix(_mix(seed) + epoch.astype(np.uint64)))
+        positions = n * self.global_batch_size + np.arange(self.global_batch_size)
+        sources, ordinals = self.mixture.draw(positions)
+        ids = np.zeros_like(positions)
+        for source in np.unique(sources):
+            here, size = sources == source, len(self.windows.sources[source])
+            epoch, index = np.divmod(ordinals[here], size)
+            seed = np.full(epoch.shape, self.seed, np.uint64) + np.uint64(source) * SOURCE_STEP
+            ids[here] = self.windows.first[source] + permute(index, size, _mix(_mix(seed) + epoch.astype(np.uint64)))
+        return ids
 
     def read(self, n: int, start: int, stop: int) -> Batch:
         """Return rows start to stop - 1 of batch n."""
         return stack([self.windows.read(int(i)) for i in self.window_ids(n)[start:stop]])
 
+    def epochs_of(self, n: int) -> list[float]:
+        """Return how many times each source has been read when batch n begins."""
+        drawn = self.mixture.count(n * self.global_batch_size)
+        return [int(count) / len(source) for count, source in zip(drawn, self.windows.sources, strict=True)]
+
     def epoch_of(self, n: int) -> float:
-        """Return how many times the corpus has been read when batch n begins."""
-        return n * self.global_batch_size / len(self.windows)
+        """Return how many times the source that was read most often has been read when batch n begins."""
+        return max(self.epochs_of(n))
 
 
 def prefetched(batches: Batches, n: int, start: int, stop: int) -> Generator[Batch]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from smollm2.config.schema import IGNORE_INDEX
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.data.windows import TokenWindows, number_documents, stack
+from smollm2.data.windows import WindowSource, number_documents, stack
 from smollm2.errors import ConfigError, DataError
 from smollm2.inference.mode import evaluation_mode
 from smollm2.inference.ratio import Ratio
@@ -60,7 +60,7 @@ def spread(available: int, wanted: int) -> list[int]:
 @torch.inference_mode()
 def score_windows(
     model: nn.Module,
-    windows: TokenWindows,
+    windows: WindowSource,
     indices: Sequence[int],
     bytes_per_token: np.ndarray,
     *,
@@ -87,7 +87,7 @@ def score_windows(
 
 def evaluate_on_ranks(
     model: nn.Module,
-    windows: TokenWindows,
+    windows: WindowSource,
     indices: Sequence[int],
     bytes_per_token: np.ndarray,
     *,

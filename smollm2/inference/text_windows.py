@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
+from smollm2.data.documents import Chunk
 from smollm2.data.sources import Rules, open_input
-from smollm2.data.text import Chunk, split_documents
+from smollm2.data.text import split_documents
 from smollm2.data.tokenizer import Tokenizer
 
 

@@ -198,13 +198,13 @@ def count_checkpoints(config: Config) -> int:
     return min(every, t.keep_last + 1 + milestones)
 
 
-def find_corpus(config: Config) -> Corpus | None:
-    """Return the size of the text, counted by an earlier run or estimated from the file; None if there is no file."""
+def find_corpus(config: Config, name: str) -> Corpus | None:
+    """Return the size of an input, counted by an earlier run or estimated from the file; None if there is no file."""
     data = config.data
     try:
-        path = Path(data.input)
-        several = is_pattern(data.input) or path.is_dir()
-        size = find_files(data.input, data.include, data.exclude).bytes if several else path.stat().st_size
+        path = Path(name)
+        several = is_pattern(name) or path.is_dir()
+        size = find_files(name, data.include, data.exclude).bytes if several else path.stat().st_size
     except (OSError, ValueError, DataError):
         return None
     vocab_size = 257 if data.tokenizer == "bytes" else config.model.vocab_size
@@ -218,7 +218,7 @@ def find_corpus(config: Config) -> Corpus | None:
 
 def read_counts(cache: Path) -> Iterator[tuple[int, Corpus]]:
     """Yield (text size in bytes, corpus) for each entry of the token cache."""
-    for path in sorted(cache.glob("*/header.json")):
+    for path in sorted(cache.glob("*/index.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             header = json.loads(path.read_text(encoding="utf-8"))
             counts = header["statistics"]

@@ -75,8 +75,8 @@ def describe_origin(throughput: Throughput) -> str:
 
 def describe_plan(config: Config, machine: Machine) -> list[tuple[str, str]]:
     """Return the rows of the plan's table as (label, text)."""
-    corpus = find_corpus(config)
-    if corpus and corpus.is_counted:
+    counted = (corpus for name in config.data.inputs if (corpus := find_corpus(config, name)) and corpus.is_counted)
+    if corpus := next(counted, None):
         config = config.with_vocab_size(corpus.vocab_size)
     plan = make_plan(config, machine)
     embeddings = plan.parameters - count_non_embedding(config.model)
@@ -97,22 +97,30 @@ def describe_plan(config: Config, machine: Machine) -> list[tuple[str, str]]:
             f"{format_bytes(plan.disk.total)}: {plan.disk.checkpoints:,} checkpoints of "
             f"{format_bytes(plan.disk.checkpoint_bytes)}",
         ),
-        ("tokens", describe_tokens(config, plan, corpus)),
+        ("tokens", describe_tokens(config, plan)),
         ("time here", f"about {describe_time(plan)} on {here}; {describe_origin(plan.throughput)}"),
         *describe_all_gpus(config, machine),
         *((f"  one {card}", describe_card(config, card, size)) for card, size in CARDS.items()),
     ]
 
 
-def describe_tokens(config: Config, plan: Plan, corpus: Corpus | None) -> str:
-    """Return the number of tokens in the run: in total, per parameter and in epochs."""
+def describe_tokens(config: Config, plan: Plan) -> str:
+    """Return the number of tokens in the run: in total, per parameter and in epochs of each input."""
     tokens = plan.tokens_per_step * config.training.train_steps
-    total = f"{tokens:,} in the run, {tokens / plan.parameters:.3g} per parameter"
-    if corpus is None:
-        return f"{total}; epochs unknown: {config.data.input} does not exist"
     fresh = tokens * config.data.stride / config.training.sequence_length
+    parts = [f"{tokens:,} in the run, {tokens / plan.parameters:.3g} per parameter"]
+    for name, share in zip(config.data.inputs, config.shares, strict=True):
+        label = f"{name}: " if config.data.mixture else ""
+        parts.append(label + describe_epochs(name, fresh * share, find_corpus(config, name)))
+    return "; ".join(parts)
+
+
+def describe_epochs(name: str, fresh: float, corpus: Corpus | None) -> str:
+    """Return how many epochs `fresh` tokens from an input are."""
+    if corpus is None:
+        return f"epochs unknown: {name} does not exist"
     origin = "counted by an earlier run" if corpus.is_counted else "estimated from the file's size"
-    return f"{total}; {fresh / max(1, corpus.train_tokens):.3g} epochs of {corpus.train_tokens:,} ({origin})"
+    return f"{fresh / max(1, corpus.train_tokens):.3g} epochs of {corpus.train_tokens:,} ({origin})"
 
 
 def describe_checkpointing(config: Config, machine: Machine, throughput: Throughput) -> str:

@@ -33,6 +33,11 @@ def curve_figures(runs: Sequence[RunFolder]) -> list[Context]:
     points = max(100, min(POINTS, POINTS_OF_A_PAGE // (6 * len(runs))))
     figures = []
     for title, metrics in CURVES.items():
+        if len(runs) == 1:
+            metrics = (
+                *metrics,
+                *(name for name in runs[0].metrics if name.partition("/")[0] in metrics and "/" in name),
+            )
         curves = [draw_metric(run, metric, points, is_alone=len(runs) == 1) for run in runs for metric in metrics]
         curves = [curve for curve in curves if curve["y"]]
         if curves:
@@ -50,8 +55,16 @@ def initial_smoothing(runs: Sequence[RunFolder]) -> float:
 
 def draw_metric(run: RunFolder, metric: str, points: int, *, is_alone: bool) -> Curve:
     """Return the curve of a metric, with the name that the chart shows."""
-    name = WORDS[metric] if is_alone else f"{run.name}, validation" if metric == "validation_loss" else run.name
+    name = (
+        describe_metric(metric) if is_alone else f"{run.name}, validation" if metric == "validation_loss" else run.name
+    )
     return {**make_curve(run, metric, points), "name": name, "metric": metric, "run": run.name}
+
+
+def describe_metric(metric: str) -> str:
+    """Return the name of a metric as shown on the page; that of one source of a mixture has the source in it."""
+    name, _, source = metric.partition("/")
+    return f"{WORDS[name]} of {source}" if source else WORDS[name]
 
 
 def summarize(run: RunFolder, metrics: Sequence[str]) -> str:
@@ -64,7 +77,7 @@ def summarize(run: RunFolder, metrics: Sequence[str]) -> str:
             low_step, low = min(points, key=lambda point: point[1])
             lowest = "" if low_step == last_step else f", lowest {write_out(low)} at {low_step:,}"
             ends = f"{write_out(first)} at step {first_step:,}, {write_out(last)} at {last_step:,}"
-            parts.append(f"{WORDS[metric]} {ends}{lowest}")
+            parts.append(f"{describe_metric(metric)} {ends}{lowest}")
     return begin_sentence("; ".join(parts))
 
 

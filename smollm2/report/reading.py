@@ -44,6 +44,11 @@ COLUMNS = (
 )
 """The columns of metrics.jsonl that a page shows."""
 
+BY_SOURCE = ("validation_loss/", "validation_bpb/")
+"""What the columns of the sources of a mixture begin with; the name of the source follows."""
+
+MOST_COLUMNS = 150
+
 CONFIG_BYTES = 2**20
 LIFE = ("start", "stopped", "failed", "done")
 """The kinds of events that determine the status of a run."""
@@ -145,7 +150,10 @@ def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
     columns = {name: array("d") for name in COLUMNS}
 
     def keep(row: Row) -> None:
-        numbers = [to_number(row.get(name)) for name in COLUMNS]
+        for name in row:
+            if name not in columns and name.startswith(BY_SOURCE) and len(columns) < MOST_COLUMNS:
+                columns[name] = array("d", [math.nan] * len(columns["step"]))
+        numbers = [to_number(row.get(name)) for name in columns]
         for column, number in zip(columns.values(), numbers, strict=True):
             column.append(number)
 

@@ -6,19 +6,21 @@ exception is a landscape on several ranks, whose failure ends the run.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from smollm2.analysis.diagnostics import StepDiagnostics, measure_activations
 from smollm2.analysis.landscape import choose_side, choose_windows, list_points, measure_landscape
 from smollm2.errors import Interrupted, TrainingError
-from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks, spread
+from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks
 from smollm2.inference.generation import generate
 from smollm2.runtime.ranks import find_odd_replica, weight_sums
 from smollm2.tracking.base import Sample, describe
 from smollm2.training.progress import Progress
-from smollm2.training.resume import count_compared_windows, state_of
+from smollm2.training.resume import count_compared_windows, list_compared_windows, state_of
 from smollm2.training.setup import Run
 from smollm2.training.step import MicroBatch
 
@@ -64,30 +66,44 @@ def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, floa
 
 
 def validate(run: Run, step: int, size: int) -> float:
-    """Log the validation loss and bits per byte; return the loss on the windows that are used to compare checkpoints.
+    """Log the validation loss and bits per byte, also of each source; return the loss that compares checkpoints.
 
-    These windows are fixed and spread evenly over the validation split. The last validation logs the results for the
-    whole split.
+    It is measured on fixed windows, spread evenly over the validation split of each source. The last validation logs the
+    results for the whole split.
     """
     assert run.validation is not None
+    compared = list_compared_windows(run.config, run.validation)
+    parts, windows = evaluate_sources(run, compared, size), len(compared)
+    loss = functools.reduce(add, parts).loss
     count = len(run.validation)
-    compared = spread(count, count_compared_windows(run.config, run.validation))
-    found, windows = evaluate(run, compared, size), len(compared)
-    loss = found.loss
     if step == run.config.training.train_steps and windows < count:
-        rest = evaluate(run, np.setdiff1d(np.arange(count), compared).tolist(), size)
-        found, windows = add(found, rest), count
+        rest = evaluate_sources(run, np.setdiff1d(np.arange(count), compared).tolist(), size)
+        parts, windows = [add(*pair) for pair in zip(parts, rest, strict=True)], count
     numbers: dict[str, float | int] = {"validation_windows": windows}
-    if found.tokens:
-        numbers["validation_loss"] = found.loss
-    if found.text_bytes:  # tokens without bytes, such as the end of text alone, have no bits per byte
-        numbers["validation_bpb"] = found.bits_per_byte
+    numbers |= list_losses(functools.reduce(add, parts), "")
+    if len(parts) > 1:
+        for name, part in zip(run.validation.names, parts, strict=True):
+            numbers |= list_losses(part, f"/{name}")
     run.tracker.log(numbers, step)
     return loss
 
 
+def list_losses(found: Evaluation, ending: str) -> dict[str, float]:
+    """Return the loss and the bits per byte by name. Tokens without bytes, as the end of text, have no bits per byte."""
+    losses = {f"validation_loss{ending}": found.loss} if found.tokens else {}
+    return losses | ({f"validation_bpb{ending}": found.bits_per_byte} if found.text_bytes else {})
+
+
+def evaluate_sources(run: Run, windows: Sequence[int], size: int) -> list[Evaluation]:
+    """Return the summed loss, tokens and bytes of those of these validation windows that belong to each source."""
+    assert run.validation is not None
+    return [
+        evaluate(run, [i for i in windows if first <= i < last], size) for first, last in pairwise(run.validation.first)
+    ]
+
+
 def evaluate(run: Run, windows: Sequence[int], size: int) -> Evaluation:
-    """Return the summed loss, tokens and bytes of these windows of the validation split, computed by all ranks."""
+    """Return the summed loss, tokens and bytes of these validation windows, computed by all ranks."""
     assert run.validation is not None
     return evaluate_on_ranks(
         run.model, run.validation, windows, run.tokenizer.bytes_per_token, batch_size=size, runtime=run.runtime

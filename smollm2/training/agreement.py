@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from smollm2.config.schema import Config
-from smollm2.data.store import TokenStore
-from smollm2.data.tokenizer import Tokenizer
+from smollm2.data.corpus import Corpus
 from smollm2.errors import Interrupted, Smollm2Error, TrainingError
 from smollm2.inference.evaluation import spread
 from smollm2.runtime.device import Runtime
@@ -37,12 +36,12 @@ def config_facts(config: Config) -> dict[str, object]:
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
-def start_facts(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> dict[str, object]:
+def start_facts(setup: Setup, corpus: Corpus) -> dict[str, object]:
     """Return the facts that each rank determines on its own and that must be the same on all ranks."""
     return {
         "the checkpoint": f"step {setup.start.step}" if setup.start else "none",
-        "the tokenizer": tokenizer.fingerprint[:12],
-        "the tokens": f"{store.fingerprint[:12]} {fingerprint_tokens(store)[:12]}",
+        "the tokenizer": corpus.tokenizer.fingerprint[:12],
+        "the tokens": f"{corpus.fingerprint[:12]} {fingerprint_tokens(corpus)[:12]}",
         "precision": setup.runtime.precision.name,
         "torch": str(torch.__version__),
     }
@@ -56,13 +55,13 @@ def fingerprint_code() -> str:
     return digest.hexdigest()[:12]
 
 
-def fingerprint_tokens(store: TokenStore) -> str:
+def fingerprint_tokens(corpus: Corpus) -> str:
     """Return a hash of the number of tokens and of 64 excerpts of each split.
 
     It can reveal that another machine's copy of the file is damaged.
     """
     digest = hashlib.sha256()
-    for tokens in (store.train, store.validation):
+    for tokens in (split for store in corpus.stores for split in (store.train, store.validation)):
         digest.update(f"{len(tokens)}|".encode())
         for first in spread(len(tokens), 64):
             digest.update(tokens[first : first + 1024].tobytes())

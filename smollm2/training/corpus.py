@@ -1,16 +1,18 @@
 """Open the tokenizer and the tokens of a run, on one rank or on several."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from smollm2.config.reading import is_input_chosen
-from smollm2.data.corpus import Listener, open_corpus
-from smollm2.data.store import TokenStore, open_tokens
-from smollm2.data.tokenizer import Tokenizer, tokenizer_from_text
+from smollm2.data.corpus import Corpus, Listener, open_corpus
+from smollm2.data.store import Index, TokenStore, open_tokens
+from smollm2.data.token_files import open_token_files
+from smollm2.data.tokenizer import tokenizer_from_text
 from smollm2.errors import DataError
 from smollm2.training.setup import Setup
 
 
-def share_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
+def share_corpus(setup: Setup) -> Corpus:
     """Return the tokenizer and the tokens on every rank.
 
     Only rank 0 reads the text, which may be standard input; the other ranks open the tokens that it wrote. Raise
@@ -26,25 +28,46 @@ def share_corpus(setup: Setup) -> tuple[Tokenizer, TokenStore]:
                 is_chosen=is_input_chosen(setup.config, setup.origins),
                 saved=tokenizer_from_text(saved["text"], saved["end_of_text"]) if saved else None,
             )
-            tokenizer, store = opened
-            made = (tokenizer.text, tokenizer.end_of_text, store.folder, store.validation_folder)
-    text, end_of_text, folder, validation_folder = runtime.gather(made)[0]
+            made = (
+                opened.tokenizer.text,
+                opened.tokenizer.end_of_text,
+                opened.names,
+                [Place.of(store) for store in opened.stores],
+            )
+    text, end_of_text, names, places = runtime.gather(made)[0]
     with runtime.together():
         if opened is None:
-            store = find_tokens(folder)
-            if validation_folder:
-                store = store.with_validation(find_tokens(validation_folder))
-            opened = tokenizer_from_text(text, end_of_text), store
+            stores = [find_tokens(place) for place in places]
+            opened = Corpus(tokenizer_from_text(text, end_of_text), names, tuple(stores))
     return opened
 
 
-def find_tokens(folder: Path) -> TokenStore:
-    """Return the tokens that rank 0 wrote to `folder`. Raise DataError if this rank cannot find them."""
-    store = open_tokens(folder)
+@dataclass(frozen=True)
+class Place:
+    """Where rank 0 opened the tokens of a source: the folder of a store, or token files of another project."""
+
+    folder: Path
+    index: Index
+    files: tuple[Path, ...]
+    other: "Place | None"
+
+    @classmethod
+    def of(cls, store: TokenStore) -> "Place":
+        """Return the place of the tokens of a store."""
+        files = tuple(piece.path for piece in store.files.stream.pieces) if store.files else ()
+        return cls(store.folder, store.index, files, cls.of(store.other) if store.other else None)
+
+
+def find_tokens(place: Place) -> TokenStore:
+    """Return the tokens that rank 0 opened, as this rank finds them. Raise DataError if it cannot find them."""
+    if place.files:
+        store: TokenStore | None = TokenStore(place.folder, place.index, open_token_files(place.files))
+    else:
+        store = open_tokens(place.folder)
     if store is None:
         raise DataError(
-            folder,
-            "rank 0 wrote the tokens there, but this rank cannot find them",
+            place.folder,
+            "rank 0 has the tokens there, but this rank cannot find them",
             "set data.cache_dir to a folder that all machines share",
         )
-    return store
+    return store.with_validation(find_tokens(place.other)) if place.other else store

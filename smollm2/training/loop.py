@@ -154,15 +154,15 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
     refuse_disagreement(runtime, {"the code": fingerprint_code(), **config_facts(setup.config)})
     with runtime.together():
         setup = dataclasses.replace(setup, start=find_start(setup, resume, checkpoint_path))
-    tokenizer, store = share_corpus(setup)
-    refuse_disagreement(runtime, start_facts(setup, tokenizer, store))
-    setup = settle_compilation(fit_vocabulary(setup, tokenizer))
+    corpus = share_corpus(setup)
+    refuse_disagreement(runtime, start_facts(setup, corpus))
+    setup = settle_compilation(fit_vocabulary(setup, corpus.tokenizer))
     with runtime.together():
         if setup.start:
-            check_changes(setup, setup.start, store)
+            check_changes(setup, setup.start, corpus)
         if runtime.rank == 0:
             check_disk(setup.config, setup.folder)
-        run = build_run(setup, tokenizer, store)
+        run = build_run(setup, corpus)
         progress = restore(run, setup.start) if setup.start else Progress()
         micro_batch = choose_micro_batch(setup.config, runtime)
     run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))

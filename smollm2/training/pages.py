@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import datetime
 import platform
+from collections.abc import Iterator
 
 import torch
 
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.config.schema import TrainingConfig
+from smollm2.data.corpus import MANY_EPOCHS
 from smollm2.errors import Interrupted, ResourceError, Smollm2Error
 from smollm2.formatting import format_bytes, format_estimate
 from smollm2.plan.describe import Plan, describe_origin, make_plan
@@ -43,7 +45,6 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
     isolated = ", documents isolated" if run.config.data.document_mask else ""
     batch, length = run.config.global_batch_size, t.sequence_length
-    epochs = run.batches.epoch_of(t.train_steps)
     return [
         (
             "model",
@@ -51,10 +52,13 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
         ("precision", describe_numerics(run)),
-        ("text", f"{run.config.data.input}: {len(run.batches.windows):,} windows of {length:,} tokens{isolated}"),
+        (
+            "text",
+            f"{', '.join(run.config.data.inputs)}: {len(run.batches.windows):,} windows of {length:,} tokens{isolated}",
+        ),
         ("validation", describe_validation(run)),
         ("batch", f"{batch} sequences = {batch * length:,} tokens per step"),
-        ("steps", f"{progress.step:,} of {t.train_steps:,} done; {epochs:.1f} epochs in all"),
+        ("steps", f"{progress.step:,} of {t.train_steps:,} done; {describe_epochs(run)}"),
         (
             "optimizer",
             f"{t.optimizer}, learning rate {t.learning_rate:g}, {t.warmup_steps} steps of warmup, then {t.schedule}",
@@ -72,10 +76,31 @@ def describe_numerics(run: Run) -> str:
     return f"{precision.name}: {precision.reason}; attention: {backend}; compile: {compiled}"
 
 
+def describe_epochs(run: Run) -> str:
+    """Describe how many times the run will have read each source at its end."""
+    epochs = run.batches.epochs_of(run.config.training.train_steps)
+    if len(epochs) == 1:
+        return f"{epochs[0]:.1f} epochs in all"
+    each = (f"{name} {count:.1f}" for name, count in zip(run.corpus.names, epochs, strict=True))
+    return f"epochs in all: {', '.join(each)}"
+
+
+def list_epoch_warnings(run: Run) -> Iterator[str]:
+    """Yield a warning for each source that is read so often that more epochs gain little."""
+    epochs = run.batches.epochs_of(run.config.training.train_steps)
+    for name, count in zip(run.corpus.names, epochs, strict=True):
+        if count > MANY_EPOCHS:
+            advice = "add text, train for fewer steps" + (", or lower its weight" if len(epochs) > 1 else "")
+            yield (
+                f"{name}: the run reads this text {count:.1f} times; after about {MANY_EPOCHS} times, repeated text "
+                f"teaches much less than new text: {advice}"
+            )
+
+
 def describe_validation(run: Run) -> str:
     """Describe the size of the validation split, or why there is none."""
     if run.validation:
-        return f"{len(run.store.validation):,} tokens in {len(run.validation):,} windows"
+        return f"{run.corpus.validation_tokens:,} tokens in {len(run.validation):,} windows"
     if run.config.data.validation_fraction == 0:
         return "none, because data.validation_fraction is 0"
     return "none, because the text is too short to hold a part of it back"
@@ -96,17 +121,18 @@ def report_start(run: Run, progress: Progress, start: Start | None) -> None:
     """Report a resume and a warning about the warmup, if any, and record the run's data and machine for the report."""
     if start:
         run.tracker.log_event("resume", describe_resume(run, start), progress.step)
-    if warning := describe_warmup(run.config.training):
-        run.tracker.log_event("warning", warning, progress.step)
+    for warning in (describe_warmup(run.config.training), *list_epoch_warnings(run)):
+        if warning:
+            run.tracker.log_event("warning", warning, progress.step)
     windows, config = run.batches.windows, run.config
     run.tracker.log_event(
         "data",
         "",
         progress.step,
-        input=config.data.input,
+        input=", ".join(config.data.inputs),
         tokenizer=config.data.tokenizer,
         vocab_size=run.tokenizer.vocab_size,
-        **dataclasses.asdict(run.store.statistics),
+        **dataclasses.asdict(run.corpus.statistics),
         windows=len(windows),
         window_tokens=windows.length,
         tokens_used=windows.tokens_used,

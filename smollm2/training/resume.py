@@ -13,9 +13,10 @@ from smollm2.checkpoint.format import FORMAT, State
 from smollm2.config.reading import changed_on_resume
 from smollm2.config.schema import Config
 from smollm2.data.batches import ORDER_VERSION
-from smollm2.data.store import TokenStore
-from smollm2.data.windows import Windows
+from smollm2.data.corpus import Corpus
+from smollm2.data.windows import JoinedWindows
 from smollm2.errors import CheckpointError, ConfigError
+from smollm2.inference.evaluation import spread
 from smollm2.inference.weights import check_shapes
 from smollm2.runtime.device import machine_facts
 from smollm2.runtime.random_state import random_state
@@ -70,7 +71,7 @@ def free_folder(folder: Path) -> Path:
     return next(path for path in numbered if not os.path.lexists(path))
 
 
-def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
+def check_changes(setup: Setup, start: Start, corpus: Corpus) -> None:
     """Report what changes on this resume.
 
     Raise CheckpointError if the checkpoint belongs to another run, ConfigError if it is past the config's last step.
@@ -82,7 +83,7 @@ def check_changes(setup: Setup, start: Start, store: TokenStore) -> None:
         )
     changes = changed_on_resume(Config.model_validate_json(state["config"]), config)
     refused = [f"{c.key} {c.old} -> {c.new}" for c in changes if c.rule == "refused"]
-    if state["data"]["tokens_fingerprint"] != store.fingerprint and not refused:
+    if state["data"]["tokens_fingerprint"] != corpus.fingerprint and not refused:
         refused = ["data.input is a different text"]
     if refused:
         raise CheckpointError(
@@ -123,9 +124,19 @@ def restore(run: Run, start: Start) -> Progress:
     return progress
 
 
-def count_compared_windows(config: Config, validation: Windows | None) -> int:
+def list_compared_windows(config: Config, validation: JoinedWindows) -> list[int]:
+    """Return the validation windows on which checkpoints are compared: from each source the same number, spread evenly."""
+    wanted = max(1, config.training.eval_windows // len(validation.sources))
+    return [
+        first + i
+        for first, source in zip(validation.first, validation.sources, strict=False)
+        for i in spread(len(source), wanted)
+    ]
+
+
+def count_compared_windows(config: Config, validation: JoinedWindows | None) -> int:
     """Return the number of validation windows on which checkpoints are compared."""
-    return min(config.training.eval_windows, len(validation) if validation else 0)
+    return len(list_compared_windows(config, validation)) if validation else 0
 
 
 def describe_resume(run: Run, start: Start) -> str:
@@ -172,8 +183,9 @@ def state_of(run: Run, progress: Progress) -> State:
             "epoch": int(batches.epoch_of(progress.step)),
             "next_batch": progress.step,
             "order_version": ORDER_VERSION,
-            "tokens_fingerprint": run.store.fingerprint,
-            "tokens": len(run.store.train),
+            "tokens_fingerprint": run.corpus.fingerprint,
+            "sources": [store.fingerprint for store in run.corpus.stores],
+            "tokens": run.corpus.train_tokens,
             "windows": len(batches.windows),
         },
         "rng": random_state(),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from smollm2.checkpoint.saving import Saver
 from smollm2.config.reading import effective_config_yaml
 from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.data.batches import Batches
-from smollm2.data.corpus import training_windows
-from smollm2.data.store import TokenStore
+from smollm2.data.corpus import Corpus, validation_windows
+from smollm2.data.overview import describe_sources, measure_overlaps
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.data.windows import Windows
+from smollm2.data.windows import JoinedWindows, WindowSource
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.formatting import format_bytes
 from smollm2.model.attention import check_backend, choose_backend
@@ -32,7 +33,7 @@ from smollm2.runtime.device import Runtime, compile_blocks, compiler_problem, en
 from smollm2.runtime.precision import device_features
 from smollm2.runtime.throughput import machine_of
 from smollm2.storage.atomic import write_atomically
-from smollm2.storage.run_folder import CONFIG, METRICS, REPORT, TOKENIZER
+from smollm2.storage.run_folder import CONFIG, DATA, METRICS, REPORT, TOKENIZER
 from smollm2.tracking.base import Fanout, Fence, Tracker
 from smollm2.tracking.console import ConsoleTracker
 from smollm2.tracking.jsonl import JsonlTracker, read_values
@@ -82,10 +83,9 @@ class Run:
 
     config: Config
     runtime: Runtime
-    tokenizer: Tokenizer
-    store: TokenStore
+    corpus: Corpus
     batches: Batches
-    validation: Windows | None
+    validation: JoinedWindows | None  # those of each source, with the sources' names
     model: SmolLM2
     prepared: nn.Module  # the model that training calls: wrapped in DistributedDataParallel if there are several ranks
     optimizers: Mapping[str, Optimizer]
@@ -93,6 +93,11 @@ class Run:
     saver: Saver | None  # only on rank 0, from the first step on
     wandb_run_id: str
     resumed_step: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the corpus."""
+        return self.corpus.tokenizer
 
     @property
     def folder(self) -> Path:
@@ -130,20 +135,20 @@ def settle_compilation(setup: Setup) -> Setup:
     return dataclasses.replace(setup, config=config.with_training(compile=compiles), origins=origins)
 
 
-def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
+def build_run(setup: Setup, corpus: Corpus) -> Run:
     """Return the run with its windows, model and optimizers, with the console as the only tracker. Write no files."""
     config, runtime, start = setup.config, setup.runtime, setup.start
     t = config.training
-    windows = training_windows(config, tokenizer, store)
-    setup.report(store.statistics.describe(windows))
+    batches = corpus.batches(config)
+    for line in corpus.describe(batches):
+        setup.report(line)
     model = build_model(config, runtime)
     return Run(
         config=config,
         runtime=runtime,
-        tokenizer=tokenizer,
-        store=store,
-        batches=Batches(windows, t.seed, config.global_batch_size),
-        validation=open_validation(config, tokenizer, store),
+        corpus=corpus,
+        batches=batches,
+        validation=open_validation(config, corpus),
         model=model,
         prepared=model,
         optimizers=build_optimizers(model, t),
@@ -154,16 +159,20 @@ def build_run(setup: Setup, tokenizer: Tokenizer, store: TokenStore) -> Run:
     )
 
 
-def open_validation(config: Config, tokenizer: Tokenizer, store: TokenStore) -> Windows | None:
-    """Return the windows of the validation split, or None if none of their targets encodes any text."""
-    if len(store.validation) < 2:
-        return None
-    length = config.training.sequence_length
-    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
-    windows = Windows(store.validation, length, length, tokenizer.vocab_size, end_of_text)
-    labels = (windows.read(index)[1] for index in range(len(windows)))
-    has_text = any(tokenizer.bytes_per_token[row[row != IGNORE_INDEX]].any() for row in labels)
-    return windows if has_text else None
+def open_validation(config: Config, corpus: Corpus) -> JoinedWindows | None:
+    """Return the validation windows of each source whose targets encode any text, or None if there is no such source."""
+    found = [
+        (name, windows)
+        for name, store in zip(corpus.names, corpus.stores, strict=True)
+        if (windows := validation_windows(config, corpus.tokenizer, store)) and has_text(windows, corpus.tokenizer)
+    ]
+    return JoinedWindows([windows for _, windows in found], [name for name, _ in found]) if found else None
+
+
+def has_text(windows: WindowSource, tokenizer: Tokenizer) -> bool:
+    """Return whether any target of the windows stands for a byte of text; an end of text stands for none."""
+    labels = (windows.read(index).labels for index in range(len(windows)))
+    return any(tokenizer.bytes_per_token[row[row != IGNORE_INDEX]].any() for row in labels)
 
 
 def build_model(config: Config, runtime: Runtime) -> SmolLM2:
@@ -219,6 +228,9 @@ def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
     setup.console.restore_smoothing(read_values(folder / METRICS, "loss"))
     write_atomically(folder / CONFIG, effective_config_yaml(config, dict(setup.origins)).encode())
     run.tokenizer.save(folder / TOKENIZER)
+    overlaps = measure_overlaps(run.corpus)
+    sources = describe_sources(config, run.corpus, run.batches, overlaps)
+    write_atomically(folder / DATA, (json.dumps(sources, indent=1) + "\n").encode())
     trackers: list[Tracker] = [setup.console, rows]
     run_id = run.wandb_run_id
     if config.wandb.enabled:
@@ -232,6 +244,9 @@ def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
     trackers.append(Fence(REPORT, lambda: ReportTracker(folder), setup.report))
     tracker = Fanout(trackers)
     stack.callback(tracker.close)
+    for name, overlap in zip(run.corpus.names, overlaps, strict=True):
+        if overlap.is_high:
+            tracker.log_event("warning", f"{name}: {overlap.describe()}: validation partly measures memory", step)
     saver = Saver(config, rows, tracker)
     stack.callback(saver.finish)
     return dataclasses.replace(run, tracker=tracker, saver=saver, wandb_run_id=run_id)

@@ -22,6 +22,8 @@ COMMANDS = {
     "learning": ["--steps", "4", "--every", "2", "--input_file", "input.txt"],
     "memory": ["--repeats", "1", "--vocabulary", "512", "--width", "64", "--tokens", "128"],
     "muon": ["--presets", "nano", "--layers", "1", "--rounds", "1", "--peer_rounds", "1", "--threads", "1"],
+    "prepare": ["--megabytes", "0.3", "--rounds", "1", "--no_peer"],
+    "reading": ["--tokens", "100000000", "--repeats", "1", "--steps", "2"],
     "train_speed": [*ONE_ROUND, "--modes", "eager", "--batch", "1", "--length", "32"],
 }
 SLOW = {"generate", "learning", "train_speed"}

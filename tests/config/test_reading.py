@@ -23,7 +23,8 @@ from smollm2.config.reading import (
     load_config_with_origins,
     read_config_flags,
 )
-from smollm2.config.schema import FIELDS, SECTIONS, Config, Resume
+from smollm2.config.schema import FIELDS, SECTIONS, Config
+from smollm2.config.section import Resume
 from smollm2.config.sources import list_presets
 from smollm2.config.vocabulary import KEYS, describe_kind, to_yaml
 from smollm2.errors import ConfigError
@@ -187,6 +188,17 @@ def test_a_lists_flag_is_yaml_and_every_other_flag_is_taken_as_it_is(load: Loade
     assert load("wandb:", **flag("data.input", "a: [b #c")).data.input == "a: [b #c"
 
 
+def test_a_mixture_is_a_mapping_in_a_file_and_in_a_flag_and_comes_back(load: Loader, tmp_path: Path) -> None:
+    text = "data:\n  mixture:\n    web: [0.9, 0.5]\n    code: [0.1, 0.5]\n  stages: [3 tokens]\n"
+    config = load(text)
+    assert config.data.mixture == {"web": (0.9, 0.5), "code": (0.1, 0.5)} and config.stage_steps == [0, 1]
+    given = {"mixture": "{web: [0.9, 0.5], code: [0.1, 0.5]}", "stages": "[3 tokens]"}
+    flags = {f"data.{name}": (f"--data.{name}", value) for name, value in given.items()}
+    assert load("data:", flags=flags).data.mixture == config.data.mixture
+    assert load(effective_config_yaml(config, {})).data == config.data
+    assert Config.model_validate_json(config.model_dump_json()).data == config.data
+
+
 def test_every_value_has_its_origin(load: Loader) -> None:
     load("model:\n  max_position_embeddings: 64\n  flash_attention: false\n")
     flags = {"training.train_steps": ("--train_steps", "7")}
@@ -327,6 +339,9 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines(load: Loader) -> 
         ("training.betas", "0.9", "--training.betas: must be two numbers from 0 to below 1, as [0.9, 0.95] (got 0.9)"),
         ("data.input", "", "--data.input: must be a path, a pattern, a hub name or `-` (got nothing)"),
         ("data.input", os.fsdecode(b"\xff.txt"), "--data.input: must be a path, a pattern, a hub name or `-` (got '\\udcff.txt')"),
+        ("data.mixture", "{a: x}", "--data.mixture: must be inputs with their weights, as {web: 0.9, code: [0.1, 0.3]} (got a section)"),
+        ("data.mixture", "{a: 0.5, a: 0.5}", "--data.mixture: must be inputs with their weights, as {web: 0.9, code: [0.1, 0.3]} (got a section)"),
+        ("data.stages", "[soon]", "--data.stages: must be a list of steps or tokens, as [3000, 6e9 tokens] (got [soon])"),
         ("training.lr", "1", "--training.lr: unknown key. Did you mean training.learning_rate?"),
     ],
 )  # fmt: skip
@@ -565,7 +580,7 @@ NOTED = re.findall(
     training.train_steps training.learning_rate training.min_learning_rate training.warmup_steps training.schedule
     training.decay_steps training.weight_decay training.betas training.eps training.max_grad_norm training.z_loss
     training.deterministic training.precision training.attention training.gradient_checkpointing training.compile data.input
-    data.include data.exclude data.text_field data.on_bad_line
+    data.include data.exclude data.text_field data.on_bad_line data.mixture data.stages
 """,
 )
 FREE = re.findall(

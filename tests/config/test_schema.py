@@ -77,6 +77,17 @@ CONTRADICTIONS: list[tuple[dict[str, dict[str, object]], str, str]] = [
         "data.stride",
         "has no effect with data.pack = best_fit (got 1024)",
     ),
+    ({"data": {"mixture": {"a": 0.5, "b": 0.4}}}, "data.mixture", "the weights add up to 0.9, not to 1"),
+    (
+        {"data": {"mixture": {"a": [1, 0.5], "b": [0, 0.4]}, "stages": ["9"]}},
+        "data.mixture",
+        "the weights add up to 0.9 in stage 2, not to 1",
+    ),
+    ({"data": {"mixture": {"a": [0.5, 0.5], "b": 0.5}}}, "data.mixture", "'a' has 2 weights, but there are 1 stages"),
+    ({"data": {"mixture": {"a": 0.33333, "b": 0.66667}}}, "data.mixture", "0.33333 of 'a' has more than four decimals"),
+    ({"data": {"mixture": {"a": 1}, "input": "b"}}, "data.mixture", "cannot be combined with data.input"),
+    ({"data": {"stages": ["9"]}}, "data.stages", "has no effect without data.mixture"),
+    ({"data": {"mixture": {"a": 1}, "stages": ["9", "8"]}}, "data.stages", "must ascend (got the steps 9, 8)"),
     (
         {"training": {"min_learning_rate": 0.1}},
         "training.min_learning_rate",

@@ -52,7 +52,7 @@ def test_epochs_come_from_the_size_of_the_text_until_a_run_has_counted_it(tmp_pa
     assert "105 epochs of 4,669,440 (estimated from the file's size)" in dict(describe_plan(config, BF16))["tokens"]
     (tmp_path / "abc").mkdir()
     header = {"vocab_size": 257, "statistics": {"bytes": 4_915_200, "train_tokens": 4_000_000}}
-    (tmp_path / "abc" / "header.json").write_text(json.dumps(header))
+    (tmp_path / "abc" / "index.json").write_text(json.dumps(header))
     rows = dict(describe_plan(config, BF16))
     assert "123 epochs of 4,000,000 (counted by an earlier run)" in rows["tokens"]
     assert rows["parameters"].startswith(f"{137_860_608 - (32000 - 257) * 768:,}")

@@ -1,15 +1,19 @@
 """The text of a run and its validation text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import WORDS, tiny_config, write_tiny
 
+from smollm2.data.building import prepare_tokens
+from smollm2.data.text import open_text
+from smollm2.data.tokenizer import tokenizer_from_text
 from smollm2.errors import DataError
 from smollm2.inference.evaluation import evaluate
 from smollm2.inference.loading import load_model
-from smollm2.training.corpus import find_tokens
+from smollm2.training.corpus import Place, find_tokens
 from smollm2.training.loop import train
 
 HELD_OUT = "A text that was written for validation alone, and that no training step has read. " * 20
@@ -31,5 +35,8 @@ def test_a_validation_text_of_its_own_is_validated_on_and_nothing_else_is_held_o
 
 
 def test_tokens_that_a_rank_cannot_find_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(WORDS)
+    text = open_text(str(tmp_path / "a.txt"), tmp_path)
+    store = prepare_tokens(text, tokenizer_from_text("bytes"), tmp_path / "cache", 0.0)
     with pytest.raises(DataError, match=r"this rank cannot find them\. Set data\.cache_dir"):
-        find_tokens(tmp_path / "absent")
+        find_tokens(replace(Place.of(store), folder=tmp_path / "absent"))

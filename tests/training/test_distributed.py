@@ -21,17 +21,20 @@ from two_ranks import Ended, Ranks, run_ranks, start_ranks
 from smollm2.checkpoint import saving
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.cli.main import main
+from smollm2.data import corpus as data_corpus
 from smollm2.data.batches import Batches
 from smollm2.data.tokenizer import Tokenizer, train_tokenizer
 from smollm2.data.windows import Batch
 from smollm2.errors import DataError, ResourceError
 from smollm2.runtime.ranks import Position, find_disagreement, find_late, find_odd_replica
-from smollm2.training import agreement, corpus, loop, setup
+from smollm2.training import agreement, corpus, loop
 from smollm2.training.step import train_step
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
 
 Work = Callable[[int], int]
+
+MIXTURE = ("--data.mixture", "{input.txt: [0.75, 0.25], other.txt: [0.25, 0.75]}", "--data.stages", "[6]")
 
 
 def train_words(*flags: str) -> list[str]:
@@ -91,7 +94,7 @@ def note_windows() -> None:
                 file.write("".join(f"{n} {start + row} {window}\n" for row, window in enumerate(ids)))
             return super().read(n, start, stop)
 
-    setup.Batches = Noting  # type: ignore[attr-defined]
+    data_corpus.Batches = Noting  # type: ignore[attr-defined]
 
 
 def noting_windows(work: Work) -> Work:
@@ -111,16 +114,20 @@ def windows_read(folder: Path) -> set[str]:
     return {line for line in lines if int(line.split()[0]) < 12}
 
 
-def test_a_run_that_changes_its_number_of_ranks_reads_the_windows_of_one_that_does_not(tmp_path: Path) -> None:
-    """Promise B1."""
+@pytest.mark.parametrize("flags", [(), MIXTURE], ids=["one source", "a mixture with two stages"])
+def test_a_run_that_changes_its_number_of_ranks_reads_the_windows_of_one_that_does_not(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Promise B1; the second stage begins at step 6."""
     write_tiny(tmp_path)
-    run_ranks(noting_windows(training_with("--save_dir", "whole")), tmp_path, world_size=1)
+    (tmp_path / "other.txt").write_text("another text, of which a quarter of the windows is drawn at first. " * 30)
+    run_ranks(noting_windows(training_with(*flags, "--save_dir", "whole")), tmp_path, world_size=1)
     expected = windows_read(tmp_path)
     reported = ""
     for steps, world_size in ((4, 2), (8, 1), (12, 2)):
-        flags = ("--save_dir", "changing", "--resume", "auto", "--train_steps", str(steps))
-        ended = run_ranks(noting_windows(training_with(*flags)), tmp_path, world_size)
-        assert [rank.code for rank in ended] == [0] * world_size
+        resumed = ("--save_dir", "changing", "--resume", "auto", "--train_steps", str(steps))
+        ended = run_ranks(noting_windows(training_with(*flags, *resumed)), tmp_path, world_size)
+        assert [rank.code for rank in ended] == [0] * world_size, ended
         reported += ended[0].out
     assert windows_read(tmp_path) == expected
     assert "not bit-exact, because of world_size 2 -> 1" in reported
@@ -178,7 +185,7 @@ def change_code(rank: int) -> list[str]:
 
 def change_tokens(rank: int) -> list[str]:
     if rank:
-        agreement.fingerprint_tokens = lambda store: "4567"
+        agreement.fingerprint_tokens = lambda corpus: "4567"
     return []
 
 

@@ -336,13 +336,14 @@ def test_a_token_cache_that_changes_under_the_run_stops_it(
     original = actions.validate
 
     def changing(*arguments: object, **named: object) -> float:
-        (tokens,) = (tmp_path / "cache").glob("*/train.bin")
+        (tokens,) = (tmp_path / "cache").glob("*/train-00000.bin")
         change(tokens)
         return original(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(actions, "validate", changing)
     with pytest.raises(
-        DataError, match=r"train\.bin: the file changed while the run was reading it\. Delete its folder"
+        DataError,
+        match=r"train-00000\.bin: the file changed while it was being read\. Restore it, or delete its folder",
     ):
         train(tiny_config(tmp_path, training__save_interval=1))
     assert find_resumable(tmp_path / "checkpoints", print) is not None

@@ -51,6 +51,18 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Pa
     assert outcome(run, 12) == outcome(uninterrupted / "checkpoints", 12)
 
 
+@pytest.mark.parametrize("steps", [[5], [6], [4, 7]], ids=["before a stage", "at its border", "on both sides"])
+def test_a_mixture_is_resumed_across_the_border_of_a_stage_with_the_same_bits(tmp_path: Path, steps: list[int]) -> None:
+    whole = tmp_path / "whole"
+    write_tiny(whole)
+    (whole / "other.txt").write_text("another text, of which a quarter of the windows is drawn at first. " * 30)
+    weights = f"{{{whole}/input.txt: [0.75, 0.25], {whole}/other.txt: [0.25, 0.75]}}"
+    mixture = {"data__input": "input.txt", "data__mixture": weights, "data__stages": "[6]"}
+    train(tiny_config(whole, training__save_interval=1, **mixture))
+    run = resumed(whole, tmp_path / "run", steps, **mixture)
+    assert outcome(run, 12) == outcome(whole / "checkpoints", 12)
+
+
 def test_a_run_that_isolates_documents_falls_and_resumes_with_the_same_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
