@@ -121,7 +121,8 @@ def report_start(run: Run, progress: Progress, start: Start | None) -> None:
     """Report a resume and a warning about the warmup, if any, and record the run's data and machine for the report."""
     if start:
         run.tracker.log_event("resume", describe_resume(run, start), progress.step)
-    for warning in (describe_warmup(run.config.training), *list_epoch_warnings(run)):
+    from_start = list_epoch_warnings(run) if not progress.step else ()
+    for warning in (describe_warmup(run.config.training), *from_start):
         if warning:
             run.tracker.log_event("warning", warning, progress.step)
     windows, config = run.batches.windows, run.config

@@ -245,7 +245,7 @@ def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
     tracker = Fanout(trackers)
     stack.callback(tracker.close)
     for name, overlap in zip(run.corpus.names, overlaps, strict=True):
-        if overlap.is_high:
+        if overlap.is_high and not step:
             tracker.log_event("warning", f"{name}: {overlap.describe()}: validation partly measures memory", step)
     saver = Saver(config, rows, tracker)
     stack.callback(saver.finish)

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from smollm2.data.documents import Source
 from smollm2.data.sampling import LONG_RUN, WORD, count_fitting, limit_words, split_long_runs, spread_evenly
 from smollm2.data.sources import Rules, open_input
 
-RANDOM = random.Random(0)
 LENGTHS = {
     "equal": [1000] * 200,
     "tiny ones, then long ones": [10] * 5000 + [20_000] * 8,
     "long ones, then tiny ones": [20_000] * 8 + [10] * 5000,
     "short and long in turn": [10, 2000] * 100,
-    "random": [RANDOM.randrange(1, 5000) for _ in range(100)],
+    "random": random.Random(0).choices(range(1, 5000), k=100),
 }
 
 
@@ -44,23 +42,19 @@ def test_a_text_within_the_limit_is_taken_whole(limit: int) -> None:
     assert list(spread_evenly([b"a", b"", b"bcd", b"ef"], 6, limit)) == [b"a", b"", b"bcd", b"ef"]
 
 
-def sample_files(folder: Path, files: dict[str, str], limit: int) -> str:
-    for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    source: Source = open_input(str(folder), folder / "cache", Rules())
-    return "".join(source.sample(limit))
-
-
 def test_a_sample_is_spread_over_long_files_and_rows_of_a_few_words_by_their_bytes(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": "b" * 50}) + "\n" for _ in range(20_000))
-    sample = sample_files(tmp_path, {"a.txt": "a a\n" * 500_000, "b.jsonl": rows, "c.txt": "cc\n" * 300_000}, 1_000_000)
+    for name, content in {"a.txt": "a a\n" * 500_000, "b.jsonl": rows, "c.txt": "cc\n" * 300_000}.items():
+        (tmp_path / name).write_text(content)
+    sample = "".join(open_input(str(tmp_path), tmp_path, Rules()).sample(1_000_000))
     shares = [sample.count("a a\n") * 4 / 2_000_000, sample.count("b") / 1_000_000, sample.count("cc\n") * 3 / 900_000]
     assert shares == pytest.approx([1 / 3.9] * 3, abs=0.12)
     assert len(sample) < 1_000_000 + 2**17
 
 
 def test_the_same_documents_give_the_same_sample_from_text_and_from_rows(tmp_path: Path) -> None:
-    documents = [f"document {i} " + "word " * RANDOM.randrange(2000) for i in range(100)]
+    counts = random.Random(0).choices(range(2000), k=100)
+    documents = [f"document {i} " + "word " * count for i, count in enumerate(counts)]
     (tmp_path / "a.txt").write_text("\f\f".join(["", *documents]), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     text, rows = (
@@ -84,7 +78,8 @@ def different_words(texts: list[str]) -> int:
 
 
 def test_texts_with_too_many_different_words_are_thinned_out_evenly() -> None:
-    texts = [f"{i} " + "".join(RANDOM.choices("ACGT", k=1000)) for i in range(200)]
+    letters = random.Random(0)
+    texts = [f"{i} " + "".join(letters.choices("ACGT", k=1000)) for i in range(200)]
     kept = list(limit_words(texts, 50_000))
     assert 25_000 < different_words(kept) <= 50_000
     numbers = [int(text.split()[0]) for text in kept]
@@ -93,7 +88,7 @@ def test_texts_with_too_many_different_words_are_thinned_out_evenly() -> None:
 
 
 def test_texts_whose_words_are_repeated_are_kept_whole() -> None:
-    texts = [" ".join(RANDOM.choices(["one", "two", "three", "four"], k=200)) for _ in range(200)]
+    texts = [f"one two three four {' '.join(['one', 'two', 'three'][i % 3 :])}" for i in range(200)]
     assert list(limit_words(texts, 100)) == texts
 
 
