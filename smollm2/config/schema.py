@@ -24,7 +24,7 @@ from smollm2.config.section import Contradiction, Section, key, refuse
 from smollm2.config.values import Beta, Duration, FilePath, FolderPath, Switch, Text, expand_path, name_folder
 
 INPUT = "input.txt"
-"""The default input, which a mixture replaces without a word."""
+"""The default input; a config that leaves it as it is may have a mixture."""
 
 IGNORE_INDEX = -100
 """The label of positions without a target, in data, loss and evaluation (PyTorch's `ignore_index`)."""
@@ -120,7 +120,7 @@ class DataConfig(Section):
     """Documents in one window do not attend to one another, and the first token of each is not a target."""
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield a mask without documents, a validation text that is the training text, and a mixture that is no mixture."""
+        """Yield a mask without documents, a validation text that is the training text, and invalid mixtures."""
         if self.mixture and self.input != INPUT:
             yield Contradiction(
                 ("data.mixture", "data.input"), "cannot be combined with data.input", "set only one of the two"

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -123,6 +124,11 @@ class Build:
     shard_characters: int
     workers: int
 
+    @cached_property
+    def held_out(self) -> bytearray:
+        """1 for each document that is held out for validation, else 0."""
+        return self.text.documents.hold_out(self.fraction)
+
     @property
     def work(self) -> Path:
         """The folder in which the store is written."""
@@ -163,7 +169,7 @@ class Build:
 
     def write_shards(self, state: State, show_progress: Callable[[float], None], stop: Callable[[], None]) -> None:
         """Write the shards that are missing in `state`."""
-        held_out = self.text.documents.hold_out(self.fraction)
+        held_out = self.held_out
         facts = (self.tokenizer.vocab_size, self.tokenizer.fingerprint)
         train = ShardWriter(self.work, "train", *facts, state.train)
         validation = ShardWriter(self.work, "validation", *facts, state.validation)
@@ -238,7 +244,7 @@ class Build:
 
     def count_tokens(self) -> np.ndarray:
         """Return the number of tokens of each document, in the order of the text."""
-        held_out = np.frombuffer(self.text.documents.hold_out(self.fraction), np.uint8).astype(bool)
+        held_out = np.frombuffer(self.held_out, np.uint8).astype(bool)
         tokens = np.zeros(len(held_out), np.uint64)
         for split, chosen in (("train", ~held_out), ("validation", held_out)):
             ends = np.fromfile(self.work / f"{split}.ends", "<u8")

@@ -24,6 +24,9 @@ from smollm2.errors import DataError
 from smollm2.storage.atomic import probe_folder, write_atomically
 from smollm2.storage.input_files import is_pattern
 
+TOKENIZER_SAMPLE = 50_000_000
+"""Bytes of text on which a tokenizer is trained, in equal parts from all sources."""
+
 MANY_EPOCHS = 4
 """Up to this many epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
@@ -96,8 +99,8 @@ def open_corpus(config: Config, listener: Listener, *, is_chosen: bool, saved: T
     if not is_chosen and not Path(data.input).exists():
         made = write_sample_corpus(Path(data.input))
         listener.report(f"{data.input}: missing, so a sample corpus is made: {made}")
-    inputs = [open_source(config, name, listener) for name in data.inputs]
-    held_out = open_source(config, data.validation_input, listener) if data.validation_input else None
+    inputs = [open_data_input(config, name, listener) for name in data.inputs]
+    held_out = open_data_input(config, data.validation_input, listener) if data.validation_input else None
     tokenizer = saved or find_tokenizer(config, inputs, listener)
     stores = [open_tokens_of(config, one, tokenizer, data.held_out_fraction, listener) for one in inputs]
     if held_out:
@@ -124,7 +127,7 @@ class Tokenized:
     paths: list[Path]
 
 
-def open_source(config: Config, name: str, listener: Listener) -> Source | Tokenized:
+def open_data_input(config: Config, name: str, listener: Listener) -> Source | Tokenized:
     """Return the documents that an input stands for, and report what was found there; or the tokens that it is."""
     cache, rules = Path(config.data.cache_dir), rules_of(config.data)
     if paths := find_token_input(name):
@@ -159,10 +162,6 @@ def find_tokenizer(config: Config, inputs: Sequence[Source | Tokenized], listene
         probe_folder(cache, "data.cache_dir")
         write_atomically(trained, made.text.encode())
     return tokenizer_from_text(trained.read_text(encoding="utf-8"))
-
-
-TOKENIZER_SAMPLE = 50_000_000
-"""Bytes of text on which a tokenizer is trained, in equal parts from all sources."""
 
 
 def open_tokens_of(

@@ -72,7 +72,6 @@ def rules_of(data: DataConfig) -> Rules:
 class Counts:
     """What a pass over the documents has found."""
 
-    bytes: int = 0
     characters: int = 0
     blank_documents: int = 0
     blank_characters: int = 0
@@ -90,7 +89,7 @@ class Counts:
     def count(self, chunk: Chunk) -> None:
         """Count a chunk and add it to the hash, with a mark at the end of its document."""
         data = chunk.text.encode()
-        self.bytes, self.characters = self.bytes + len(data), self.characters + len(chunk.text)
+        self.characters += len(chunk.text)
         self.documents.add(chunk, data)
         self.ends_of_text += chunk.text.count(END_OF_TEXT)
         self.digest.update(data + b"\xff" * chunk.last)  # no UTF-8 text holds this byte
@@ -151,7 +150,7 @@ def open_collection(name: str, found: InputFiles, rules: Rules, stop: Callable[[
     return Collection(
         name=name,
         separator=rules.separator,
-        size=counts.bytes,
+        size=counts.documents.bytes,
         characters=counts.characters,
         blank_documents=counts.blank_documents,
         blank_characters=counts.blank_characters,

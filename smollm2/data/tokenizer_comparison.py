@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from smollm2.config.schema import Config
-from smollm2.data.corpus import Listener, Tokenized, find_tokenizer, open_source
+from smollm2.data.corpus import Listener, Tokenized, find_tokenizer, open_data_input
 from smollm2.data.documents import Source
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.errors import DataError
@@ -40,7 +40,7 @@ def compare_tokenizers(config: Config, names: Sequence[str], listener: Listener)
     """
     sources = []
     for name in config.data.inputs:
-        source = open_source(config, name, listener)
+        source = open_data_input(config, name, listener)
         if isinstance(source, Tokenized):
             raise DataError(name, "these are tokens already: there is no text to compare tokenizers on", "name a text")
         sources.append(source)
