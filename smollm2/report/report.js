@@ -194,16 +194,16 @@
   }
 
   const DRAW = { curves: drawCurves, heat: drawHeat, surface: drawSurface, line: drawLine, bars: drawBars };
-  const drawAll = (kinds) => figures.filter((one) => kinds.includes(one.kind)).forEach((one) => DRAW[one.kind](one));
+  const drawFigure = (one) => DRAW[one.kind](one);
 
-  // A surface takes as long as all else together, so it waits until the reader is near.
+  // A figure waits until the reader is near: a page has a dozen, and drawing them takes most of the time until it is there.
   const isNear = new WeakSet();
-  const drawSurfaces = () => figures.filter((one) => isNear.has(one.figure)).forEach(drawSurface);
+  const drawNear = (kind = "") => figures.filter((one) => isNear.has(one.figure) && (!kind || one.kind === kind)).forEach(drawFigure);
   const approach = new IntersectionObserver((entries) => {
     for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
       approach.unobserve(target);
       isNear.add(target);
-      drawSurface(figures.find((one) => one.figure === target));
+      drawFigure(figures.find((one) => one.figure === target));
     }
   }, { rootMargin: "50%" });
 
@@ -220,7 +220,7 @@
   const field = (value) => (typeof value === "number" ? String(value) : value === null ? "" : `"${(/^[=+\-@\t\r]/.test(value) ? "'" : "") + value.replace(/"/g, '""')}"`);
 
   const TOOLS = {
-    reset: (one) => { one.views += 1; DRAW[one.kind](one); },
+    reset: (one) => { one.views += 1; drawFigure(one); },
     png: (one) => Plotly.downloadImage(one.plot, { format: "png", scale: 2, width: one.plot.clientWidth, height: one.plot.clientHeight, filename: one.name }),
     csv: (one) => {
       const text = TABLE[one.kind](one).map((row) => row.map(field).join(",")).join("\n");
@@ -235,10 +235,10 @@
   if (bar) {
     bar.addEventListener("input", () => {
       bar.elements.shown.value = Number(bar.elements.smoothing.value).toFixed(2);
-      drawAll(["curves"]);
+      drawNear("curves");
     });
   }
-  for (const one of figures) if (one.form) one.form.addEventListener("input", () => DRAW[one.kind](one));
+  for (const one of figures) if (one.form) one.form.addEventListener("input", () => drawFigure(one));
   for (const span of document.querySelectorAll('[name="measure"] + span')) span.textContent = WORDS[span.previousSibling.value] || span.textContent;
 
   // Samples: the cards of the chosen round are written as text.
@@ -298,8 +298,7 @@
   const setTheme = (name) => {
     root.dataset.theme = name;
     toggle.textContent = name === "dark" ? "Light theme" : "Dark theme";
-    drawAll(["curves", "heat", "line", "bars"]);
-    drawSurfaces();
+    drawNear();
   };
   toggle.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
   dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));
@@ -310,7 +309,8 @@
     before = root.dataset.theme;
     root.dataset.theme = "light";
     for (const details of document.querySelectorAll(".collapsed")) details.open = true;
-    drawAll(Object.keys(DRAW));
+    for (const one of figures) isNear.add(one.figure);
+    drawNear();
     for (const one of figures) Plotly.relayout(one.plot, { width: 640 });
   });
   addEventListener("afterprint", () => {
@@ -333,5 +333,5 @@
   for (const id of links.keys()) observer.observe(document.getElementById(id));
 
   setTheme(dark.matches ? "dark" : "light");
-  for (const one of figures) if (one.kind === "surface") approach.observe(one.figure);
+  for (const one of figures) approach.observe(one.figure);
 })();
