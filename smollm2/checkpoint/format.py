@@ -57,7 +57,11 @@ ENTRIES: dict[str, tuple[type, ...]] = {
 """The entries of every checkpoint by dotted name, and their types. `tied` is added when saving and removed when
 loading: it lists pairs of names in `model` that share one tensor, which is stored once, under the second name."""
 
-LATER_ENTRIES: dict[str, tuple[type, ...]] = {"stability.clipped": (list,), "optimizer.muon.arithmetic": (int,)}
+LATER_ENTRIES: dict[str, tuple[type, ...]] = {
+    "stability.clipped": (list,),
+    "optimizer.muon.arithmetic": (int,),
+    "tokenizer.files": (dict,),
+}
 """Optional entries: older checkpoints of this format lack them, and no weight depends on them. If present, they must
 have these types."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from smollm2.data.documents import FEWEST_TOKENS, Source, do_nothing
-from smollm2.data.encoding import BATCH, Encoded, Encoder, encode_in_order
+from smollm2.data.encoding import BATCH, Encoded, Encoder, arrange, encode_in_order
 from smollm2.data.shards import Shard, ShardWriter
 from smollm2.data.statistics import summarize_documents
 from smollm2.data.store import INDEX, Index, Statistics, TokenStore, fingerprint_of, open_tokens
@@ -175,7 +175,8 @@ class Build:
         validation = ShardWriter(self.work, "validation", *facts, state.validation)
         with contextlib.closing(train), contextlib.closing(validation):
             begun = shown = state.characters
-            chunks = islice(self.text.chunks(stop), state.chunks, None)
+            parts = arrange(self.text.chunks(stop), cuts=self.tokenizer.cuts_documents)
+            chunks = islice(parts, state.chunks, None)
             encoded = encode_in_order(chunks, self.tokenizer, self.workers, self.text.name)
             with contextlib.closing(encoded):
                 for chunk in encoded:

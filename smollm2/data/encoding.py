@@ -28,14 +28,25 @@ class Encoder(Protocol):
     vocab_size: int
     end_of_text: int
     fingerprint: str
+    begin: list[int]  # put before each document
+    cuts_documents: bool  # whether the cuts between the chunks of a document change no token
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
         """Return the ids of `text`, and how many of its bytes they do not represent."""
         ...
 
 
+class Part(NamedTuple):
+    """A chunk, or a whole document. `first` and `last` tell whether a document begins and ends with it."""
+
+    text: str
+    first: bool
+    last: bool
+
+
 class Encoded(NamedTuple):
-    """The ids of a chunk, an end of text after the last one of a document included."""
+    """The ids of a part. A document begins with the ids that the tokenizer puts before a text, and ends with an end of
+    text."""
 
     ids: Tokens
     characters: int
@@ -43,8 +54,22 @@ class Encoded(NamedTuple):
     last: bool  # whether the document ends here
 
 
-def encode_in_order(chunks: Iterable[Chunk], tokenizer: Encoder, workers: int, name: str) -> Generator[Encoded]:
-    """Yield the ids of each chunk, in order.
+def arrange(chunks: Iterable[Chunk], *, cuts: bool) -> Iterator[Part]:
+    """Yield the parts that a tokenizer encodes one by one: chunks, or whole documents unless `cuts`."""
+    first, held = True, ""
+    for text, last in chunks:
+        if cuts:
+            yield Part(text, first, last)
+            first = last
+        else:
+            held += text
+            if last:
+                yield Part(held, True, True)
+                held = ""
+
+
+def encode_in_order(chunks: Iterable[Part], tokenizer: Encoder, workers: int, name: str) -> Generator[Encoded]:
+    """Yield the ids of each part, in order.
 
     Raise DataError with `name` in it if the tokenizer gives an id outside its vocabulary.
     """
@@ -62,9 +87,9 @@ def encode_in_order(chunks: Iterable[Chunk], tokenizer: Encoder, workers: int, n
         pool.shutdown(cancel_futures=True)
 
 
-def group_chunks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Yield lists of consecutive chunks of at least `BATCH` characters together, the last one excepted."""
-    batch: list[Chunk] = []
+def group_chunks(chunks: Iterable[Part]) -> Iterator[list[Part]]:
+    """Yield lists of consecutive parts of at least `BATCH` characters together, the last one excepted."""
+    batch: list[Part] = []
     characters = 0
     for chunk in chunks:
         batch.append(chunk)
@@ -76,14 +101,16 @@ def group_chunks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         yield batch
 
 
-def encode_batch(batch: list[Chunk], tokenizer: Encoder, dtype: Dtype, name: str) -> list[Encoded]:
-    """Return the ids of each chunk of a batch."""
+def encode_batch(batch: list[Part], tokenizer: Encoder, dtype: Dtype, name: str) -> list[Encoded]:
+    """Return the ids of each part of a batch."""
     return [encode_chunk(chunk, tokenizer, dtype, name) for chunk in batch]
 
 
-def encode_chunk(chunk: Chunk, tokenizer: Encoder, dtype: Dtype, name: str) -> Encoded:
-    """Return the ids of a chunk."""
+def encode_chunk(chunk: Part, tokenizer: Encoder, dtype: Dtype, name: str) -> Encoded:
+    """Return the ids of a part."""
     ids, lost = tokenizer.encode_counted(chunk.text)
+    if chunk.first and tokenizer.begin:
+        ids = [*tokenizer.begin, *ids]
     if chunk.last:
         ids.append(tokenizer.end_of_text)
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:

@@ -209,6 +209,8 @@ def fingerprint_of(text: Source, tokenizer: Encoder, fraction: float) -> str:
         rule.append("without blank documents")
     if text.documents.is_split(fraction):  # version 0.1.0 chose them by their positions
         rule.append("split by hash")
+    if tokenizer.begin or not tokenizer.cuts_documents:  # version 0.2.0 added nothing, and always cut
+        rule.append("documents as their tokenizer encodes them")
     return hashlib.sha256(json.dumps(rule).encode()).hexdigest()
 
 

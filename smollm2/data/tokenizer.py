@@ -10,7 +10,7 @@ without a token, a very long run of spaces; the panic is a BaseException) is det
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from smollm2.data.hub import TOKENIZER, fetch_from_hub
 from smollm2.data.sampling import limit_words, split_long_runs
 from smollm2.data.text import END_OF_TEXT, expand_home
+from smollm2.data.token_bytes import count_unknown, list_token_bytes, map_bytes, measure_tokens
+from smollm2.data.tokenizer_files import (
+    TOKENIZER_CONFIG,
+    Files,
+    find_chat_template,
+    find_end_of_text,
+    list_stops,
+    read_files,
+)
 from smollm2.errors import DataError
 
 BYTES = "bytes"
@@ -36,25 +45,26 @@ LONG_SPACE = re.compile(r"\s{131072}")
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA_3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CUT_SAFELY = {PATTERN, DIGITS_PATTERN, LLAMA_3_PATTERN, LLAMA_3_PATTERN.replace("{1,3}", "")}
+"""Patterns of pre-tokenizers that split at every place where text.py may cut; the last one is Qwen's."""
+
 PROBE = "It's 3.14,  we'll\r\n\r\n\tsee\u3000\u0085x ²½ éa\u0301 漢字 \U0001f600  9 <|endoftext|> ___\n \n  end  "
-
-
-def map_bytes() -> dict[str, int]:
-    """Return the byte that each character of GPT-2's byte alphabet stands for."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(other)}
 
 
 class Tokenizer:
     """A tokenizer. Build it with `load_tokenizer`, `tokenizer_from_text` or `train_tokenizer`.
 
-    `text` is the content of tokenizer.json, or 'bytes'; a checkpoint needs only that and `end_of_text`.
-    `bytes_per_token` (V,) is the number of UTF-8 bytes that each id stands for, 0 for special tokens.
+    `text` is the content of tokenizer.json, or 'bytes'; `files` are those beside it in a model's folder. A checkpoint needs
+    only these two and `end_of_text`. `bytes_per_token` (V,) is the number of UTF-8 bytes that each id stands for, 0 for
+    special tokens. `stops` are the ids at which generation ends. `begin` and `end` are the ids that the tokenizer puts
+    around a text by itself, such as Llama's beginning of text: prompts, evaluated texts and documents get them too.
     """
 
-    def __init__(self, text: str, end_of_text: int | str | None = None, *, name: str = "tokenizer") -> None:
-        self.text, self.name = text, name
+    def __init__(
+        self, text: str, end_of_text: int | str | None = None, *, name: str = "tokenizer", files: Files | None = None
+    ) -> None:
+        self.text, self.name, self.files = text, name, dict(files or {})
         self._backend = _read_backend(_byte_level_backend().to_str() if text == BYTES else text, name)
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
@@ -64,6 +74,8 @@ class Tokenizer:
         if len(set(ids.values())) < len(ids):
             raise DataError(name, "two tokens share an id", "replace its tokenizer.json")
         self.end_of_text = _find_end_of_text(ids, end_of_text, name)
+        self.stops = frozenset((self.end_of_text, *list_stops(self.files)))
+        self.chat_template = find_chat_template(self.files)
         self.fingerprint = hashlib.sha256(f"{self.end_of_text}\n{text}".encode()).hexdigest()
 
         spec: dict[str, Any] = json.loads(self._backend.to_str())
@@ -71,16 +83,41 @@ class Tokenizer:
         unknown: int | None = ids.get(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
         self.unknown = unknown
         self._controls = {token["id"] for token in spec["added_tokens"] if token["special"]} - {unknown}
-        self._token_bytes = _list_token_bytes(self._backend, spec, ids, self.vocab_size)
+        self._token_bytes = list_token_bytes(self._backend, spec, ids, self.vocab_size)
         self._byte_level = self._token_bytes is not None
         self._missing = bytes(sorted(set(range(256)) - {b[0] for b in self._token_bytes or [] if len(b) == 1}))
         self._fast = _encode_bytes if text == BYTES else self._find_fast_encoder(spec)
-        lengths = map(len, self._token_bytes) if self._token_bytes else _measure_tokens(self._backend, ids, spec)
+        lengths = map(len, self._token_bytes) if self._token_bytes else measure_tokens(self._backend, ids, spec)
         self.bytes_per_token: npt.NDArray[np.int64] = np.fromiter(lengths, np.int64, self.vocab_size)
+        self.begin, self.end = _find_additions(self._backend, spec)
+        self.cuts_documents = text == BYTES or _is_cut_safely(spec)
+
+    @property
+    def backend(self) -> Any:
+        """A copy of the `tokenizers` object that reads the text of special tokens as these tokens."""
+        backend = Backend.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def token(self, i: int) -> str:
+        """Return the name of an id in the vocabulary. Raise KeyError if there is none."""
+        name: str | None = self._backend.id_to_token(i)
+        if name is None:
+            raise KeyError(i)
+        return name
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of a token by its name in the vocabulary, or None if there is none."""
+        found: int | None = self._backend.token_to_id(name)
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; nothing is added."""
         return self.encode_counted(text)[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of `text` with those that the tokenizer puts around it, as transformers does."""
+        return [*self.begin, *self.encode(text), *self.end]
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
         """Return the ids of `text`, and how many of its UTF-8 bytes the tokenizer cannot encode."""
@@ -97,7 +134,7 @@ class Tokenizer:
             return ids, lost
         # A Unigram or word model turns the text "</s>" into a control token: that counts as unrepresented too.
         known = [self.unknown if i in self._controls else i for i in ids]
-        return [i for i in known if i is not None], _count_unknown(text, known, spans, self.unknown)
+        return [i for i in known if i is not None], count_unknown(text, known, spans, self.unknown)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes that `ids` stand for; special tokens stand for none."""
@@ -111,20 +148,23 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and transformers read."""
-        end: str = self._backend.id_to_token(self.end_of_text)
+        """Write tokenizer.json and the files beside it, which `load_tokenizer` and transformers read."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self._backend.to_str() if self.text == BYTES else self.text
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="")
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        if TOKENIZER_CONFIG in self.files:
+            return
         config = {
             # Both transformers 4.57 and 5 know this class; 4.57 does not know the name that version 5 writes.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": end,
+            "eos_token": self.token(self.end_of_text),
             "clean_up_tokenization_spaces": False,
             # By default 4.57 also returns token_type_ids, which these models' generate() refuses.
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        text = self._backend.to_str() if self.text == BYTES else self.text
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _encode_slowly(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         try:
@@ -162,12 +202,19 @@ def load_tokenizer(name: str, *, report: Callable[[str], None] = lambda message:
     except (OSError, UnicodeDecodeError) as error:
         what = f"the file cannot be read ({_first_line(error)})"
         raise DataError(folder / "tokenizer.json", what, "replace it") from None
-    return Tokenizer(text, _read_end_of_text(folder), name=name)
+    files = read_files(folder)
+    return Tokenizer(text, find_end_of_text(files, _read_model_config(folder), str(folder)), name=name, files=files)
 
 
-def tokenizer_from_text(text: str, end_of_text: int | None = None) -> Tokenizer:
-    """Return the tokenizer of a checkpoint, from its `text` and `end_of_text`."""
-    return Tokenizer(text, end_of_text, name="the checkpoint's tokenizer")
+def tokenizer_from_text(text: str, end_of_text: int | None = None, files: Files | None = None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint, from its `text`, `end_of_text` and `files`."""
+    return Tokenizer(text, end_of_text, name="the checkpoint's tokenizer", files=files)
+
+
+def restore_tokenizer(state: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer in a checkpoint's content; checkpoints of version 0.1.0 hold no files of it."""
+    found = state["tokenizer"]
+    return tokenizer_from_text(found["text"], found["end_of_text"], found.get("files"))
 
 
 def train_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -226,21 +273,43 @@ def _find_end_of_text(ids: dict[str, int], wanted: int | str | None, name: str) 
     raise DataError(name, "the tokenizer has no end-of-text token", "set it as eos_token in its tokenizer_config.json")
 
 
-def _read_end_of_text(folder: Path) -> int | str | None:
-    """Return the end of text that the folder's own configs name, if any."""
-    for file, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
-        try:
-            config: Any = json.loads((folder / file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(folder / file, f"the file cannot be read ({_first_line(error)})", "replace it") from None
-        value = config.get(key) if isinstance(config, dict) else None
-        value = value.get("content") if isinstance(value, dict) else value
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int | str) and not isinstance(value, bool):
-            return value
-    return None
+def _read_model_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(path, f"the file cannot be read ({_first_line(error)})", "replace it") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _find_additions(backend: Any, spec: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and after a text."""
+    if not spec["post_processor"]:
+        return [], []
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def _is_cut_safely(spec: dict[str, Any]) -> bool:
+    """Return whether the cuts between the chunks of a document (text.py) change no token.
+
+    That holds for ByteLevel tokenizers whose patterns split at every such place. The others look at more of the text:
+    whether it begins there, or what comes before a space.
+    """
+    splitter = spec["pre_tokenizer"] or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    kinds = {step.get("type") for step in steps}
+    prefixes = any(step.get("add_prefix_space") for step in steps)
+    patterns = {step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"}
+    plain = spec["normalizer"] is None or spec["normalizer"]["type"] == "NFC"
+    is_known = kinds <= {"ByteLevel", "Digits", "Split"} and "ByteLevel" in kinds and patterns <= CUT_SAFELY
+    return plain and not prefixes and is_known
 
 
 def _encode_bytes(text: str) -> list[int]:
@@ -275,44 +344,3 @@ def _rank_tokens(model: dict[str, Any]) -> dict[bytes, int] | None:
     if any(encoding.ids != [ids[token]] for token, encoding in zip(results, alone.encode_batch(results), strict=True)):
         return None
     return {bytes(alphabet[c] for c in token): ids[token] for token in (*(alphabet.keys() & ids.keys()), *results)}
-
-
-def _list_token_bytes(backend: Any, spec: dict[str, Any], ids: dict[str, int], size: int) -> list[bytes] | None:
-    """Return the bytes of each id of a byte-level tokenizer, or None for another kind."""
-    splitter = spec["pre_tokenizer"] or {}
-    steps = splitter.get("pretokenizers", [splitter])
-    if spec["model"]["type"] != "BPE" or spec["normalizer"] or "ByteLevel" not in [step.get("type") for step in steps]:
-        return None
-    alphabet, table = map_bytes(), [b""] * size
-    added = {token["id"]: token for token in spec["added_tokens"]}
-    for token, i in ids.items():
-        if i in added:
-            table[i] = b"" if added[i]["special"] else token.encode()
-        elif set(token) <= alphabet.keys():
-            table[i] = bytes(alphabet[c] for c in token)
-    return table
-
-
-def _measure_tokens(backend: Any, ids: dict[str, int], spec: dict[str, Any]) -> Iterator[int]:
-    """Yield each id's number of UTF-8 bytes in a tokenizer that is not byte-level: what a second copy adds to text."""
-    special = {token["id"] for token in spec["added_tokens"] if token["special"]}
-    names = {i: token for token, i in ids.items()}
-    size = max(names) + 1
-    once = backend.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
-    twice = backend.decode_batch([[i, i] for i in range(size)], skip_special_tokens=False)
-    for i, (one, two) in enumerate(zip(once, twice, strict=True)):
-        if i in special or i not in names:
-            yield 0
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", names[i]):  # byte fallback
-            yield 1
-        else:
-            yield max(0, len(two.encode()) - len(one.encode()))
-
-
-def _count_unknown(text: str, ids: list[int | None], spans: list[tuple[int, int]], unknown: int | None) -> int:
-    """Return the number of UTF-8 bytes of the characters, except white space, that no known token covers."""
-    covered = bytearray(len(text))
-    for i, (start, end) in zip(ids, spans, strict=True):
-        if i != unknown:
-            covered[start:end] = b"\1" * (end - start)
-    return len("".join(c for c, seen in zip(text, covered, strict=True) if not seen and not c.isspace()).encode())

@@ -125,7 +125,7 @@ class Continuation:
         if self.end:
             return None
         self.ids.append(token)
-        if token == self.tokenizer.end_of_text:
+        if token in self.tokenizer.stops:
             self.end = "end_of_text"
         elif len(self.ids) == self.limit:
             self.end = "length"
@@ -176,7 +176,7 @@ def count_overlap(text: str, word: str) -> int:
 
 def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: str, report: Callable[[str], None]) -> list[int]:
     """Return a prompt's token ids, without the first ones if it is longer than the context."""
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    ids = tokenizer.encode_prompt(prompt) or [tokenizer.end_of_text]
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max(ids) >= vocab_size:
         what = f"encodes the prompt with id {max(ids)}, but the model has only {vocab_size} ids"

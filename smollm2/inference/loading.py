@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from smollm2.checkpoint.discovery import describe_missing, find_resumable, load_checkpoint
 from smollm2.config.schema import Config
-from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text
+from smollm2.data.tokenizer import Tokenizer, load_tokenizer, restore_tokenizer
 from smollm2.errors import CheckpointError
 from smollm2.inference.hugging_face_folder import load_hugging_face_model
 from smollm2.inference.weights import build_model, read_json
@@ -57,8 +57,7 @@ def restore_model(state: Mapping[str, Any], path: Path) -> tuple[SmolLM2, Tokeni
     config = read_config(state, path)
     model = build_model(config.model, state["model"], path)
     model.trained_length = config.training.sequence_length
-    tokenizer = state["tokenizer"]
-    return model.eval(), tokenizer_from_text(tokenizer["text"], tokenizer["end_of_text"])
+    return model.eval(), restore_tokenizer(state)
 
 
 def read_config(state: Mapping[str, Any], path: Path) -> Config:

@@ -9,6 +9,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 from smollm2.data.documents import Chunk
+from smollm2.data.encoding import Part, arrange
 from smollm2.data.sources import Rules, open_input
 from smollm2.data.text import split_documents
 from smollm2.data.tokenizer import Tokenizer
@@ -55,26 +56,27 @@ def cut_windows(
     chunks: Iterator[Chunk], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
 ) -> Iterator[TextWindow]:
     """Yield the windows of the whole stream, or of each document separately if `per_document`."""
-    end = encoder.tokenizer.end_of_text
+    end, begin = encoder.tokenizer.end_of_text, encoder.tokenizer.begin
 
-    def blocks(numbered: Iterator[tuple[int, Chunk]]) -> Iterator[list[int]]:
-        for _, chunk in numbered:
-            yield encoder.encode(chunk.text) + ([end] if chunk.last else [])
+    def blocks(numbered: Iterator[tuple[int, Part]]) -> Iterator[list[int]]:
+        for _, part in numbered:
+            yield begin * part.first + encoder.encode(part.text) + [end] * part.last
 
-    numbered = number_chunks(chunks)
+    numbered = number_parts(arrange(chunks, cuts=encoder.tokenizer.cuts_documents))
     if not per_document:
         yield from slide(0, blocks(numbered), length, stride)
         return
     for number, document in groupby(numbered, key=lambda pair: pair[0]):
-        yield from slide(number, chain([[end]], blocks(document)), length, stride)
+        before = [] if begin else [end]
+        yield from slide(number, chain([before], blocks(document)), length, stride)
 
 
-def number_chunks(chunks: Iterator[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Yield (document number, chunk) for each chunk."""
+def number_parts(parts: Iterator[Part]) -> Iterator[tuple[int, Part]]:
+    """Yield (document number, part) for each part."""
     number = 0
-    for chunk in chunks:
-        yield number, chunk
-        if chunk.last:
+    for part in parts:
+        yield number, part
+        if part.last:
             number += 1
 
 

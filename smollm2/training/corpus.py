@@ -7,7 +7,7 @@ from smollm2.config.reading import is_input_chosen
 from smollm2.data.corpus import Corpus, Listener, open_corpus
 from smollm2.data.store import Index, TokenStore, open_tokens
 from smollm2.data.token_files import open_token_files
-from smollm2.data.tokenizer import tokenizer_from_text
+from smollm2.data.tokenizer import restore_tokenizer, tokenizer_from_text
 from smollm2.errors import DataError
 from smollm2.training.setup import Setup
 
@@ -21,24 +21,24 @@ def share_corpus(setup: Setup) -> Corpus:
     runtime, opened, made = setup.runtime, None, None
     with runtime.together():
         if runtime.rank == 0:
-            saved = setup.start.state["tokenizer"] if setup.start else None
             opened = open_corpus(
                 setup.config,
                 Listener(setup.report, setup.console.show_progress, runtime.stop.raise_if_set),
                 is_chosen=is_input_chosen(setup.config, setup.origins),
-                saved=tokenizer_from_text(saved["text"], saved["end_of_text"]) if saved else None,
+                saved=restore_tokenizer(setup.start.state) if setup.start else None,
             )
             made = (
                 opened.tokenizer.text,
                 opened.tokenizer.end_of_text,
+                opened.tokenizer.files,
                 opened.names,
                 [Place.of(store) for store in opened.stores],
             )
-    text, end_of_text, names, places = runtime.gather(made)[0]
+    text, end_of_text, files, names, places = runtime.gather(made)[0]
     with runtime.together():
         if opened is None:
             stores = [find_tokens(place) for place in places]
-            opened = Corpus(tokenizer_from_text(text, end_of_text), names, tuple(stores))
+            opened = Corpus(tokenizer_from_text(text, end_of_text, files), names, tuple(stores))
     return opened
 
 

@@ -196,6 +196,7 @@ def state_of(run: Run, progress: Progress) -> State:
             "fingerprint": run.tokenizer.fingerprint,
             "vocab_size": run.tokenizer.vocab_size,
             "end_of_text": run.tokenizer.end_of_text,
+            "files": dict(run.tokenizer.files),
         },
         "env": machine_facts(run.runtime),
         "wandb_run_id": run.wandb_run_id,

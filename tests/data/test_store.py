@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -107,10 +108,17 @@ def test_one_huge_document_is_not_held_out(tmp_path: Path) -> None:
     assert 0 < len(store.validation) < 10_000
 
 
+class FakeEncoder:
+    """Adds nothing to a document, and may encode it in chunks."""
+
+    begin: ClassVar[list[int]] = []
+    cuts_documents = True
+
+
 def test_tokens_are_taken_from_the_cache(tmp_path: Path) -> None:
     prepare(tmp_path, "some text")
 
-    class Unused:
+    class Unused(FakeEncoder):
         text, vocab_size, end_of_text, fingerprint = "bytes", BYTES.vocab_size, END, BYTES.fingerprint
 
         def encode_counted(self, text: str) -> tuple[list[int], int]:
@@ -176,7 +184,7 @@ def test_a_changed_id_is_found_when_its_window_is_read(tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path: Path) -> None:
-    class Large:
+    class Large(FakeEncoder):
         text, vocab_size, end_of_text, fingerprint = "", 70_000, 69_999, "1a" * 32
 
         def encode_counted(self, text: str) -> tuple[list[int], int]:
@@ -189,7 +197,7 @@ def test_large_vocabularies_are_stored_in_four_bytes(tmp_path: Path) -> None:
 
 
 def test_an_id_outside_the_vocabulary_is_never_written(tmp_path: Path) -> None:
-    class Wrong:
+    class Wrong(FakeEncoder):
         text, vocab_size, end_of_text, fingerprint = "", 257, 256, "1a" * 32
 
         def encode_counted(self, text: str) -> tuple[list[int], int]:
@@ -279,6 +287,7 @@ def test_an_interrupted_run_leaves_nothing(after: int, tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
+from typing import ClassVar
 from smollm2.data.building import prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import tokenizer_from_text
@@ -325,6 +334,7 @@ def test_the_index_is_plain_json(tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
+from typing import ClassVar
 from smollm2.data.building import prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import load_tokenizer, train_tokenizer

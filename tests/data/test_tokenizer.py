@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers
 
-from smollm2.data.tokenizer import Tokenizer, load_tokenizer, map_bytes, tokenizer_from_text, train_tokenizer
+from smollm2.data.token_bytes import map_bytes
+from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
 from smollm2.errors import DataError
 
 CORPUS = "The cat sat on the mat. It's 3.14 o'clock, isn't it?\n\tOne  two   three\r\nna\u00efve \u6f22\u5b57 \U0001f600 the the cat cat\n"

@@ -24,6 +24,7 @@ from smollm2.cli.main import main
 from smollm2.data import corpus as data_corpus
 from smollm2.data.batches import Batches
 from smollm2.data.tokenizer import Tokenizer, train_tokenizer
+from smollm2.data.tokenizer_files import Files
 from smollm2.data.windows import Batch
 from smollm2.errors import DataError, ResourceError
 from smollm2.runtime.ranks import Position, find_disagreement, find_late, find_odd_replica
@@ -190,7 +191,7 @@ def change_tokens(rank: int) -> list[str]:
 
 
 def change_tokenizer(rank: int) -> list[str]:
-    def another(text: str, end_of_text: int | None = None) -> Tokenizer:
+    def another(text: str, end_of_text: int | None = None, files: Files | None = None) -> Tokenizer:
         return train_tokenizer(["a b c"] * 9, 300)
 
     if rank:
