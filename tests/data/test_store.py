@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -111,8 +110,9 @@ def test_one_huge_document_is_not_held_out(tmp_path: Path) -> None:
 class FakeEncoder:
     """Adds nothing to a document, and may encode it in chunks."""
 
-    begin: ClassVar[list[int]] = []
-    cuts_documents = True
+    def __init__(self) -> None:
+        self.begin: list[int] = []
+        self.cuts_documents = True
 
 
 def test_tokens_are_taken_from_the_cache(tmp_path: Path) -> None:
@@ -287,7 +287,6 @@ def test_an_interrupted_run_leaves_nothing(after: int, tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from typing import ClassVar
 from smollm2.data.building import prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import tokenizer_from_text
@@ -334,7 +333,6 @@ def test_the_index_is_plain_json(tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from typing import ClassVar
 from smollm2.data.building import prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import load_tokenizer, train_tokenizer
