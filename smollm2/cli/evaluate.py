@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Return the evaluation of one model, with the text split into documents as in its training."""
-    from smollm2.config.schema import DataConfig
+    from smollm2.config.data_section import DataConfig
     from smollm2.inference.evaluation import evaluate
     from smollm2.inference.loading import load_source, read_config
 

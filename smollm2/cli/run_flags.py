@@ -20,7 +20,12 @@ from smollm2.config.vocabulary import find_key, suggest_key
 from smollm2.errors import ConfigError, lay_out
 from smollm2.storage.run_folder import CONFIG
 
-SHORT_FLAGS = {"input_file": "data.input", "save_dir": "training.save_dir", "train_steps": "training.train_steps"}
+SHORT_FLAGS = {
+    "init_from": "model.init_from",
+    "input_file": "data.input",
+    "save_dir": "training.save_dir",
+    "train_steps": "training.train_steps",
+}
 
 
 def add_run_flags(parser: Parser) -> None:
@@ -31,6 +36,9 @@ def add_run_flags(parser: Parser) -> None:
     run.add_argument("--preset", metavar="NAME", help=f"a shipped config: {', '.join(list_presets())}")
     run.add_argument(
         "--input_file", metavar="FILE", help="data.input: a file, folder, pattern or hub name; - is standard input"
+    )
+    run.add_argument(
+        "--init_from", metavar="MODEL", help="model.init_from: a folder or hub name of a model to start from"
     )
     run.add_argument("--save_dir", metavar="FOLDER", help="training.save_dir: the run folder")
     run.add_argument("--train_steps", metavar="N", help="training.train_steps: optimizer steps in the whole run")

@@ -7,7 +7,6 @@ Anchors, aliases and tags are rejected, so a file cannot execute code.
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 from types import UnionType
@@ -16,10 +15,12 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from smollm2.config.schema import FIELDS, INPUT, SECTIONS, Config
+from smollm2.config.data_section import INPUT
+from smollm2.config.initial_model import follow_initial_model
+from smollm2.config.schema import FIELDS, SECTIONS, Config
 from smollm2.config.section import Resume
 from smollm2.config.sources import read_source
-from smollm2.config.values import Switch
+from smollm2.config.values import Given, Level, Switch, locate
 from smollm2.config.vocabulary import (
     ALIASES,
     DERIVED,
@@ -43,15 +44,6 @@ EFFECTIVE_HEADERS = (
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-@dataclass(frozen=True)
-class Given:
-    """A config value: its parsed value, its original text, and where it was set."""
-
-    value: Any
-    text: str
-    origin: str
-
-
 class Change(NamedTuple):
     """A key whose value differs between a checkpoint's config and the resumed run's config, and its resume rule."""
 
@@ -59,9 +51,6 @@ class Change(NamedTuple):
     old: object
     new: object
     rule: Resume
-
-
-Level = dict[str, Given]
 
 
 def load_config(
@@ -101,6 +90,8 @@ def load_config_with_origins(
     given: Level = {}
     for level in levels:
         given |= _settle_aliases(level, problems)
+    if not text.startswith(EFFECTIVE_HEADERS):  # a run's own config has the shape already
+        given |= follow_initial_model(given, problems, load_config)
     config = _validate(given, name, problems)
     if config is None:
         raise ConfigError("\n".join(sorted(problems, key=lambda problem: _line_of(problem, name))))
@@ -240,7 +231,7 @@ def _read_overrides(overrides: Mapping[str, Any], problems: list[str]) -> Level:
 def _add(level: Level, key: str, node: yaml.Node, origin: str, problems: list[str]) -> None:
     """Store the value of a node in `level`, or append a message to `problems` if it is invalid."""
     if key not in KEYS:
-        problems.append(lay_out(_locate(show(key), origin), "unknown key", suggest_key(key)))
+        problems.append(lay_out(locate(show(key), origin), "unknown key", suggest_key(key)))
         return
     text = "nothing" if is_null(node) else show_node(node)
     kind = FIELDS[key].annotation if key in FIELDS else bool
@@ -251,7 +242,7 @@ def _add(level: Level, key: str, node: yaml.Node, origin: str, problems: list[st
 
 
 def _refuse_value(key: str, text: str, origin: str) -> str:
-    return lay_out(_locate(key, origin), f"must be {describe_kind(key)} (got {text})")
+    return lay_out(locate(key, origin), f"must be {describe_kind(key)} (got {text})")
 
 
 def _read_value(node: yaml.Node, kind: Any) -> Any:
@@ -290,11 +281,6 @@ def _line_of(problem: str, name: str) -> float:
     return int(number) if number.isdecimal() else float("inf")
 
 
-def _locate(key: str, origin: str) -> str:
-    """Return a problem's location. Add the key unless the origin is a flag or an argument, which already names it."""
-    return origin if origin.startswith(("--", "argument ")) else f"{origin}: {key}"
-
-
 def _settle_aliases(level: Level, problems: list[str]) -> Level:
     """Return the values with each alias replaced by the key that it sets; report conflicts in `problems`."""
     settled = {key: given for key, given in level.items() if key in FIELDS}
@@ -310,7 +296,7 @@ def _settle_aliases(level: Level, problems: list[str]) -> Level:
         if other.value != meant.value:
             mine, theirs = (to_yaml(value).strip('"') for value in (meant.value, other.value))
             what = f"{to_yaml(given.value)} sets {target} to {mine}, but {other.origin} sets it to {theirs}"
-            problems.append(lay_out(_locate(alias, given.origin), what, "keep one of the two"))
+            problems.append(lay_out(locate(alias, given.origin), what, "keep one of the two"))
     return settled
 
 

@@ -1,6 +1,6 @@
-"""The config keys: type, default, bounds, description, resume rule. docs/config.md is generated from this file.
+"""The config keys: type, default, bounds, description, resume rule; those of `data` are in data_section.py.
 
-Longer than 350 lines, because every key of a run is in this one file: to find a key, nobody should have to search.
+docs/config.md is generated from the two files.
 """
 
 import contextlib
@@ -11,20 +11,24 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from smollm2.config.data_section import DataConfig
 from smollm2.config.mixture import (
-    MOST_SOURCES,
     UNITS,
-    Mixture,
-    StageStart,
-    find_problems,
     first_step,
     list_stages,
 )
 from smollm2.config.section import Contradiction, Section, key, refuse
-from smollm2.config.values import Beta, Duration, FilePath, FolderPath, Switch, Text, expand_path, name_folder
-
-INPUT = "input.txt"
-"""The default input; a config that leaves it as it is may have a mixture."""
+from smollm2.config.values import (
+    Beta,
+    Duration,
+    FilePath,
+    FolderPath,
+    Switch,
+    Text,
+    expand_path,
+    find_scaling_problem,
+    name_folder,
+)
 
 IGNORE_INDEX = -100
 """The label of positions without a target, in data, loss and evaluation (PyTorch's `ignore_index`)."""
@@ -53,6 +57,8 @@ class ModelConfig(Section):
     """Longest context, in tokens."""
     rope_theta: float = key(10000.0, "refused", gt=1, le=1e12)
     """Base of the rotary position embedding."""
+    rope_scaling: dict[Text, float] = key({}, "refused", "Llama 3's four numbers by name, or an empty mapping")
+    """Llama 3's scaling of the rotary embedding: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings."""
     norm: Literal["rmsnorm", "layernorm"] = key("layernorm", "refused")
     """Normalization: rmsnorm, or layernorm with weight and bias, computed in float32."""
     norm_eps: float = key(1e-5, "refused", gt=0, le=0.1)
@@ -61,6 +67,8 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights; for output projections, divided by sqrt(2 x layers)."""
     tie_word_embeddings: bool = key(True, "refused")
     """Use the token embedding as the output head."""
+    init_from: FilePath | None = key(None, "refused", "a folder, a hub name or null")
+    """A model to start from: a Hugging Face folder or hub name, or a run folder. Its shape and tokenizer are used, so leave these out."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Yield a contradiction if the numbers of heads do not fit hidden_size or each other."""
@@ -75,90 +83,13 @@ class ModelConfig(Section):
         if self.num_attention_heads % self.num_key_value_heads:
             what = f"must be a divisor of {heads} = {self.num_attention_heads} (got {self.num_key_value_heads})"
             yield Contradiction(("model.num_key_value_heads", heads), what, f"use a divisor of {heads}")
+        if problem := find_scaling_problem(self.rope_scaling):
+            yield Contradiction(("model.rope_scaling",), problem, "correct it, or leave it out")
 
     @property
     def is_divided_by_heads(self) -> bool:
         """Whether hidden_size is a multiple of the number of heads; transformers 5 cannot load other models."""
         return self.hidden_size % self.num_attention_heads == 0
-
-
-class DataConfig(Section):
-    """The text, and how it becomes windows of tokens."""
-
-    input: FilePath = key(INPUT, "noted", "a path, a pattern, a hub name or `-`")
-    """Text (UTF-8), JSONL or parquet: a file, a folder, a pattern such as `notes/**/*.md`, a data set's name on the Hugging
-    Face hub, or `-` for standard input. If the default is absent, the sample corpus is made."""
-    mixture: Mixture = key(
-        {}, "noted", "inputs with their weights, as {web: 0.9, code: [0.1, 0.3]}", max_length=MOST_SOURCES
-    )
-    """Several inputs in place of `input`, each with the share of the windows drawn from it, or its share in each stage."""
-    stages: tuple[StageStart, ...] = key((), "noted", "a list of steps or tokens, as [3000, 6e9 tokens]", max_length=64)
-    """Where the second and each later stage of the mixture begins: after this many steps or tokens."""
-    include: tuple[Text, ...] = key((), "noted", max_length=64)
-    """Patterns of the files to read from a folder; default: text, source code, JSONL and parquet."""
-    exclude: tuple[Text, ...] = key((), "noted", max_length=64)
-    """Patterns of the files in a folder that are not read."""
-    text_field: Text | None = key(None, "noted", min_length=1)
-    """Field of JSONL and parquet rows that holds the text; default: text, content, body, ... (docs/data.md)."""
-    on_bad_line: Literal["stop", "skip"] = key("stop", "noted")
-    """What to do with a line of JSONL that holds no text: stop with its number, or skip and count it."""
-    tokenizer: FilePath = key("auto", "refused", "`auto`, `bytes`, a path or a hub name")
-    """`auto` (a byte-level BPE trained on the text), `bytes`, a folder with tokenizer.json, or a hub name."""
-    cache_dir: FolderPath = key("cache", "free", "a path")
-    """Folder of the token cache; default: cache beside save_dir."""
-    validation_fraction: float = key(0.05, "refused", ge=0, le=0.5)
-    """Share of the text kept for validation: whole documents, or the end of one long text."""
-    validation_input: FilePath | None = key(None, "refused", "a path, a pattern, a hub name or null")
-    """Another input whose documents are the validation text; validation_fraction is then not used."""
-    stride: int = key(2048, "refused", ge=1, le=2**24)
-    """Tokens from one window to the next; default: sequence_length. If it is less, shared tokens are context, not targets."""
-    pack: Literal["windows", "best_fit"] = key("windows", "refused")
-    """How the tokens become windows: windows (contiguous), or best_fit (whole documents, of which only those longer than a window are cut)."""
-    document_separator: Text | None = key(None, "refused", min_length=1)
-    """Text between two documents of one file, such as a form feed; default: the file is one document."""
-    document_mask: bool = key(False, "refused")
-    """Documents in one window do not attend to one another, and the first token of each is not a target."""
-
-    def contradictions(self) -> Iterator[Contradiction]:
-        """Yield a mask without documents, a validation text that is the training text, and invalid mixtures."""
-        if self.mixture and self.input != INPUT:
-            yield Contradiction(
-                ("data.mixture", "data.input"), "cannot be combined with data.input", "set only one of the two"
-            )
-        if self.stages and not self.mixture:
-            yield Contradiction(
-                ("data.stages", "data.mixture"), "has no effect without data.mixture", "set both, or neither"
-            )
-        for what, advice in find_problems(self.mixture, len(self.stages) + 1) if self.mixture else ():
-            yield Contradiction(("data.mixture", "data.stages"), what, advice)
-        if self.validation_input is not None and self.validation_input in self.inputs:
-            names = ("data.validation_input", "data.input")
-            yield Contradiction(
-                names, "is the training text", "choose another text, or leave data.validation_input out"
-            )
-        if self.document_mask and self.document_separator is None and self.is_one_text:
-            keys = ("data.document_mask", "data.document_separator")
-            yield Contradiction(keys, "has no effect without data.document_separator", "set both, or neither")
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The inputs of the run: those of the mixture, or the one input."""
-        return tuple(self.mixture) or (self.input,)
-
-    @property
-    def is_one_text(self) -> bool:
-        """Whether each input is a text file by its name, or standard input: one document, unless a separator is set."""
-
-        def is_text(name: str) -> bool:
-            is_pattern = any(character in name for character in "*?[")
-            return name == "-" or (Path(name).suffix.lower() in (".txt", ".md") and not is_pattern)
-
-        return len(self.inputs) == 1 and is_text(self.inputs[0])
-
-    @property
-    def held_out_fraction(self) -> float:
-        """Share of `input` that is kept for validation: none if the validation text is another input."""
-        return self.validation_fraction if self.validation_input is None else 0.0
 
 
 class TrainingConfig(Section):
@@ -329,7 +260,11 @@ class Config(BaseModel):
         return self
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what contradicts max_position_embeddings in sequence_length, and sequence_length or pack in stride."""
+        """Yield a second tokenizer, and what contradicts max_position_embeddings in sequence_length, and sequence_length or pack in stride."""
+        if self.model.init_from and self.data.tokenizer not in ("auto", self.model.init_from):
+            keys = ("data.tokenizer", "model.init_from")
+            what = f"is {self.data.tokenizer}, but the model of {keys[1]} has its own tokenizer"
+            yield Contradiction(keys, what, "leave it out")
         length, positions = self.training.sequence_length, self.model.max_position_embeddings
         if length > positions:
             keys = ("training.sequence_length", "model.max_position_embeddings")

@@ -2,8 +2,10 @@
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -50,6 +52,37 @@ def name_folder(text: str) -> str:
     if not path.name:
         raise ValueError(text)
     return str(path)
+
+
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""The numbers of Llama 3's rope scaling."""
+
+
+def find_scaling_problem(scaling: Mapping[str, float]) -> str:
+    """Return what is wrong with a rope scaling that is not empty, or an empty string."""
+    if not scaling:
+        return ""
+    if wrong := set(scaling) ^ set(ROPE_SCALING):
+        return f"must have exactly {', '.join(ROPE_SCALING)} (wrong: {min(wrong)})"
+    fits = min(scaling.values()) > 0 and scaling["high_freq_factor"] > scaling["low_freq_factor"]
+    return "" if fits else "needs numbers above 0, and high_freq_factor above low_freq_factor"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A config value: its parsed value, its original text, and where it was set."""
+
+    value: Any
+    text: str
+    origin: str
+
+
+Level = dict[str, Given]
+
+
+def locate(key: str, origin: str) -> str:
+    """Return a problem's location. Add the key unless the origin is a flag or an argument, which already names it."""
+    return origin if origin.startswith(("--", "argument ")) else f"{origin}: {key}"
 
 
 Switch = Literal["auto"] | bool

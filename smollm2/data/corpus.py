@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+from smollm2.config.initial_model import find_model_folder
 from smollm2.config.mixture import list_stages
 from smollm2.config.schema import Config
 from smollm2.data.batches import Batches
@@ -19,10 +20,12 @@ from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import Statistics, TokenStore
 from smollm2.data.token_inputs import find_token_input, open_token_input, read_tokenizer
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
+from smollm2.data.tokenizer_files import TOKENIZER
 from smollm2.data.windows import TokenWindows, Windows
 from smollm2.errors import DataError
 from smollm2.storage.atomic import probe_folder, write_atomically
 from smollm2.storage.input_files import is_pattern
+from smollm2.storage.run_folder import TOKENIZER as FOLDER_OF_TOKENIZER
 
 TOKENIZER_SAMPLE = 50_000_000
 """Bytes of text on which a tokenizer is trained, in equal parts from all sources."""
@@ -144,6 +147,8 @@ def find_tokenizer(config: Config, inputs: Sequence[Source | Tokenized], listene
     If an input is a token store, `auto` is the store's tokenizer.
     """
     data, cache = config.data, Path(config.data.cache_dir)
+    if config.model.init_from:
+        return load_initial_tokenizer(config.model.init_from, listener.report)
     if data.tokenizer != "auto":
         return load_tokenizer(data.tokenizer, report=listener.report)
     for one in inputs:
@@ -162,6 +167,12 @@ def find_tokenizer(config: Config, inputs: Sequence[Source | Tokenized], listene
         probe_folder(cache, "data.cache_dir")
         write_atomically(trained, made.text.encode())
     return tokenizer_from_text(trained.read_text(encoding="utf-8"))
+
+
+def load_initial_tokenizer(name: str, report: Callable[[str], None]) -> Tokenizer:
+    """Return the tokenizer of the model that a run starts from."""
+    folder = find_model_folder(name, report)
+    return load_tokenizer(str(folder if (folder / TOKENIZER).exists() else folder / FOLDER_OF_TOKENIZER))
 
 
 def open_tokens_of(

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-from smollm2.config.schema import DataConfig
+from smollm2.config.data_section import DataConfig
+from smollm2.config.hub import DATA_SET, fetch_from_hub
 from smollm2.data.documents import Chunk, Documents, Source, do_nothing
-from smollm2.data.hub import DATA_SET, fetch_from_hub
 from smollm2.data.text import (
     BLOCK,
     END_OF_TEXT,

@@ -21,7 +21,7 @@ import tiktoken
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from smollm2.data.hub import TOKENIZER, fetch_from_hub
+from smollm2.config.hub import TOKENIZER, fetch_from_hub
 from smollm2.data.sampling import limit_words, split_long_runs
 from smollm2.data.text import END_OF_TEXT, expand_home
 from smollm2.data.token_bytes import count_unknown, list_token_bytes, map_bytes, measure_tokens

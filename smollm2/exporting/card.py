@@ -53,7 +53,7 @@ unusual spaces) without a change.
 def write_card(config: ModelConfig, facts: Mapping[str, str], certificate: Mapping[str, Any], name: str) -> str:
     """Return the text of README.md for an exported folder."""
     architecture = "Llama (RMSNorm)" if config.norm == "rmsnorm" else "StableLM (LayerNorm)"
-    rows = ((key, value) for key, value in config.model_dump().items())
+    rows = ((key, value) for key, value in config.model_dump(exclude={"init_from"}).items())
     training = f"\n## Training\n\n{write_table(('what', 'value'), facts.items())}\n" if facts else ""
     unusable = "".join(
         f"\n{reader['reader']} was not used to check this folder when it was made ({reader['reason']}).\n"

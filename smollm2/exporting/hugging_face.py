@@ -268,7 +268,10 @@ def describe_model(model: SmolLM2, tokenizer: Tokenizer, dtype: str) -> dict[str
     """Return the content of config.json, with every field that either version of transformers reads."""
     c = model.config
     name = str(DTYPES[dtype]).removeprefix("torch.")
-    rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    scaling = {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None
+    if scaling:  # transformers compares it with an integer
+        scaling["original_max_position_embeddings"] = int(c.rope_scaling["original_max_position_embeddings"])
+    rope: dict[str, Any] = {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})}
     shared = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -283,7 +286,7 @@ def describe_model(model: SmolLM2, tokenizer: Tokenizer, dtype: str) -> dict[str
         "tie_word_embeddings": c.tie_word_embeddings,
         "attention_dropout": 0.0,
         "rope_theta": c.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": scaling,
         "use_cache": True,
         "bos_token_id": tokenizer.end_of_text,
         "eos_token_id": tokenizer.end_of_text,

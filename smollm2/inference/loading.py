@@ -8,11 +8,12 @@ import torch
 from pydantic import ValidationError
 
 from smollm2.checkpoint.discovery import describe_missing, find_resumable, load_checkpoint
+from smollm2.config.model_folder import read_hugging_face_config, read_json
 from smollm2.config.schema import Config
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer, restore_tokenizer
 from smollm2.errors import CheckpointError
-from smollm2.inference.hugging_face_folder import load_hugging_face_model
-from smollm2.inference.weights import build_model, read_json
+from smollm2.inference.weight_files import open_weights
+from smollm2.inference.weights import build_model
 from smollm2.model.transformer import SmolLM2
 from smollm2.storage.run_folder import BEST
 
@@ -47,6 +48,11 @@ def load_source(
     else:
         state = load_checkpoint(path)
     return *restore_model(state, path), state
+
+
+def load_hugging_face_model(folder: Path) -> SmolLM2:
+    """Return the model in a folder with config.json and model.safetensors, as one file or as shards with an index."""
+    return build_model(read_hugging_face_config(folder), open_weights(folder), folder)
 
 
 def restore_model(state: Mapping[str, Any], path: Path) -> tuple[SmolLM2, Tokenizer]:

@@ -4,6 +4,9 @@ Eager training uses the memory-saving forms, which save 10 % of a run's time and
 bf16 (benchmarks/README.md). Inference and compiled code use the plain forms; the compiler fuses them itself.
 """
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,11 +64,28 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
-def rotary_tables(positions: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the cosine and sine of position x theta^(-2i / width), each (positions, width / 2), float32."""
+def rotary_tables(
+    positions: int, width: int, theta: float, device: torch.device, scaling: Mapping[str, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the cosine and sine of position x theta^(-2i / width), each (positions, width / 2), float32.
+
+    `scaling` are the numbers of Llama 3's rope scaling; none if empty.
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width)
+    if scaling:
+        frequencies = scale_frequencies(frequencies, scaling)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies)
     return angles.cos(), angles.sin()
+
+
+def scale_frequencies(frequencies: Tensor, scaling: Mapping[str, float]) -> Tensor:
+    """Return Llama 3's frequencies for a longer context than the one trained with first (arXiv 2407.21783; the formula is
+    that of transformers): waves that turn less than low_freq_factor times in the original context are slowed down by
+    factor, those that turn more than high_freq_factor times are kept, and those in between are interpolated."""
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

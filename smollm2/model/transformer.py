@@ -76,13 +76,14 @@ class Rotary(nn.Module):
         self.shape = (config.max_position_embeddings, config.head_dim, config.rope_theta)
         device, shape = torch.get_default_device(), (config.max_position_embeddings, config.head_dim // 2)
         is_meta = device.type == "meta"  # computing there would import torch's compiler
-        tables = 2 * (torch.empty(shape),) if is_meta else rotary_tables(*self.shape, device)
+        self.scaling = config.rope_scaling
+        tables = 2 * (torch.empty(shape),) if is_meta else rotary_tables(*self.shape, device, self.scaling)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.cos, self.sin = rotary_tables(*self.shape, self.cos.device)
+        self.cos, self.sin = rotary_tables(*self.shape, self.cos.device, self.scaling)
         return self
 
 

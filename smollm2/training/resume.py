@@ -104,7 +104,10 @@ def check_changes(setup: Setup, start: Start, corpus: Corpus) -> None:
 def restore(run: Run, start: Start) -> Progress:
     """Restore the checkpoint's weights, optimizer moments and loss scale, and return its progress."""
     state = start.state
-    check_shapes(run.model.state_dict(), state["model"], start.path)
+    shapes = [
+        {name: tuple(one.shape) for name, one in each.items()} for each in (run.model.state_dict(), state["model"])
+    ]
+    check_shapes(shapes[0], shapes[1], start.path)
     try:
         load_optimizer_states(run.optimizers, state["optimizer"])
     except (ValueError, KeyError) as error:

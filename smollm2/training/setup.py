@@ -15,15 +15,17 @@ from torch.optim import Optimizer
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.checkpoint.format import State
 from smollm2.checkpoint.saving import Saver
+from smollm2.config.initial_model import OWN_KEYS, find_model_folder
 from smollm2.config.reading import effective_config_yaml
-from smollm2.config.schema import IGNORE_INDEX, Config
+from smollm2.config.schema import IGNORE_INDEX, Config, ModelConfig
 from smollm2.data.batches import Batches
 from smollm2.data.corpus import Corpus, validation_windows
 from smollm2.data.overview import describe_sources, measure_overlaps
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import JoinedWindows, WindowSource
-from smollm2.errors import ResourceError, TrainingError
+from smollm2.errors import CheckpointError, ResourceError, TrainingError
 from smollm2.formatting import format_bytes
+from smollm2.inference.loading import load_source
 from smollm2.model.attention import check_backend, choose_backend
 from smollm2.model.transformer import SmolLM2
 from smollm2.plan.arithmetic import estimate_disk
@@ -110,6 +112,12 @@ def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
     wanted, found = setup.config.model.vocab_size, tokenizer.vocab_size
     if wanted == found:
         return setup
+    if name := setup.config.model.init_from:
+        if found > wanted:
+            what = f"the tokenizer has {found:,} ids, but the embedding only {wanted:,} rows"
+            raise CheckpointError(name, what, "use the tokenizer that the model was trained with")
+        setup.report(f"{name}: the tokenizer uses {found:,} of the embedding's {wanted:,} rows")
+        return setup
     setup.report(f"model.vocab_size: {wanted:,} -> {found:,}, the tokenizer's")
     origins = {**setup.origins, "model.vocab_size": "the tokenizer"}
     return dataclasses.replace(setup, config=setup.config.with_vocab_size(found), origins=origins)
@@ -142,7 +150,7 @@ def build_run(setup: Setup, corpus: Corpus) -> Run:
     batches = corpus.batches(config)
     for line in corpus.describe(batches):
         setup.report(line)
-    model = build_model(config, runtime)
+    model = build_model(config, runtime, is_resumed=start is not None)
     return Run(
         config=config,
         runtime=runtime,
@@ -175,14 +183,15 @@ def has_text(windows: WindowSource, tokenizer: Tokenizer) -> bool:
     return any(tokenizer.bytes_per_token[row[row != IGNORE_INDEX]].any() for row in labels)
 
 
-def build_model(config: Config, runtime: Runtime) -> SmolLM2:
-    """Return the model on its device, initialized from the seed.
+def build_model(config: Config, runtime: Runtime, *, is_resumed: bool = False) -> SmolLM2:
+    """Return the model on its device, initialized from the seed, or with the weights of model.init_from.
 
     The attention backend, gradient checkpointing and compilation are set as configured.
     """
     t, m = config.training, config.model
     torch.manual_seed(t.seed)
-    model = SmolLM2(m).to(runtime.device)
+    model = load_initial_model(m) if m.init_from and not is_resumed else SmolLM2(m)
+    model = model.to(runtime.device)
     heads = (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     dtype, isolates = runtime.precision.dtype, config.data.document_mask
     features = device_features(runtime.device)
@@ -195,6 +204,23 @@ def build_model(config: Config, runtime: Runtime) -> SmolLM2:
     if t.compile is True:
         compile_blocks(model.model.layers)
     return model
+
+
+def load_initial_model(config: ModelConfig) -> SmolLM2:
+    """Return the model from which a run starts, in training mode. Raise CheckpointError if it does not have this shape."""
+    assert config.init_from is not None
+    model, _, _ = load_source(find_model_folder(config.init_from))
+    check_same_shape(config, model.config)
+    model.config, model.trained_length = config, config.max_position_embeddings
+    return model.train()
+
+
+def check_same_shape(wanted: ModelConfig, found: ModelConfig) -> None:
+    """Raise CheckpointError if the model to start from is no longer the one that the config was made for."""
+    for name in ModelConfig.model_fields.keys() - OWN_KEYS:
+        if getattr(wanted, name) != getattr(found, name):
+            what = f"{name} is {getattr(found, name)}, but the config has {getattr(wanted, name)}"
+            raise CheckpointError(str(wanted.init_from), what, "start again from the model's own config")
 
 
 def check_disk(config: Config, folder: Path) -> None:

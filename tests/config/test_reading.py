@@ -567,7 +567,7 @@ REFUSED = re.findall(
     r"\S+",
     """
     model.vocab_size model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads
-    model.num_key_value_heads model.head_dim model.max_position_embeddings model.rope_theta model.norm model.norm_eps
+    model.num_key_value_heads model.head_dim model.max_position_embeddings model.rope_theta model.rope_scaling model.init_from model.norm model.norm_eps
     model.initializer_range model.tie_word_embeddings training.sequence_length training.optimizer training.decay
     training.seed data.tokenizer data.validation_fraction data.validation_input data.stride data.pack data.document_separator
     data.document_mask

@@ -9,15 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from twins import blocks_of, small_model, transformers_twin, write_hugging_face_folder
 
+from smollm2.config.model_folder import DEFAULTS, REQUIRED_VALUES, read_hugging_face_config
 from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import CheckpointError
-from smollm2.inference.hugging_face_folder import (
-    DEFAULTS,
-    REQUIRED_VALUES,
-    load_hugging_face_model,
-    read_hugging_face_config,
-)
-from smollm2.inference.loading import load_model
+from smollm2.inference.loading import load_hugging_face_model, load_model
 from smollm2.inference.weights import build_model
 
 IDS = torch.randint(0, 320, (1, 64), generator=torch.Generator().manual_seed(3))
@@ -58,7 +53,8 @@ def test_the_released_config_is_understood(smollm2_tokenizer_folder: Path) -> No
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Use llama or stablelm"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type 'llama3' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type 'llama3' needs low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8}}, "rope_type 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
         ({"model_type": "stablelm"}, "partial_rotary_factor 0.25 is not supported"),
         ({"hidden_size": "wide"}, "hidden_size"),

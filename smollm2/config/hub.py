@@ -31,6 +31,16 @@ TOKENIZER = HubKind(
     "hf download",
 )
 
+MODEL = HubKind(
+    "model",
+    "model",
+    ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"),
+    "config.json",
+    "folder",
+    "use an existing folder",
+    "hf download",
+)
+
 DATA_SET = HubKind(
     "data set",
     "dataset",

@@ -1,8 +1,9 @@
-"""Load a Hugging Face model folder: Llama, or StableLM if the model uses LayerNorm.
+"""Read the config.json of a Hugging Face model folder: Llama, or StableLM if the model uses LayerNorm.
 
-The parameter names are the same as in SmolLM2. A setting that SmolLM2 does not support is rejected by name.
+A setting that SmolLM2 does not support is rejected by name.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from smollm2.config.schema import ModelConfig
+from smollm2.config.values import ROPE_SCALING
 from smollm2.errors import CheckpointError
-from smollm2.inference.weights import NOT_QUANTIZED, build_model, read_json, read_weights
-from smollm2.model.transformer import SmolLM2
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -61,10 +61,10 @@ REQUIRED_VALUES: dict[str, dict[str, object]] = {
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
-
-def load_hugging_face_model(folder: Path) -> SmolLM2:
-    """Return the model in a folder with config.json and model.safetensors, as one file or as shards with an index."""
-    return build_model(read_hugging_face_config(folder), read_weights(folder), folder)
+NOT_QUANTIZED = "use the folder of the original model, with float32 or 16-bit weights"
+DOWNLOAD = "download the model folder again"
+LFS_POINTER = b"version https://git-lfs"
+NO_CONFIG = "choose a .pt file, or a folder with config.json"
 
 
 def read_hugging_face_config(folder: Path) -> ModelConfig:
@@ -83,10 +83,10 @@ def read_hugging_face_config(folder: Path) -> ModelConfig:
     for name, value in REQUIRED_VALUES[kind].items():
         if found.get(name, value) != value:
             raise CheckpointError(path, f"{name} {found[name]!r} is not supported", f"only {value!r} is supported")
-    values = {**DEFAULTS[kind], **found, "rope_theta": read_rope_theta({**DEFAULTS[kind], **found}, path)}
+    values = {**DEFAULTS[kind], **found, **read_rope({**DEFAULTS[kind], **found}, path)}
     values["norm"] = "rmsnorm" if kind == "llama" else "layernorm"
     values["norm_eps"] = values["rms_norm_eps" if kind == "llama" else "layer_norm_eps"]
-    known = {name: values[name] for name in ModelConfig.model_fields if values[name] is not None}
+    known = {name: values[name] for name in ModelConfig.model_fields if values.get(name) is not None}
     try:
         return ModelConfig(**known)
     except ValidationError as error:
@@ -94,10 +94,11 @@ def read_hugging_face_config(folder: Path) -> ModelConfig:
         raise CheckpointError(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "check the file") from None
 
 
-def read_rope_theta(found: Mapping[str, Any], path: Path) -> object:
-    """Return the base of the rotary embedding. Raise CheckpointError if the embedding is scaled or partial.
+def read_rope(found: Mapping[str, Any], path: Path) -> dict[str, object]:
+    """Return the base of the rotary embedding, and Llama 3's scaling if there is one.
 
-    transformers 4 stores rope_theta at the top level, transformers 5 inside rope_parameters; both are supported.
+    Raise CheckpointError if the embedding is partial, or scaled in another way. transformers 4 stores rope_theta at the
+    top level, transformers 5 inside rope_parameters; both are supported.
     """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(found.get(name, {}), dict):
@@ -105,9 +106,35 @@ def read_rope_theta(found: Mapping[str, Any], path: Path) -> object:
     parameters = {name: value for name, value in found.get("rope_parameters", {}).items() if value is not None}
     scaling = parameters or found.get("rope_scaling", {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise CheckpointError(path, f"rope_type {kind!r} is not supported", "only 'default' is supported")
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(path, f"rope_type {kind!r} is not supported", "only 'default' and 'llama3' are supported")
+    numbers: dict[str, object] = {}
+    if kind == "llama3":
+        if missing := [name for name in ROPE_SCALING if name not in scaling]:
+            raise CheckpointError(path, f"rope_type 'llama3' needs {missing[0]}", "check the file")
+        numbers = {name: scaling[name] for name in ROPE_SCALING}
     partial = parameters.get("partial_rotary_factor", found["partial_rotary_factor"])
     if partial != 1.0:
         raise CheckpointError(path, f"partial_rotary_factor {partial!r} is not supported", "only 1.0 is supported")
-    return parameters.get("rope_theta", found["rope_theta"])
+    return {"rope_theta": parameters.get("rope_theta", found["rope_theta"]), "rope_scaling": numbers}
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if the file is a Git LFS pointer, a placeholder for a file that was not downloaded."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(path, "is a Git LFS pointer, not the file itself", "run git lfs pull in that folder")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raise CheckpointError if it is missing or invalid."""
+    try:
+        refuse_pointer(path)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path, "not found", NO_CONFIG) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"cannot be read as JSON ({error})", DOWNLOAD) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"contains JSON of type {type(value).__name__} instead of an object", DOWNLOAD)
+    return value
