@@ -1,6 +1,9 @@
 """`smollm2 export`: write a folder that transformers, vLLM and other libraries can load."""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from smollm2.cli.flags import Commands, Parser, add_command, add_model_flags, number, path, print_note
 
@@ -14,8 +17,8 @@ def add_parser(commands: "Commands[Parser]") -> None:
     parser = add_command(commands, "export", run, "a Hugging Face folder, compared with the checkpoint", text)
     add_model_flags(parser)
     parser.add_argument("folder", metavar="OUT", type=path, help="the folder to write")
-    text = "of the weights; default: float32"
-    parser.add_argument("--dtype", choices=["float32", "bf16", "fp16"], default="float32", help=text)
+    text = "of the weights; default: that of a Hugging Face folder, float32 for a checkpoint"
+    parser.add_argument("--dtype", choices=["float32", "bf16", "fp16"], default="", help=text)
     text = "largest weights file, in GB; default: 5"
     parser.add_argument("--shard_gb", type=number(1e-6, 1e6), default=5.0, metavar="N", help=text)
     text = "text of the comparison; default: Python's own documentation"
@@ -37,6 +40,11 @@ def run(args: argparse.Namespace) -> None:
         text_file=args.input_file,
         report=print_note,
     )
+    show_certificate(certificate, args.folder)
+
+
+def show_certificate(certificate: Mapping[str, Any], folder: Path) -> None:
+    """Print how each reader's result compares with the source."""
     for reading in certificate["readers"]:
         print(
             f"{reading['reader']}: logits differ by at most {reading['max_logit_difference']:.2g}, greedy text equal over "
@@ -44,4 +52,4 @@ def run(args: argparse.Namespace) -> None:
         )
     for reader in certificate["unusable_readers"]:
         print(f"{reader['reader']}: not used to check the folder ({reader['reason']})")
-    print(f"{args.folder}: the same model, in {certificate['dtype']}; parity.json and README.md hold the proof")
+    print(f"{folder}: the same model, in {certificate['dtype']}; parity.json and README.md hold the proof")

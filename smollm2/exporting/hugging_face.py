@@ -23,6 +23,7 @@ from smollm2.exporting.card import write_card
 from smollm2.exporting.certificate import certify, choose_text
 from smollm2.formatting import format_bytes
 from smollm2.inference.loading import load_source, read_config
+from smollm2.inference.weight_files import open_weights
 from smollm2.model.transformer import SmolLM2
 from smollm2.storage.atomic import IO_OPS, IoOps, sync_file, write_atomically, write_folder_atomically
 
@@ -59,7 +60,7 @@ def export(
     folder: str | Path,
     format: str = "huggingface",
     *,
-    dtype: str = "float32",
+    dtype: str = "",
     best: bool = False,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -77,8 +78,9 @@ def export(
     for each checkpoint skipped. `force` replaces an earlier export. Raise ConfigError for an unknown format or dtype,
     CheckpointError, DataError or ResourceError.
     """
-    check_options(format, dtype, shard_bytes)
     path, folder = expand_home(path), expand_home(folder)
+    dtype = dtype or stored_dtype(path)
+    check_options(format, dtype, shard_bytes)
     check_target(path, folder, force=force)
     text = choose_text(text_file)
     source = read_source(path, best=best, report=report)
@@ -100,6 +102,14 @@ def export(
 
     write_folder_atomically(folder, fill, replaces=folder.exists(), io_ops=io_ops)
     return certificate
+
+
+def stored_dtype(path: Path) -> str:
+    """Return the dtype of all weights in a Hugging Face folder; float32 if they differ, or for a checkpoint."""
+    if not (path / "config.json").exists():
+        return "float32"
+    found = set(open_weights(path).dtypes.values())
+    return next((name for name, dtype in DTYPES.items() if found == {dtype}), "float32")
 
 
 def check_options(format: str, dtype: str, shard_bytes: int) -> None:
