@@ -72,6 +72,9 @@ def transformers_twin(model: SmolLM2) -> Any:
     twin: Any
     shared: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     rope = {"rope_theta": shared.pop("rope_theta"), "rope_type": "default"}
+    if scaling := shared.pop("rope_scaling"):
+        rope |= {"rope_type": "llama3", **scaling}
+    del shared["init_from"]
     norm, eps = shared.pop("norm"), shared.pop("norm_eps")
     if norm == "rmsnorm":
         twin = transformers.LlamaForCausalLM(
@@ -93,7 +96,7 @@ def write_hugging_face_folder(model: SmolLM2, folder: Path, **changes: object) -
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": "llama",
-        **model.config.model_dump(exclude={"norm", "norm_eps"}),
+        **model.config.model_dump(exclude={"norm", "norm_eps", "rope_scaling", "init_from"}),
         "rms_norm_eps": model.config.norm_eps,
         **changes,
     }

@@ -40,6 +40,8 @@ class DataConfig(Section):
     """Share of the text kept for validation: whole documents, or the end of one long text."""
     validation_input: FilePath | None = key(None, "refused", "a path, a pattern, a hub name or null")
     """Another input whose documents are the validation text; validation_fraction is then not used."""
+    regression_input: FilePath | None = key(None, "free", "a path, a pattern, a hub name or null")
+    """A text that must not get worse, such as general text while another is learned: measured before, during and after the run."""
     stride: int = key(2048, "refused", ge=1, le=2**24)
     """Tokens from one window to the next; default: sequence_length. If it is less, shared tokens are context, not targets."""
     pack: Literal["windows", "best_fit"] = key("windows", "refused")

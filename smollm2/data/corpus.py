@@ -18,6 +18,7 @@ from smollm2.data.packing import PackedWindows, Packs, open_packs, pack_document
 from smollm2.data.sample import write_sample_corpus
 from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import Statistics, TokenStore
+from smollm2.data.stream import Stream
 from smollm2.data.token_inputs import find_token_input, open_token_input, read_tokenizer
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
 from smollm2.data.tokenizer_files import TOKENIZER
@@ -51,6 +52,7 @@ class Corpus:
     tokenizer: Tokenizer
     names: tuple[str, ...]
     stores: tuple[TokenStore, ...]
+    regression: TokenStore | None = None  # the text that must not get worse
 
     @property
     def fingerprint(self) -> str:
@@ -109,7 +111,11 @@ def open_corpus(config: Config, listener: Listener, *, is_chosen: bool, saved: T
     if held_out:
         other = open_tokens_of(config, held_out, tokenizer, 0.0, listener)
         stores = [stores[0].with_validation(other), *stores[1:]]
-    return Corpus(tokenizer, tuple(name_sources(data.inputs)), tuple(stores))
+    regression = None
+    if data.regression_input:
+        text = open_data_input(config, data.regression_input, listener)
+        regression = open_tokens_of(config, text, tokenizer, 0.0, listener)
+    return Corpus(tokenizer, tuple(name_sources(data.inputs)), tuple(stores), regression)
 
 
 def name_sources(inputs: Sequence[str]) -> Iterator[str]:
@@ -231,8 +237,13 @@ def find_packs(config: Config, store: TokenStore) -> Packs:
 
 def validation_windows(config: Config, tokenizer: Tokenizer, store: TokenStore) -> Windows | None:
     """Return the windows of the held-out tokens of a source, or None if there is no target in them."""
-    if len(store.validation) < 2:
+    return evaluation_windows(config, tokenizer, store.validation)
+
+
+def evaluation_windows(config: Config, tokenizer: Tokenizer, tokens: Stream) -> Windows | None:
+    """Return the windows of tokens that are not trained on, or None if there is no target in them."""
+    if len(tokens) < 2:
         return None
     length = config.training.sequence_length
     end_of_text = tokenizer.end_of_text if config.data.document_mask else None
-    return Windows(store.validation, length, length, tokenizer.vocab_size, end_of_text)
+    return Windows(tokens, length, length, tokenizer.vocab_size, end_of_text)

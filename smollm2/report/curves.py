@@ -23,8 +23,8 @@ Place = dict[str, float | int]
 """A position on each of the axes `step`, `tokens` and `seconds`."""
 
 CURVES = {
-    "loss": ("loss", "validation_loss"),
-    "bits per byte": ("validation_bpb",),
+    "loss": ("loss", "validation_loss", "regression_loss"),
+    "bits per byte": ("validation_bpb", "regression_bpb"),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
     "tokens per second": ("tokens_per_second",),
@@ -35,6 +35,8 @@ WORDS = {
     "loss": "training loss",
     "validation_loss": "validation loss",
     "validation_bpb": "bits per byte",
+    "regression_loss": "loss on the other text",
+    "regression_bpb": "bits per byte on the other text",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",

@@ -41,6 +41,8 @@ COLUMNS = (
     "tokens_per_second",
     "validation_loss",
     "validation_bpb",
+    "regression_loss",
+    "regression_bpb",
 )
 """The columns of metrics.jsonl that a page shows."""
 

@@ -46,6 +46,8 @@ def notes_of(run: RunFolder) -> list[str]:
     skips, spikes = (sum(event["kind"] == kind for event in run.events) for kind in ("skip", "spike"))
     if skips:
         notes.append(f"{count_of(skips, 'step')} skipped, because the loss or the gradient was not finite.")
+    if change := describe_regression(run):
+        notes.append(change)
     if spikes:
         notes.append(f"{count_of(spikes, 'loss spike')}: far above the losses before.")
     return notes
@@ -89,6 +91,21 @@ def describe_validation(run: RunFolder) -> str:
     if (run.latest("data") or {}).get("validation_tokens") in (0, 1):
         return "there was no validation, because the text is too short for a validation split"
     return "no validation has run yet" if status_of(run) == "running" else "no validation was run"
+
+
+def describe_regression(run: RunFolder) -> str:
+    """Return how the text that must not get worse fared (data.regression_input); empty if there is none."""
+    values = [value for _, value in run.points("regression_bpb")]
+    if len(values) < 2:
+        return ""
+    first, last = values[0], values[-1]
+    verb = "got worse" if last > RISE * first else "did not get worse"
+    return f"The text of data.regression_input {verb}: {describe_change(first, last)}."
+
+
+def describe_change(first: float, last: float) -> str:
+    """Return a change of bits per byte."""
+    return f"{first:.4f} -> {last:.4f} bits per byte ({last / first - 1:+.1%})"
 
 
 def describe_fit(run: RunFolder) -> str:

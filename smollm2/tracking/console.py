@@ -34,13 +34,14 @@ FORMATS = {
     "smoothed_loss": "{:.4f}",
     "validation_loss": "{:.4f}",
     "validation_bpb": "{:.4f}",
+    "regression_bpb": "{:.4f}",
     "learning_rate": "{:.2e}",
     "grad_norm": "{:.3f}",
     "tokens_per_second": "{:.0f}",
 }
 """The metrics that the console shows, in this order, and their formats; metrics.jsonl has all metrics."""
 
-SCROLLED = ("loss", "validation_loss", "validation_bpb")
+SCROLLED = ("loss", "validation_loss", "validation_bpb", "regression_bpb")
 """The metrics in the scrolling reports of a terminal, which may have only 80 columns; the latest value of every metric
 in FORMATS is shown below the bar."""
 

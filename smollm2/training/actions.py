@@ -7,6 +7,7 @@ exception is a landscape on several ranks, whose failure ends the run.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from smollm2.analysis.diagnostics import StepDiagnostics, measure_activations
 from smollm2.analysis.landscape import choose_side, choose_windows, list_points, measure_landscape
+from smollm2.data.windows import WindowSource
 from smollm2.errors import Interrupted, TrainingError
-from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks
+from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks, spread
 from smollm2.inference.generation import generate
 from smollm2.runtime.ranks import find_odd_replica, weight_sums
 from smollm2.tracking.base import Sample, describe
@@ -36,7 +38,7 @@ def scheduled_actions(run: Run, step: int) -> tuple[str, ...]:
     """Return the names of the actions due after this step, in order, without its report and its save."""
     t, is_last = run.config.training, step == run.config.training.train_steps
     scheduled = {
-        "validation": run.validation is not None and is_due(step, t.eval_interval, is_last=is_last),
+        "validation": bool(run.validation or run.regression) and is_due(step, t.eval_interval, is_last=is_last),
         "samples": t.sample_tokens > 0 and is_due(step, t.sample_interval, is_last=is_last),
         "landscape": t.diagnostics_interval > 0 and is_due(step, run.config.wandb.landscape_interval, is_last=is_last),
     }
@@ -54,7 +56,8 @@ def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, floa
             match progress.pending[0]:
                 case "validation":
                     validation_loss = validate(run, step, size)
-                    best = min(progress.best_validation_loss, validation_loss)
+                    found = math.inf if validation_loss is None else validation_loss
+                    best = min(progress.best_validation_loss, found)
                     progress = dataclasses.replace(progress, best_validation_loss=best)
                 case "samples":
                     if samples := draw_samples(run, step):
@@ -65,13 +68,22 @@ def run_actions(run: Run, progress: Progress, size: int) -> tuple[Progress, floa
     return progress, validation_loss
 
 
-def validate(run: Run, step: int, size: int) -> float:
+def evaluate_before(run: Run, progress: Progress, size: int) -> None:
+    """Validate before the first step of a run that starts from another model, or has a text that must not get worse."""
+    if not progress.step and (run.config.model.init_from or run.regression):
+        with contextlib.suppress(Interrupted):  # then the run ends after its first step, from which it can be resumed
+            validate(run, 0, size)
+
+
+def validate(run: Run, step: int, size: int) -> float | None:
     """Log the validation loss and bits per byte, also of each source; return the loss that compares checkpoints.
 
     It is measured on fixed windows, spread evenly over the validation split of each source. The last validation logs the
-    results for the whole split.
+    results for the whole split. None if there is no validation text.
     """
-    assert run.validation is not None
+    if run.validation is None:
+        run.tracker.log(measure_regression(run, size), step)
+        return None
     compared = list_compared_windows(run.config, run.validation)
     parts, windows = evaluate_sources(run, compared, size), len(compared)
     loss = functools.reduce(add, parts).loss
@@ -84,8 +96,17 @@ def validate(run: Run, step: int, size: int) -> float:
     if len(parts) > 1:
         for name, part in zip(run.validation.names, parts, strict=True):
             numbers |= list_losses(part, f"/{name}")
-    run.tracker.log(numbers, step)
+    run.tracker.log(numbers | measure_regression(run, size), step)
     return loss
+
+
+def measure_regression(run: Run, size: int) -> dict[str, float]:
+    """Return the loss and the bits per byte on the text that must not get worse, always on the same windows."""
+    if run.regression is None:
+        return {}
+    windows = spread(len(run.regression), run.config.training.eval_windows)
+    found = evaluate(run, run.regression, windows, size)
+    return {name.replace("validation", "regression"): value for name, value in list_losses(found, "").items()}
 
 
 def list_losses(found: Evaluation, ending: str) -> dict[str, float]:
@@ -98,15 +119,15 @@ def evaluate_sources(run: Run, windows: Sequence[int], size: int) -> list[Evalua
     """Return the summed loss, tokens and bytes of those of these validation windows that belong to each source."""
     assert run.validation is not None
     return [
-        evaluate(run, [i for i in windows if first <= i < last], size) for first, last in pairwise(run.validation.first)
+        evaluate(run, run.validation, [i for i in windows if first <= i < last], size)
+        for first, last in pairwise(run.validation.first)
     ]
 
 
-def evaluate(run: Run, windows: Sequence[int], size: int) -> Evaluation:
-    """Return the summed loss, tokens and bytes of these validation windows, computed by all ranks."""
-    assert run.validation is not None
+def evaluate(run: Run, source: WindowSource, windows: Sequence[int], size: int) -> Evaluation:
+    """Return the summed loss, tokens and bytes of these windows, computed by all ranks."""
     return evaluate_on_ranks(
-        run.model, run.validation, windows, run.tokenizer.bytes_per_token, batch_size=size, runtime=run.runtime
+        run.model, source, windows, run.tokenizer.bytes_per_token, batch_size=size, runtime=run.runtime
     )
 
 

@@ -33,12 +33,18 @@ def share_corpus(setup: Setup) -> Corpus:
                 opened.tokenizer.files,
                 opened.names,
                 [Place.of(store) for store in opened.stores],
+                Place.of(opened.regression) if opened.regression else None,
             )
-    text, end_of_text, files, names, places = runtime.gather(made)[0]
+    text, end_of_text, files, names, places, other = runtime.gather(made)[0]
     with runtime.together():
         if opened is None:
             stores = [find_tokens(place) for place in places]
-            opened = Corpus(tokenizer_from_text(text, end_of_text, files), names, tuple(stores))
+            opened = Corpus(
+                tokenizer_from_text(text, end_of_text, files),
+                names,
+                tuple(stores),
+                find_tokens(other) if other else None,
+            )
     return opened
 
 

@@ -27,7 +27,15 @@ from smollm2.storage.locks import HeldFolder, lock_folder
 from smollm2.storage.run_folder import REPORT
 from smollm2.storage.run_folder import checkpoint_path as checkpoint_file
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
-from smollm2.training.actions import check_replicas, is_due, run_actions, save, scheduled_actions, scheduled_diagnostics
+from smollm2.training.actions import (
+    check_replicas,
+    evaluate_before,
+    is_due,
+    run_actions,
+    save,
+    scheduled_actions,
+    scheduled_diagnostics,
+)
 from smollm2.training.agreement import config_facts, fingerprint_code, refuse_disagreement, start_facts, watch_ranks
 from smollm2.training.anomalies import report_anomaly, report_out_of_memory
 from smollm2.training.corpus import share_corpus
@@ -179,6 +187,7 @@ def run_prepared(prepared: Prepared, limit: TimeLimit, log: RunLog, on_step: OnS
             run, announced = begin(prepared, trackers)
             started = time.perf_counter()
             try:
+                evaluate_before(run, prepared.progress, prepared.micro_batch.size)
                 progress = run_steps(run, prepared.progress, prepared.micro_batch.size, limit, announced, on_step)
             except Exception as error:
                 report_end(run, error)

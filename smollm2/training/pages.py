@@ -14,10 +14,12 @@ from smollm2.data.corpus import MANY_EPOCHS
 from smollm2.errors import Interrupted, ResourceError, Smollm2Error
 from smollm2.formatting import format_bytes, format_estimate
 from smollm2.plan.describe import Plan, describe_origin, make_plan
+from smollm2.report.verdict import describe_change
 from smollm2.runtime.commands import shown_path, smollm2_command
 from smollm2.runtime.device import machine_facts
 from smollm2.runtime.throughput import machine_of, measure_if_long
 from smollm2.storage.run_folder import METRICS, REPORT, SAMPLES, checkpoint_path, step_of
+from smollm2.tracking.jsonl import read_values
 from smollm2.training.optim import learning_rate_at
 from smollm2.training.progress import Progress
 from smollm2.training.resume import count_compared_windows, describe_resume
@@ -44,11 +46,12 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
     heads = f"{m.num_attention_heads} heads ({m.num_key_value_heads} key-value)"
     ranks = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
     isolated = ", documents isolated" if run.config.data.document_mask else ""
+    origin = f"; from {m.init_from}" if m.init_from else ""
     batch, length = run.config.global_batch_size, t.sequence_length
     return [
         (
             "model",
-            f"{plan.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}",
+            f"{plan.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}{origin}",
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
         ("precision", describe_numerics(run)),
@@ -165,6 +168,8 @@ def end_page(run: Run, progress: Progress, seconds: float) -> Rows:
         compared, count = count_compared_windows(run.config, run.validation), len(run.validation)
         windows = f", on {compared} of {count:,} windows" if compared < count else ""
         rows.append(("best validation loss", f"{progress.best_validation_loss:.4f}{windows}"))
+    if len(bits := read_values(run.folder / METRICS, "regression_bpb")) > 1:
+        rows.append(("the other text", describe_change(bits[0], bits[-1])))
     files = {"model": checkpoint_path(run.folder, progress.step)}
     files |= {
         name: run.folder / file for name, file in (("samples", SAMPLES), ("metrics", METRICS), ("report", REPORT))

@@ -19,10 +19,10 @@ from smollm2.config.initial_model import OWN_KEYS, find_model_folder
 from smollm2.config.reading import effective_config_yaml
 from smollm2.config.schema import IGNORE_INDEX, Config, ModelConfig
 from smollm2.data.batches import Batches
-from smollm2.data.corpus import Corpus, validation_windows
+from smollm2.data.corpus import Corpus, evaluation_windows, validation_windows
 from smollm2.data.overview import describe_sources, measure_overlaps
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.data.windows import JoinedWindows, WindowSource
+from smollm2.data.windows import JoinedWindows, Windows, WindowSource
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
 from smollm2.formatting import format_bytes
 from smollm2.inference.loading import load_source
@@ -88,6 +88,7 @@ class Run:
     corpus: Corpus
     batches: Batches
     validation: JoinedWindows | None  # those of each source, with the sources' names
+    regression: Windows | None  # of the text that must not get worse
     model: SmolLM2
     prepared: nn.Module  # the model that training calls: wrapped in DistributedDataParallel if there are several ranks
     optimizers: Mapping[str, Optimizer]
@@ -157,6 +158,7 @@ def build_run(setup: Setup, corpus: Corpus) -> Run:
         corpus=corpus,
         batches=batches,
         validation=open_validation(config, corpus),
+        regression=evaluation_windows(config, corpus.tokenizer, corpus.regression.train) if corpus.regression else None,
         model=model,
         prepared=model,
         optimizers=build_optimizers(model, t),

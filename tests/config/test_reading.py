@@ -141,7 +141,14 @@ def test_an_alias_sets_its_key(load: Loader, text: str, attention: str, checkpoi
     assert (training.attention, training.gradient_checkpointing) == (attention, checkpointing)
 
 
-PATH_KEYS = ["data.input", "data.validation_input", "data.tokenizer", "data.cache_dir", "training.save_dir"]
+PATH_KEYS = [
+    "data.input",
+    "data.validation_input",
+    "data.regression_input",
+    "data.tokenizer",
+    "data.cache_dir",
+    "training.save_dir",
+]
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
@@ -590,7 +597,7 @@ FREE = re.findall(
     training.sample_interval training.sample_prompts training.sample_tokens training.save_dir training.keep_last
     training.time_limit training.diagnostics_interval training.rank_timeout training.keep_every data.cache_dir wandb.enabled wandb.mode wandb.project
     wandb.entity wandb.name wandb.tags wandb.log_checkpoints wandb.log_gradients wandb.log_code wandb.landscape_interval
-    training.tensorboard
+    training.tensorboard data.regression_input
 """,
 )
 

@@ -335,7 +335,7 @@ def test_a_token_cache_that_changes_under_the_run_stops_it(
     write_tiny(tmp_path)
     original = actions.validate
 
-    def changing(*arguments: object, **named: object) -> float:
+    def changing(*arguments: object, **named: object) -> float | None:
         (tokens,) = (tmp_path / "cache").glob("*/train-00000.bin")
         change(tokens)
         return original(*arguments, **named)  # type: ignore[arg-type]
@@ -356,7 +356,7 @@ def test_the_text_and_the_cache_may_be_deleted_once_the_run_has_begun(
     write_tiny(tmp_path)
     original = actions.validate
 
-    def removing(*arguments: object, **named: object) -> float:
+    def removing(*arguments: object, **named: object) -> float | None:
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         (tmp_path / "input.txt").write_text("another text")
         return original(*arguments, **named)  # type: ignore[arg-type]
