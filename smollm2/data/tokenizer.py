@@ -94,10 +94,14 @@ class Tokenizer:
 
     @property
     def backend(self) -> Any:
-        """A copy of the `tokenizers` object that reads the text of special tokens as these tokens."""
-        backend = Backend.from_str(self._backend.to_str())
+        """A copy of the `tokenizers` object that reads the text of special tokens as these tokens, and adds none."""
+        backend = Backend.from_str(json.dumps({**json.loads(self._backend.to_str()), "post_processor": None}))
         backend.encode_special_tokens = False
         return backend
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `text`, and the characters (start, end) that each stands for."""
+        return self._encode_slowly(text)
 
     def token(self, i: int) -> str:
         """Return the name of an id in the vocabulary. Raise KeyError if there is none."""
