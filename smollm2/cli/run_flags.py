@@ -28,6 +28,10 @@ SHORT_FLAGS = {
 }
 
 
+SETTLED = ("model.vocab_size", "data.pack", "data.document_mask")
+"""Keys that a run may have set by itself: by its tokenizer, or because its text is conversations."""
+
+
 def add_run_flags(parser: Parser) -> None:
     """Add the flags of the run itself, then one for each config key."""
     parser.usage = f"{parser.prog} [--config FILE | --preset NAME] [--FLAG VALUE ...]"
@@ -110,8 +114,7 @@ def find_own_config(args: argparse.Namespace, flags: dict[str, tuple[str, str]])
     run, _ = load_config_with_origins(own, flags=flags)
     current, _ = load_config_with_origins(flags=flags)
     changes = changed_on_resume(run, current)
-    # The run's vocab_size was set by the tokenizer.
-    is_other_run = any(change.rule == "refused" and change.key != "model.vocab_size" for change in changes)
+    is_other_run = any(change.rule == "refused" and change.key not in SETTLED for change in changes)
     return own if is_other_run else None
 
 

@@ -40,6 +40,12 @@ class DataConfig(Section):
     """Share of the text kept for validation: whole documents, or the end of one long text."""
     validation_input: FilePath | None = key(None, "refused", "a path, a pattern, a hub name or null")
     """Another input whose documents are the validation text; validation_fraction is then not used."""
+    train_on: Literal["assistant", "all"] = key("assistant", "refused")
+    """Of conversations: the assistant's answers and the token that ends each, or every token."""
+    chat_template: Text | None = key(None, "refused", "smollm2, chatml, a Jinja file, or null", min_length=1)
+    """How conversations become text; default: the tokenizer's own template, or SmolLM2's."""
+    add_tokens: tuple[Text, ...] = key((), "refused", max_length=1024)
+    """Special tokens to add to the tokenizer; the rows of a model to start from begin as the mean of its embedding."""
     regression_input: FilePath | None = key(None, "free", "a path, a pattern, a hub name or null")
     """A text that must not get worse, such as general text while another is learned: measured before, during and after the run."""
     stride: int = key(2048, "refused", ge=1, le=2**24)

@@ -305,6 +305,10 @@ class Config(BaseModel):
         """Return a copy of this config for a tokenizer with `vocab_size` ids."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
+    def with_data(self, **values: object) -> Self:
+        """Return the same config with other, valid values of keys in the section `data`."""
+        return self.model_copy(update={"data": self.data.model_copy(update=values)})
+
     def with_training(self, **values: object) -> Self:
         """Return the same config with other, valid values of keys in the section `training`."""
         return self.model_copy(update={"training": self.training.model_copy(update=values)})

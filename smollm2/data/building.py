@@ -22,6 +22,7 @@ from smollm2.data.encoding import BATCH, Encoded, Encoder, arrange, encode_in_or
 from smollm2.data.shards import Shard, ShardWriter
 from smollm2.data.statistics import summarize_documents
 from smollm2.data.store import INDEX, Index, Statistics, TokenStore, fingerprint_of, open_tokens
+from smollm2.data.stream import choose_dtype
 from smollm2.data.text import expand_home
 from smollm2.errors import DataError, ResourceError
 from smollm2.plan.machine import count_cores
@@ -170,7 +171,8 @@ class Build:
     def write_shards(self, state: State, show_progress: Callable[[float], None], stop: Callable[[], None]) -> None:
         """Write the shards that are missing in `state`."""
         held_out = self.held_out
-        facts = (self.tokenizer.vocab_size, self.tokenizer.fingerprint)
+        dtype = choose_dtype(self.tokenizer.vocab_size, marks=self.tokenizer.marks_targets)
+        facts = (self.tokenizer.vocab_size, self.tokenizer.fingerprint, dtype)
         train = ShardWriter(self.work, "train", *facts, state.train)
         validation = ShardWriter(self.work, "validation", *facts, state.validation)
         with contextlib.closing(train), contextlib.closing(validation):
@@ -241,6 +243,7 @@ class Build:
             summary=summarize_documents(documents.characters, self.count_tokens(), documents.hashes),
             train=state.train,
             validation=state.validation,
+            marks_targets=self.tokenizer.marks_targets,
         )
 
     def count_tokens(self) -> np.ndarray:

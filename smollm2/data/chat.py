@@ -6,6 +6,7 @@ role names of a template may occur in a content, too.
 """
 
 import datetime
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,7 +17,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from smollm2.data.conversations import Conversation, Message
+from smollm2.data.conversations import Conversation, Message, from_json
+from smollm2.data.stream import MARK
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.tokenizer_files import CHAT_TEMPLATE, GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG, parse
 from smollm2.errors import DataError
@@ -330,3 +332,24 @@ def with_chat(template: ChatTemplate) -> Tokenizer:
 def as_json(value: Mapping[str, Any]) -> bytes:
     """Return the content of a JSON file."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class ChatEncoder:
+    """Encodes conversations, as `conversations.to_json` wrote them, for the token store; see `encoding.Encoder`."""
+
+    def __init__(self, template: ChatTemplate, train_on: str) -> None:
+        tokenizer = template.tokenizer
+        self.template, self.train_on = template, train_on
+        self.text, self.vocab_size, self.end_of_text = tokenizer.text, tokenizer.vocab_size, tokenizer.end_of_text
+        rule = f"{tokenizer.fingerprint} {train_on} {template.source}"
+        self.fingerprint = hashlib.sha256(rule.encode()).hexdigest()
+        self.begin: list[int] = []
+        self.closing: list[int] = []
+        self.cuts_documents, self.marks_targets = True, True
+
+    def encode_counted(self, text: str) -> tuple[list[int], int]:
+        """Return the ids of a conversation, those that are not targets marked, and the bytes that are not encoded."""
+        found = self.template.encode(from_json(text), self.train_on)
+        return [
+            i + MARK * (not target) for i, target in zip(found.ids, found.targets, strict=True)
+        ], found.unknown_bytes

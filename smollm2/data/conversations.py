@@ -113,3 +113,8 @@ def to_json(messages: Conversation) -> str:
 def from_json(text: str) -> Conversation:
     """Return the conversation that `to_json` wrote."""
     return [Message(role, content) for role, content in json.loads(text)]
+
+
+def contents_of(text: str) -> str:
+    """Return the contents of a conversation that `to_json` wrote, one after another."""
+    return "\n".join(message.content for message in from_json(text))

@@ -12,15 +12,17 @@ from smollm2.config.mixture import list_stages
 from smollm2.config.schema import Config
 from smollm2.data.batches import Batches
 from smollm2.data.building import prepare_tokens
+from smollm2.data.chat import END, START, TEMPLATES, ChatEncoder, choose_template, with_chat
 from smollm2.data.documents import Source, do_nothing
+from smollm2.data.encoding import Encoder
 from smollm2.data.mixing import ONE_SOURCE, MixtureSchedule
-from smollm2.data.packing import PackedWindows, Packs, open_packs, pack_documents, save_packs
+from smollm2.data.packing import ConversationWindows, PackedWindows, Packs, open_packs, pack_documents, save_packs
 from smollm2.data.sample import write_sample_corpus
 from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import Statistics, TokenStore
 from smollm2.data.stream import Stream
 from smollm2.data.token_inputs import find_token_input, open_token_input, read_tokenizer
-from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
+from smollm2.data.tokenizer import BYTES, Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
 from smollm2.data.tokenizer_files import TOKENIZER
 from smollm2.data.windows import TokenWindows, Windows
 from smollm2.errors import DataError
@@ -59,6 +61,11 @@ class Corpus:
         """What the tokens of all sources were made of."""
         found = [store.fingerprint for store in self.stores]
         return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the sources are conversations."""
+        return any(store.index.marks_targets for store in self.stores)
 
     @property
     def train_tokens(self) -> int:
@@ -106,7 +113,9 @@ def open_corpus(config: Config, listener: Listener, *, is_chosen: bool, saved: T
         listener.report(f"{data.input}: missing, so a sample corpus is made: {made}")
     inputs = [open_data_input(config, name, listener) for name in data.inputs]
     held_out = open_data_input(config, data.validation_input, listener) if data.validation_input else None
-    tokenizer = saved or find_tokenizer(config, inputs, listener)
+    tokenizer = saved or find_tokenizer(config, inputs, listener).with_tokens(data.add_tokens)
+    if any(is_chat(one) for one in (*inputs, held_out)):
+        tokenizer = prepare_for_chat(config, tokenizer, inputs)
     stores = [open_tokens_of(config, one, tokenizer, data.held_out_fraction, listener) for one in inputs]
     if held_out:
         other = open_tokens_of(config, held_out, tokenizer, 0.0, listener)
@@ -175,7 +184,34 @@ def find_tokenizer(config: Config, inputs: Sequence[Source | Tokenized], listene
     return tokenizer_from_text(trained.read_text(encoding="utf-8"))
 
 
-def load_initial_tokenizer(name: str, report: Callable[[str], None]) -> Tokenizer:
+def is_chat(source: Source | Tokenized | None) -> bool:
+    """Return whether an input holds conversations."""
+    return isinstance(source, Source) and source.is_chat
+
+
+def prepare_for_chat(config: Config, tokenizer: Tokenizer, inputs: Sequence[Source | Tokenized]) -> Tokenizer:
+    """Return the tokenizer of a chat model. Raise DataError if some inputs hold plain text, or the template is unusable."""
+    if plain := [one.name for one in inputs if not is_chat(one)]:
+        advice = "train on plain text first, and then on conversations with --init_from"
+        raise DataError(plain[0], "plain text and conversations cannot be mixed", advice)
+    if config.data.tokenizer in ("auto", BYTES) and not config.model.init_from:
+        tokenizer = tokenizer.with_tokens((START, END))
+    return with_chat(choose_template(tokenizer, read_template(config.data.chat_template)))
+
+
+def read_template(name: str | None) -> str | None:
+    """Return the chat template that the config names: a known name as it is, or the content of a file."""
+    if name is None or name in TEMPLATES:
+        return name
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        what = f"the template {name} cannot be read ({reason})"
+        raise DataError("data.chat_template", what, f"use {' or '.join(TEMPLATES)}, or the path of a file") from None
+
+
+def load_initial_tokenizer(name: str, report: Callable[[str], None] = lambda message: None) -> Tokenizer:
     """Return the tokenizer of the model that a run starts from."""
     folder = find_model_folder(name, report)
     return load_tokenizer(str(folder if (folder / TOKENIZER).exists() else folder / FOLDER_OF_TOKENIZER))
@@ -187,9 +223,12 @@ def open_tokens_of(
     """Return the tokens of a source, in place, from the cache or newly made."""
     if isinstance(source, Tokenized):
         return open_token_input(source.name, source.paths, tokenizer, validation_fraction, listener.report)
+    encoder: Encoder = tokenizer
+    if source.is_chat:
+        encoder = ChatEncoder(choose_template(tokenizer), config.data.train_on)
     store = prepare_tokens(
         source,
-        tokenizer,
+        encoder,
         Path(config.data.cache_dir),
         validation_fraction,
         show_progress=lambda fraction: listener.show_progress("tokenizing", fraction, source.size),
@@ -213,6 +252,8 @@ def make_schedule(config: Config) -> MixtureSchedule:
 def training_windows(config: Config, tokenizer: Tokenizer, store: TokenStore) -> TokenWindows:
     """Return the windows of a run over the training tokens of a source."""
     data, length = config.data, config.training.sequence_length
+    if store.index.marks_targets:
+        return ConversationWindows(store.train, find_packs(config, store), tokenizer.vocab_size)
     end_of_text = tokenizer.end_of_text if data.document_mask else None
     if data.pack == "best_fit":
         return PackedWindows(store.train, find_packs(config, store), tokenizer.vocab_size, end_of_text)
@@ -235,8 +276,14 @@ def find_packs(config: Config, store: TokenStore) -> Packs:
     return packs
 
 
-def validation_windows(config: Config, tokenizer: Tokenizer, store: TokenStore) -> Windows | None:
+def validation_windows(config: Config, tokenizer: Tokenizer, store: TokenStore) -> TokenWindows | None:
     """Return the windows of the held-out tokens of a source, or None if there is no target in them."""
+    holder = store.other or store
+    if holder.index.marks_targets and len(store.validation) > 1:
+        ends = holder.splits[0 if store.other else 1].ends
+        assert ends is not None
+        packs = pack_documents(ends, config.training.sequence_length)
+        return ConversationWindows(store.validation, packs, tokenizer.vocab_size)
     return evaluation_windows(config, tokenizer, store.validation)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from smollm2.data.conversations import contents_of
 from smollm2.data.sampling import spread_evenly
 
 FEWEST_TO_SPLIT = 20
@@ -47,6 +48,7 @@ class Source:
     blank_characters: int  # the white space in them
     sha256: str
     notes: tuple[str, ...]  # what to report to the user
+    is_chat: bool = False  # whether each document is a conversation, as conversations.to_json writes it
     documents: "Documents"
 
     def chunks(self, stop: Callable[[], None] = do_nothing) -> Iterator[Chunk]:
@@ -61,7 +63,7 @@ class Source:
 
         The same documents give the same sample, whatever files they are read from.
         """
-        texts = (chunk.text.encode() for chunk in self.chunks(stop))
+        texts = ((contents_of(one.text) if self.is_chat else one.text).encode() for one in self.chunks(stop))
         return (text.decode() for text in spread_evenly(texts, self.documents.bytes, limit))
 
 

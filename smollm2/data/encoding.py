@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from smollm2.data.documents import Chunk
-from smollm2.data.stream import Dtype, Tokens, choose_dtype
+from smollm2.data.stream import MARK, Dtype, Tokens, choose_dtype
 from smollm2.errors import DataError
 
 BATCH = 2**16
@@ -29,7 +29,9 @@ class Encoder(Protocol):
     end_of_text: int
     fingerprint: str
     begin: list[int]  # put before each document
+    closing: list[int]  # put after each document
     cuts_documents: bool  # whether the cuts between the chunks of a document change no token
+    marks_targets: bool  # whether `MARK` is added to ids that are not targets
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:
         """Return the ids of `text`, and how many of its bytes they do not represent."""
@@ -73,7 +75,7 @@ def encode_in_order(chunks: Iterable[Part], tokenizer: Encoder, workers: int, na
 
     Raise DataError with `name` in it if the tokenizer gives an id outside its vocabulary.
     """
-    dtype = choose_dtype(tokenizer.vocab_size)
+    dtype = choose_dtype(tokenizer.vocab_size, marks=tokenizer.marks_targets)
     waiting: deque[Future[list[Encoded]]] = deque()
     pool = ThreadPoolExecutor(workers, "encoding")
     try:
@@ -112,8 +114,9 @@ def encode_chunk(chunk: Part, tokenizer: Encoder, dtype: Dtype, name: str) -> En
     if chunk.first and tokenizer.begin:
         ids = [*tokenizer.begin, *ids]
     if chunk.last:
-        ids.append(tokenizer.end_of_text)
-    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        ids = [*ids, *tokenizer.closing]
+    plain = [i % MARK for i in ids] if tokenizer.marks_targets else ids
+    if ids and not 0 <= min(plain) <= max(plain) < tokenizer.vocab_size:
         what = f"the tokenizer produced an id outside its vocabulary of {tokenizer.vocab_size:,}"
         raise DataError(name, what, "use another tokenizer")
     return Encoded(np.array(ids, dtype), len(chunk.text), lost, chunk.last)

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from smollm2.data.stream import Stream, Tokens
-from smollm2.data.windows import Ints, TokenWindows
+from smollm2.config.schema import IGNORE_INDEX
+from smollm2.data.stream import MARK, Stream, Tokens
+from smollm2.data.windows import Batch, Ints, TokenWindows, read_ids
 from smollm2.storage.atomic import Target, write_atomically
 
 BUFFER = 8192
@@ -83,6 +84,33 @@ class PackedWindows(TokenWindows):
         starts, lengths = self.packs.starts[pieces].tolist(), self.packs.lengths[pieces].tolist()
         spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         return [(max(0, starts[0] - 1), spans[0][1]), *spans[1:]]
+
+
+class ConversationWindows(PackedWindows):
+    """Windows that hold whole conversations, which do not see one another. Their stream marks the tokens that are not
+    targets. The first token of a conversation is never a target, nor is that of the rest of one that was cut."""
+
+    def __init__(self, tokens: Stream | Tokens, packs: Packs, vocab_size: int) -> None:
+        super().__init__(tokens, packs, vocab_size)
+
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """Return the pieces of window i."""
+        pieces = slice(int(self.packs.firsts[i]), int(self.packs.firsts[i + 1]))
+        starts, lengths = self.packs.starts[pieces].tolist(), self.packs.lengths[pieces].tolist()
+        return [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+    def read(self, i: int) -> Batch:
+        """Return window i. Raise DataError if an id is outside the vocabulary or the file has changed."""
+        input_ids, labels = np.zeros(self.length, np.int64), np.full(self.length, IGNORE_INDEX, np.int64)
+        spans = self.spans(i)
+        documents, at = np.full(self.length, len(spans), np.int64), 0
+        for number, span in enumerate(spans):
+            marked = read_ids(self.tokens, *span, self.vocab_size, marks=True)
+            ids, end = marked % MARK, at + len(marked)
+            input_ids[at:end], documents[at:end] = ids, number
+            labels[at : end - 1] = np.where(marked[1:] < MARK, ids[1:], IGNORE_INDEX)
+            at = end
+        return Batch(input_ids, labels, documents)
 
 
 def pack_documents(ends: Words, length: int, *, buffer: int = BUFFER) -> Packs:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from smollm2.data.documents import do_nothing
-from smollm2.data.stream import Dtype, Piece, Stream, Tokens, choose_dtype
+from smollm2.data.stream import Dtype, Piece, Stream, Tokens
 from smollm2.errors import DataError
 from smollm2.storage.atomic import sync_file
 
@@ -42,10 +42,12 @@ class ShardWriter:
     The position after the end of each document is appended to `<split>.ends` (uint64) when a shard is complete.
     """
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, tokenizer: str, written: list[Shard]) -> None:
+    def __init__(
+        self, folder: Path, split: str, vocab_size: int, tokenizer: str, dtype: Dtype, written: list[Shard]
+    ) -> None:
         self.folder, self.split, self.written = folder, split, written
         self.vocab_size, self.tokenizer = vocab_size, bytes.fromhex(tokenizer)
-        self.itemsize = choose_dtype(vocab_size).itemsize
+        self.itemsize = dtype.itemsize
         self.position = sum(shard.tokens for shard in written)
         ends_before = sum(shard.documents for shard in written)
         self._ends_file = (folder / f"{split}.ends").open("r+b" if ends_before else "w+b")
@@ -96,9 +98,8 @@ class ShardWriter:
         self._ends_file.close()
 
 
-def open_shards(folder: Path, shards: list[Shard], vocab_size: int) -> Stream:
+def open_shards(folder: Path, shards: list[Shard], dtype: Dtype) -> Stream:
     """Return the ids of the shards as one stream. Each shard is checked against the list when it is first read."""
-    dtype = choose_dtype(vocab_size)
     pieces = [
         Piece(folder, shard.file, shard.tokens, HEADER_SIZE, partial(check_shard, shard=shard, dtype=dtype))
         for shard in shards

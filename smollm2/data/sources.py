@@ -5,24 +5,22 @@ interface of `Text`, so that the tokenizer and the token store do not know where
 the text of the documents in order, not the files, so the same text in another format uses the same token cache.
 """
 
-import gzip
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from smollm2.config.data_section import DataConfig
 from smollm2.config.hub import DATA_SET, fetch_from_hub
+from smollm2.data.compressed import INSTALL, open_bytes
+from smollm2.data.conversations import Conversation, is_conversation, read_conversation, to_json
 from smollm2.data.documents import Chunk, Documents, Source, do_nothing
 from smollm2.data.text import (
-    BLOCK,
     END_OF_TEXT,
     READ_ERRORS,
     expand_home,
-    open_plain,
     open_text,
     read_characters,
     split_documents,
@@ -47,8 +45,6 @@ LISTED_LINES = 5
 """How many of the skipped lines are named."""
 
 DAMAGED = "check that it is complete, and its permissions"
-
-INSTALL = "run `pip install 'smollm2-training[data]'`"
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ class Counts:
     blank_documents: int = 0
     blank_characters: int = 0
     ends_of_text: int = 0
+    conversations: int = 0
     bad_lines: list[str] = field(default_factory=list)
     fields: dict[str, str] = field(default_factory=dict)  # the field of each file whose field was guessed
     digest: Any = field(default_factory=hashlib.sha256)
@@ -147,6 +144,10 @@ def open_collection(name: str, found: InputFiles, rules: Rules, stop: Callable[[
     if not counts.documents:
         what = "the documents contain only white space" if counts.blank_documents else "there are no documents"
         raise DataError(name, what, CHOOSE_INPUT)
+    if counts.conversations and counts.conversations < len(counts.documents):
+        raise DataError(
+            name, "some files hold conversations and others plain text", "choose one kind with data.include"
+        )
     return Collection(
         name=name,
         separator=rules.separator,
@@ -157,6 +158,7 @@ def open_collection(name: str, found: InputFiles, rules: Rules, stop: Callable[[
         sha256=counts.digest.hexdigest(),
         notes=tuple(list_notes(name, found, rules, counts)),
         documents=counts.documents,
+        is_chat=counts.conversations > 0,
         files=files,
         rules=rules,
     )
@@ -169,6 +171,8 @@ def list_notes(name: str, found: InputFiles, rules: Rules, counts: Counts) -> It
     count = len(counts.documents)
     documents = "1 document" if count == 1 else f"{count:,} documents"
     yield f"{name}: read {documents} from {files}{f'; files left out: {left_out}' if left_out else ''}"
+    if counts.conversations:
+        yield f"{name}: each row is a conversation; data.text_field reads a field as plain text instead"
     for text_field in sorted(set(counts.fields.values())):
         yield f"{name}: the text is the field {text_field!r}; another one is read with data.text_field"
     if counts.bad_lines:
@@ -186,7 +190,7 @@ def read_collection(files: tuple[Path, ...], rules: Rules, counts: Counts, stop:
         chunks: Iterator[Chunk]
         if kind in ("rows", "table"):
             rows = read_rows(path, rules, counts, stop) if kind == "rows" else read_table(path, rules, counts, stop)
-            chunks = (chunk for text in rows for chunk in split_row(text, counts))
+            chunks = (chunk for row in rows for chunk in split_row(row, counts))
         else:
             blocks = read_characters(str(path), path, lambda block: None, stop, open_bytes)
             chunks = split_documents(blocks, rules.separator, counts.count_blank)
@@ -195,26 +199,33 @@ def read_collection(files: tuple[Path, ...], rules: Rules, counts: Counts, stop:
             yield chunk
 
 
-def split_row(text: str, counts: Counts) -> Iterator[Chunk]:
-    """Yield a document that is held in memory, in chunks."""
-    if text:
+def split_row(row: str | Conversation, counts: Counts) -> Iterator[Chunk]:
+    """Yield a document that is held in memory, in chunks; a conversation is one chunk."""
+    if not isinstance(row, str):
+        counts.conversations += 1
+        return iter([Chunk(to_json(row), last=True)])
+    if text := row:
         return split_documents(iter([text]), None, counts.count_blank)
     counts.count_blank(0)
     return iter(())
 
 
-def read_rows(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[str]:
-    """Yield the text of each line of a JSONL file; blank lines are ignored.
+def read_rows(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[str | Conversation]:
+    """Yield the text or the conversation of each line of a JSONL file; blank lines are ignored.
 
     Raise DataError for a line that is not a JSON object with text in its field, unless such lines are skipped.
     """
-    text_field = rules.text_field
+    text_field, is_chat = rules.text_field, False
     for number, line in enumerate(read_lines(path, stop), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
             row = parse_row(line)
+            is_chat = is_chat or (text_field is None and is_conversation(row))
+            if is_chat:
+                yield read_conversation(row)
+                continue
             if text_field is None:
                 text_field = guess_field(path, {key for key, value in row.items() if isinstance(value, str)})
                 counts.fields[str(path)] = text_field
@@ -275,8 +286,8 @@ def read_lines(path: Path, stop: Callable[[], None]) -> Iterator[bytes]:
         raise unreadable(path, error, DAMAGED) from None
 
 
-def read_table(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[str]:
-    """Yield the text of each row of a parquet file; rows without a value count as blank documents.
+def read_table(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None]) -> Iterator[str | Conversation]:
+    """Yield the text or the conversation of each row of a parquet file; rows without a value count as blank documents.
 
     Raise DataError if the file is damaged or its field is absent or not text.
     """
@@ -288,6 +299,9 @@ def read_table(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None
     try:
         with parquet.ParquetFile(path) as file:
             types = {column.name: column.type for column in file.schema_arrow}
+            if rules.text_field is None and is_chat_table(types):
+                yield from read_chat_table(path, file, rules, counts, stop)
+                return
             texts = {
                 name for name, kind in types.items() if arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
             }
@@ -307,55 +321,26 @@ def read_table(path: Path, rules: Rules, counts: Counts, stop: Callable[[], None
         raise unreadable(path, error, DAMAGED) from None
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed if its name ends in .gz or .zst. Raise ConfigError without zstandard."""
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    if ending != ".zst":
-        return open_plain(path)
-    try:
-        import zstandard
-    except ModuleNotFoundError:
-        raise ConfigError(path, "zstd files are read with zstandard, which is not installed", INSTALL) from None
-    return cast(IO[bytes], io.BufferedReader(ZstdFile(path.open("rb"), zstandard.ZstdDecompressor), BLOCK))
+def is_chat_table(types: dict[str, Any]) -> bool:
+    """Return whether the columns of a parquet file are those of conversations."""
+    return is_conversation(
+        {name: [] if str(kind).startswith(("list", "large_list")) else "" for name, kind in types.items()}
+    )
 
 
-class ZstdFile(io.RawIOBase):
-    """A zstd file of any number of frames. zstandard's own reader takes a truncated file for a complete one."""
-
-    def __init__(self, file: IO[bytes], make_decompressor: Callable[[], Any]) -> None:
-        self.file, self.make_decompressor = file, make_decompressor
-        self.frame, self.held = make_decompressor().decompressobj(), b""
-        self.is_begun = False
-
-    def readable(self) -> bool:
-        """Return that it can be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read decompressed bytes into `buffer`; return their number. Raise OSError if the file is damaged."""
-        while not self.held:
-            if self.frame.eof:
-                data = self.frame.unused_data
-                self.frame, self.is_begun = self.make_decompressor().decompressobj(), bool(data)
-            else:
-                data = b""
-            data = data or self.file.read(BLOCK)
-            if not data and self.is_begun:
-                raise OSError("the compressed data is truncated")
-            if not data:
-                return 0
-            self.is_begun = True
+def read_chat_table(
+    path: Path, file: Any, rules: Rules, counts: Counts, stop: Callable[[], None]
+) -> Iterator[Conversation]:
+    """Yield the conversation of each row of an open parquet file."""
+    number = 0
+    for batch in file.iter_batches(batch_size=256):
+        stop()
+        for row in batch.to_pylist():
+            number += 1
             try:
-                self.held = self.frame.decompress(data)
-            except Exception as error:  # zstandard.ZstdError, whose module is optional
-                raise OSError(str(error)) from None
-        count = min(len(buffer), len(self.held))
-        buffer[:count], self.held = self.held[:count], self.held[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        super().close()
+                yield read_conversation(row)
+            except ValueError as error:
+                if not rules.skips_bad_lines:
+                    advice = "mend the row, or set data.on_bad_line to skip"
+                    raise DataError(f"{path}, row {number}", str(error), advice) from None
+                counts.bad_lines.append(f"{path}, row {number} {error}")

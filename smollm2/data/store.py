@@ -23,7 +23,7 @@ import numpy.typing as npt
 from smollm2.data.documents import Source, do_nothing
 from smollm2.data.encoding import Encoder
 from smollm2.data.shards import HEADER_SIZE, Shard, open_shards, verify_shard
-from smollm2.data.stream import Stream, choose_dtype
+from smollm2.data.stream import Dtype, Stream, choose_dtype
 from smollm2.data.text import CHUNK_RULE
 from smollm2.data.token_files import TokenFiles
 from smollm2.data.windows import WindowSource
@@ -117,6 +117,12 @@ class Index:
     summary: dict[str, Any]  # of the documents
     train: list[Shard]
     validation: list[Shard]
+    marks_targets: bool = False  # whether ids are marked that are not targets, as in conversations
+
+    @property
+    def dtype(self) -> Dtype:
+        """The type of the ids in the shards."""
+        return choose_dtype(self.vocab_size, marks=self.marks_targets)
 
     def to_json(self) -> str:
         """Return the text of index.json."""
@@ -163,10 +169,10 @@ class TokenStore:
         index = self.index
         if self.files is not None:
             return cut_tail(Split(self.files.stream, self.files.ends), index.held_out)
-        stream = open_shards(self.folder, index.train, index.vocab_size)
+        stream = open_shards(self.folder, index.train, index.dtype)
         if index.held_out:
             return cut_tail(Split(stream, self.read_ends("train")), index.held_out)
-        held_out = open_shards(self.folder, index.validation, index.vocab_size)
+        held_out = open_shards(self.folder, index.validation, index.dtype)
         return Split(stream, self.read_ends("train")), Split(held_out, self.read_ends("validation"))
 
     def read_ends(self, split: str) -> Ends:
@@ -198,7 +204,7 @@ class TokenStore:
         """Read all shards and return their number. Raise DataError for the first whose ids lack its checksum."""
         shards = [*self.index.train, *self.index.validation]
         for shard in shards:
-            verify_shard(self.folder / shard.file, shard, choose_dtype(self.vocab_size), stop)
+            verify_shard(self.folder / shard.file, shard, self.index.dtype, stop)
         return len(shards) + (self.other.verify(stop) if self.other else 0)
 
 
@@ -218,7 +224,7 @@ def open_tokens(folder: Path) -> TokenStore | None:
     """Return the tokens in `folder`, or None if it is absent or its index and the sizes of its files do not agree."""
     try:
         index = Index.from_json((folder / INDEX).read_text(encoding="utf-8"))
-        itemsize = choose_dtype(index.vocab_size).itemsize
+        itemsize = index.dtype.itemsize
         sizes = {shard.file: HEADER_SIZE + shard.tokens * itemsize for shard in (*index.train, *index.validation)}
         for split, shards in (("train", index.train), ("validation", index.validation)):
             sizes[f"{split}.ends"] = 8 * sum(shard.documents for shard in shards)

@@ -20,9 +20,13 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Dtype = np.dtype[np.unsignedinteger[Any]]
 
 
-def choose_dtype(vocab_size: int) -> Dtype:
+MARK = 2**31
+"""Added to the id of a token that is not a target, where a store marks them: in conversations."""
+
+
+def choose_dtype(vocab_size: int, *, marks: bool = False) -> Dtype:
     """Return the little-endian type in which ids are stored: two bytes if all of them fit, else four."""
-    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+    return np.dtype("<u2") if vocab_size <= 2**16 and not marks else np.dtype("<u4")
 
 
 @dataclass(frozen=True)

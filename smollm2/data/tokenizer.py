@@ -90,7 +90,15 @@ class Tokenizer:
         lengths = map(len, self._token_bytes) if self._token_bytes else measure_tokens(self._backend, ids, spec)
         self.bytes_per_token: npt.NDArray[np.int64] = np.fromiter(lengths, np.int64, self.vocab_size)
         self.begin, self.end = _find_additions(self._backend, spec)
+        self.closing, self.marks_targets = [self.end_of_text], False  # of documents
         self.cuts_documents = text == BYTES or _is_cut_safely(spec)
+
+    def with_tokens(self, names: Iterable[str]) -> "Tokenizer":
+        """Return a tokenizer that has these special tokens, too; those that are new get the next ids."""
+        backend = _read_backend(self._backend.to_str(), self.name)
+        if not backend.add_special_tokens([name for name in names if backend.token_to_id(name) is None]):
+            return self
+        return Tokenizer(backend.to_str(), self.end_of_text, name=self.name, files=self.files)
 
     @property
     def backend(self) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smollm2.config.schema import IGNORE_INDEX
-from smollm2.data.stream import Stream, Tokens
+from smollm2.data.stream import MARK, Stream, Tokens
 from smollm2.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -125,15 +125,19 @@ class TokenWindows(ABC):
         return Batch(input_ids, labels, number_documents(input_ids, self.end_of_text))
 
 
-def read_ids(tokens: Stream | Tokens, first: int, last: int, vocab_size: int) -> Ints:
-    """Return the ids at positions `first` to `last` - 1. Raise DataError if one is outside the vocabulary."""
-    ids = tokens[first:last].astype(np.int64)
+def read_ids(tokens: Stream | Tokens, first: int, last: int, vocab_size: int, *, marks: bool = False) -> Ints:
+    """Return the ids at positions `first` to `last` - 1, which may have `marks`.
+
+    Raise DataError if one is outside the vocabulary.
+    """
+    found = tokens[first:last].astype(np.int64)
+    ids = found % MARK if marks else found
     if ids.max() >= vocab_size:
         at = first + int(ids.argmax())
         where, at = tokens.locate(at) if isinstance(tokens, Stream) else ("the token stream", at)
         what = f"token {at} has id {ids.max()}, but the vocabulary size is {vocab_size}"
         raise DataError(where, what, "use the tokenizer that made the tokens, or make them again")
-    return ids
+    return found
 
 
 class Windows(TokenWindows):

@@ -51,7 +51,16 @@ from smollm2.training.optim import learning_rate_at
 from smollm2.training.pages import end_page, plan_run, report_end, report_start, start_page
 from smollm2.training.progress import Progress
 from smollm2.training.resume import check_changes, count_compared_windows, find_start, restore
-from smollm2.training.setup import Run, Setup, build_run, check_disk, fit_vocabulary, open_trackers, settle_compilation
+from smollm2.training.setup import (
+    Run,
+    Setup,
+    build_run,
+    check_disk,
+    fit_vocabulary,
+    open_trackers,
+    settle_chat,
+    settle_compilation,
+)
 from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, rehearse, train_step
 from smollm2.training.timing import TIME_UP, Forecast, Meter, TimeLimit, save_throughput, signal_name, stopped
 
@@ -164,7 +173,7 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
         setup = dataclasses.replace(setup, start=find_start(setup, resume, checkpoint_path))
     corpus = share_corpus(setup)
     refuse_disagreement(runtime, start_facts(setup, corpus))
-    setup = settle_compilation(fit_vocabulary(setup, corpus.tokenizer))
+    setup = settle_compilation(settle_chat(fit_vocabulary(setup, corpus.tokenizer), corpus))
     with runtime.together():
         if setup.start:
             check_changes(setup, setup.start, corpus)

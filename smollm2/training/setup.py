@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.checkpoint.format import State
 from smollm2.checkpoint.saving import Saver
-from smollm2.config.initial_model import OWN_KEYS, find_model_folder
 from smollm2.config.reading import effective_config_yaml
-from smollm2.config.schema import IGNORE_INDEX, Config, ModelConfig
+from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.data.batches import Batches
 from smollm2.data.corpus import Corpus, evaluation_windows, validation_windows
 from smollm2.data.overview import describe_sources, measure_overlaps
@@ -25,7 +24,6 @@ from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import JoinedWindows, Windows, WindowSource
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
 from smollm2.formatting import format_bytes
-from smollm2.inference.loading import load_source
 from smollm2.model.attention import check_backend, choose_backend
 from smollm2.model.transformer import SmolLM2
 from smollm2.plan.arithmetic import estimate_disk
@@ -42,6 +40,7 @@ from smollm2.tracking.jsonl import JsonlTracker, read_values
 from smollm2.tracking.tensorboard import start_tensorboard
 from smollm2.tracking.wandb import start_wandb
 from smollm2.tracking.wandb_environment import make_run_id, prepare_environment
+from smollm2.training.initial_model import load_initial_model
 from smollm2.training.optim import build_optimizers
 
 
@@ -114,6 +113,10 @@ def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
     if wanted == found:
         return setup
     if name := setup.config.model.init_from:
+        if found > wanted and setup.config.data.add_tokens:
+            setup.report(f"{name}: {found - wanted:,} rows are added to the embedding, near the mean of the others")
+            origins = {**setup.origins, "model.vocab_size": "data.add_tokens"}
+            return dataclasses.replace(setup, config=setup.config.with_vocab_size(found), origins=origins)
         if found > wanted:
             what = f"the tokenizer has {found:,} ids, but the embedding only {wanted:,} rows"
             raise CheckpointError(name, what, "use the tokenizer that the model was trained with")
@@ -122,6 +125,18 @@ def fit_vocabulary(setup: Setup, tokenizer: Tokenizer) -> Setup:
     setup.report(f"model.vocab_size: {wanted:,} -> {found:,}, the tokenizer's")
     origins = {**setup.origins, "model.vocab_size": "the tokenizer"}
     return dataclasses.replace(setup, config=setup.config.with_vocab_size(found), origins=origins)
+
+
+def settle_chat(setup: Setup, corpus: Corpus) -> Setup:
+    """Return the setup for conversations, if the text is made of them: packed whole, and apart from one another."""
+    data = setup.config.data
+    if not corpus.is_chat or (data.pack == "best_fit" and data.document_mask):
+        return setup
+    names = ("data.pack", "data.document_mask")
+    origins = {**setup.origins, **dict.fromkeys(names, "the text is conversations")}
+    return dataclasses.replace(
+        setup, config=setup.config.with_data(pack="best_fit", document_mask=True), origins=origins
+    )
 
 
 def settle_compilation(setup: Setup) -> Setup:
@@ -151,7 +166,7 @@ def build_run(setup: Setup, corpus: Corpus) -> Run:
     batches = corpus.batches(config)
     for line in corpus.describe(batches):
         setup.report(line)
-    model = build_model(config, runtime, is_resumed=start is not None)
+    model = build_model(config, runtime, None if start else corpus.tokenizer)
     return Run(
         config=config,
         runtime=runtime,
@@ -185,14 +200,14 @@ def has_text(windows: WindowSource, tokenizer: Tokenizer) -> bool:
     return any(tokenizer.bytes_per_token[row[row != IGNORE_INDEX]].any() for row in labels)
 
 
-def build_model(config: Config, runtime: Runtime, *, is_resumed: bool = False) -> SmolLM2:
-    """Return the model on its device, initialized from the seed, or with the weights of model.init_from.
+def build_model(config: Config, runtime: Runtime, tokenizer: Tokenizer | None = None) -> SmolLM2:
+    """Return the model on its device, initialized from the seed, or, if there is a `tokenizer`, with the weights of model.init_from.
 
     The attention backend, gradient checkpointing and compilation are set as configured.
     """
     t, m = config.training, config.model
     torch.manual_seed(t.seed)
-    model = load_initial_model(m) if m.init_from and not is_resumed else SmolLM2(m)
+    model = load_initial_model(m, tokenizer, t.seed) if m.init_from and tokenizer else SmolLM2(m)
     model = model.to(runtime.device)
     heads = (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     dtype, isolates = runtime.precision.dtype, config.data.document_mask
@@ -206,23 +221,6 @@ def build_model(config: Config, runtime: Runtime, *, is_resumed: bool = False) -
     if t.compile is True:
         compile_blocks(model.model.layers)
     return model
-
-
-def load_initial_model(config: ModelConfig) -> SmolLM2:
-    """Return the model from which a run starts, in training mode. Raise CheckpointError if it does not have this shape."""
-    assert config.init_from is not None
-    model, _, _ = load_source(find_model_folder(config.init_from))
-    check_same_shape(config, model.config)
-    model.config, model.trained_length = config, config.max_position_embeddings
-    return model.train()
-
-
-def check_same_shape(wanted: ModelConfig, found: ModelConfig) -> None:
-    """Raise CheckpointError if the model to start from is no longer the one that the config was made for."""
-    for name in ModelConfig.model_fields.keys() - OWN_KEYS:
-        if getattr(wanted, name) != getattr(found, name):
-            what = f"{name} is {getattr(found, name)}, but the config has {getattr(wanted, name)}"
-            raise CheckpointError(str(wanted.init_from), what, "start again from the model's own config")
 
 
 def check_disk(config: Config, folder: Path) -> None:

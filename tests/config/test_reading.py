@@ -411,7 +411,7 @@ def test_an_impossible_path_gets_one_line(path: str) -> None:
     ("preset", "words"),
     [
         ("nanoo", "Did you mean nano?"),
-        ("../config", "Use one of micro, nano, smollm2-1.7b, smollm2-135m, smollm2-360m."),
+        ("../config", "Use one of continue-135m, micro, nano, smollm2-1.7b, smollm2-135m, smollm2-360m."),
     ],
 )
 def test_for_an_unknown_preset_the_known_ones_are_listed(preset: str, words: str) -> None:
@@ -574,7 +574,8 @@ REFUSED = re.findall(
     r"\S+",
     """
     model.vocab_size model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads
-    model.num_key_value_heads model.head_dim model.max_position_embeddings model.rope_theta model.rope_scaling model.init_from model.norm model.norm_eps
+    model.num_key_value_heads model.head_dim model.max_position_embeddings model.rope_theta model.rope_scaling model.init_from
+    data.train_on data.chat_template data.add_tokens model.norm model.norm_eps
     model.initializer_range model.tie_word_embeddings training.sequence_length training.optimizer training.decay
     training.seed data.tokenizer data.validation_fraction data.validation_input data.stride data.pack data.document_separator
     data.document_mask

@@ -112,7 +112,8 @@ class FakeEncoder:
 
     def __init__(self) -> None:
         self.begin: list[int] = []
-        self.cuts_documents = True
+        self.cuts_documents, self.marks_targets = True, False
+        self.closing = [int(vars(type(self))["end_of_text"])]
 
 
 def test_tokens_are_taken_from_the_cache(tmp_path: Path) -> None:
