@@ -129,7 +129,9 @@ def show_token(token: int, tokenizer: "Tokenizer", *, is_target: bool, color: st
     from smollm2.tracking.base import escape_controls
 
     is_end = token == tokenizer.end_of_text
-    text = "<end of document>" if is_end else escape_controls(tokenizer.decode([token])).replace("\n", "↵\n")
+    plain = tokenizer.decode([token])
+    name = "<end of document>" if is_end and not tokenizer.chat_template else tokenizer.token(token)
+    text = escape_controls(plain).replace("\n", "↵\n") if plain else name
     if not color:
         return f"{text if is_target else f'({text})'}|"
     return f"{END if is_end else color}{'' if is_target else CONTEXT}{text}{RESET}"

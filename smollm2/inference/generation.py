@@ -18,6 +18,8 @@ from smollm2.inference.sampling import Sampling, sample
 from smollm2.model.cache import COLUMN_STEP, KeyValueCache
 from smollm2.model.transformer import SmolLM2
 
+Prompt = str | Sequence[int]
+
 SEEDS = 2**63
 """The exclusive upper bound of seeds."""
 
@@ -37,7 +39,7 @@ class Piece:
 def generate(
     model: SmolLM2,
     tokenizer: Tokenizer,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[Prompt],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
@@ -50,7 +52,7 @@ def generate(
 ) -> list[str]:
     """Return each prompt's continuation, without the prompt, up to `max_new_tokens`, a stop string or an end of text.
 
-    A single string counts as a list of one prompt. An empty prompt starts a new document. Temperature 0 selects the
+    A prompt is a text, or its token ids. A single string counts as a list of one prompt. An empty prompt starts a new document. Temperature 0 selects the
     most likely token. If the text grows longer than the context, the context window slides. Prompt number i uses the
     seed `seed + i`: its text depends only on the model, the settings, the prompt and that seed, not on the other
     prompts or on torch's random state. Raise ConfigError for an impossible setting, DataError if a prompt cannot be
@@ -68,7 +70,7 @@ def generate(
 def stream(
     model: SmolLM2,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     *,
     max_new_tokens: int,
@@ -174,9 +176,10 @@ def count_overlap(text: str, word: str) -> int:
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
-def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: str, report: Callable[[str], None]) -> list[int]:
+def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: Prompt, report: Callable[[str], None]) -> list[int]:
     """Return a prompt's token ids, without the first ones if it is longer than the context."""
-    ids = tokenizer.encode_prompt(prompt) or [tokenizer.end_of_text]
+    given = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = given or [tokenizer.end_of_text]
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max(ids) >= vocab_size:
         what = f"encodes the prompt with id {max(ids)}, but the model has only {vocab_size} ids"

@@ -13,6 +13,7 @@ from smollm2.data.encoding import Part, arrange
 from smollm2.data.sources import Rules, open_input
 from smollm2.data.text import split_documents
 from smollm2.data.tokenizer import Tokenizer
+from smollm2.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def open_chunks(
         text = open_input(str(text_or_path), spool, Rules(separator), report=report)
         for note in text.notes:
             report(note)
+        if text.is_chat:
+            what = "these are conversations, not plain text"
+            raise DataError(
+                text_or_path, what, "train with eval_interval to measure the loss of answers, or choose a text"
+            )
         return text.chunks()
     return split_documents(iter([text_or_path]), separator)
 

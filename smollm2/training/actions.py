@@ -15,6 +15,8 @@ import numpy as np
 
 from smollm2.analysis.diagnostics import StepDiagnostics, measure_activations
 from smollm2.analysis.landscape import choose_side, choose_windows, list_points, measure_landscape
+from smollm2.data.chat import choose_template
+from smollm2.data.conversations import Message
 from smollm2.data.windows import WindowSource
 from smollm2.errors import Interrupted, TrainingError
 from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks, spread
@@ -139,20 +141,21 @@ def add(first: Evaluation, second: Evaluation) -> Evaluation:
 
 
 def draw_samples(run: Run, step: int) -> list[Sample]:
-    """Return a sample for each prompt, and one without a prompt.
+    """Return a sample for each prompt, and one without a prompt; of a chat model, its answer to each prompt.
 
     The random numbers of a sample depend only on the seed, the step and the prompt's position in the list. Raise
     Interrupted between two prompts if a signal was received.
     """
     t, samples = run.config.training, []
-    for index, prompt in enumerate((*t.sample_prompts, "")):
+    template = choose_template(run.tokenizer) if run.corpus.is_chat else None
+    for index, prompt in enumerate(t.sample_prompts if template else (*t.sample_prompts, "")):
         run.runtime.raise_if_stopped()
         try:
             with run.runtime.autocast():
                 text = generate(
                     run.model,
                     run.tokenizer,
-                    [prompt],
+                    [template.encode_prompt([Message("user", prompt)]) if template else prompt],
                     max_new_tokens=t.sample_tokens,
                     seed=sample_seed(t.seed, step, index),
                 )[0]
