@@ -124,7 +124,7 @@ def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor) -> Ref
     """Return the results of the source, which every reader must reproduce."""
     logits, loss = run_model(model, windows)
     prompt = windows[0, : min(PROMPT, windows.shape[1] // 2)].tolist()
-    continuation, gaps = continue_greedily(model, prompt, tokenizer.end_of_text)
+    continuation, gaps = continue_greedily(model, prompt, tokenizer.stops)
     ids = [tokenizer.encode(text) for text in HOSTILE]
     return Reference(windows, logits, loss, prompt, continuation, gaps, ids, [tokenizer.decode(row) for row in ids])
 

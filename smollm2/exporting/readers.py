@@ -10,7 +10,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,12 @@ def run_model(model: SmolLM2, windows: Tensor) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def continue_greedily(model: SmolLM2, prompt: list[int], end: int) -> tuple[list[int], list[float]]:
-    """Return the greedy continuation, until the text or the context ends, and each token's lead over the runner-up."""
+def continue_greedily(model: SmolLM2, prompt: list[int], stops: Collection[int]) -> tuple[list[int], list[float]]:
+    """Return the greedy continuation, until a stop or the end of the context, and each token's lead over the runner-up."""
     room = min(CONTINUATION, model.config.max_position_embeddings - len(prompt))
     ids: list[int] = []
     gaps: list[float] = []
-    while len(ids) < room and end not in ids:
+    while len(ids) < room and not set(ids[-1:]) & set(stops):
         logits = model.lm_head(model.model(torch.tensor([prompt + ids]))[0, -1])
         first, second = logits.topk(2).values.tolist()
         ids.append(int(logits.argmax()))
@@ -136,7 +136,7 @@ def read_with_smollm2(folder: Path, source: SmolLM2, reference: Reference) -> Re
     wrong = [name for name, tensor in source.state_dict().items() if not torch.equal(tensor, found[name])]
     reading.problems += [f"{name} differs from the source's" for name in wrong[:1]]
     compare_logits(reading, run_model(model, reference.windows)[0], reference)
-    continuation, _ = continue_greedily(model, reference.prompt, tokenizer.end_of_text)
+    continuation, _ = continue_greedily(model, reference.prompt, tokenizer.stops)
     compare_greedy(reading, continuation, reference)
     compare_tokenizer(reading, tokenizer.encode, tokenizer.decode, reference)
     return reading
