@@ -14,7 +14,7 @@ from smollm2.exporting.card import write_card
 from smollm2.exporting.certificate import certify, choose_text
 from smollm2.exporting.gguf_readers import certify_gguf
 from smollm2.exporting.hugging_face import DTYPES, SHARD_BYTES
-from smollm2.exporting.source import read_source
+from smollm2.exporting.source import Source, read_source
 from smollm2.exporting.target import GGUF_DTYPES, check_room, check_target, finish_files, write_json
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically, write_folder_atomically
 
@@ -62,12 +62,7 @@ def export(
     certificate: dict[str, Any] = {}
 
     def fill(temporary: Path) -> None:
-        if format == "gguf":
-            file = gguf.write_gguf_folder(source, temporary, folder.name, dtype, io_ops)
-            certificate.update(certify_gguf(file, source.model, source.tokenizer, dtype, text))
-        else:
-            hugging_face.write_model_folder(source, temporary, dtype=dtype, shard_bytes=shard_bytes, io_ops=io_ops)
-            certificate.update(certify(temporary, source.model, source.tokenizer, DTYPES[dtype], text))
+        certificate.update(write_format(source, temporary, format, folder.name, dtype, shard_bytes, text, io_ops))
         if not certificate["passed"]:
             what = f"the exported model differs from its source ({'; '.join(certificate['problems'][:3])})"
             raise CheckpointError(folder, what, "nothing was written; please report this")
@@ -78,6 +73,17 @@ def export(
 
     write_folder_atomically(folder, fill, replaces=folder.exists(), io_ops=io_ops)
     return certificate
+
+
+def write_format(
+    source: Source, folder: Path, format: str, name: str, dtype: str, shard_bytes: int, text: str, io_ops: IoOps
+) -> dict[str, Any]:
+    """Write a model in a format to an existing folder, and return its certificate."""
+    if format == "gguf":
+        file = gguf.write_gguf_folder(source, folder, name, dtype, io_ops)
+        return certify_gguf(file, source.model, source.tokenizer, dtype, text)
+    hugging_face.write_model_folder(source, folder, dtype=dtype, shard_bytes=shard_bytes, io_ops=io_ops)
+    return certify(folder, source.model, source.tokenizer, DTYPES[dtype], text)
 
 
 def check_options(format: str, dtype: str, shard_bytes: int) -> None:
