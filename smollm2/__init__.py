@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from smollm2.config.reading import load_config
     from smollm2.config.schema import Config
     from smollm2.errors import Interrupted, Smollm2Error
-    from smollm2.exporting.hugging_face import export
+    from smollm2.exporting.export import export
     from smollm2.inference.evaluation import evaluate
     from smollm2.inference.generation import generate
     from smollm2.inference.loading import load_model
@@ -34,7 +34,7 @@ _MODULES = {
     "Interrupted": "smollm2.errors",
     "Smollm2Error": "smollm2.errors",
     "evaluate": "smollm2.inference.evaluation",
-    "export": "smollm2.exporting.hugging_face",
+    "export": "smollm2.exporting.export",
     "generate": "smollm2.inference.generation",
     "load_config": "smollm2.config.reading",
     "load_model": "smollm2.inference.loading",

@@ -34,6 +34,8 @@ ENTRY_FILES = {"__init__", "__main__"}
 
 NAMED_IN = {
     "accelerate": {"runtime.device"},
+    "gguf": {"exporting.gguf", "exporting.gguf_contents", "exporting.gguf_readers"},
+    "llama_cpp": {"exporting.gguf_readers"},
     "transformers": {"exporting.readers"},
     "wandb": {"tracking.wandb"},
 }

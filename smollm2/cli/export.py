@@ -1,4 +1,4 @@
-"""`smollm2 export`: write a folder that transformers, vLLM and other libraries can load."""
+"""`smollm2 export`: write a folder that transformers, vLLM, llama.cpp, Ollama and other programs can load."""
 
 import argparse
 from collections.abc import Mapping
@@ -11,15 +11,20 @@ from smollm2.cli.flags import Commands, Parser, add_command, add_model_flags, nu
 def add_parser(commands: "Commands[Parser]") -> None:
     """Add `smollm2 export`."""
     text = (
-        "Write a folder that transformers, vLLM and others load. It appears only after it was loaded again from the disk and "
-        "gave the checkpoint's logits, loss, greedy text and token ids."
+        "Write a folder that transformers, vLLM and others load, or a GGUF file for llama.cpp and Ollama. It appears only after "
+        "it was loaded again from the disk and gave the checkpoint's logits, loss, greedy text and token ids."
     )
-    parser = add_command(commands, "export", run, "a Hugging Face folder, compared with the checkpoint", text)
+    parser = add_command(
+        commands, "export", run, "a Hugging Face folder or a GGUF file, compared with the checkpoint", text
+    )
     add_model_flags(parser)
     parser.add_argument("folder", metavar="OUT", type=path, help="the folder to write")
-    text = "of the weights; default: that of a Hugging Face folder, float32 for a checkpoint"
-    parser.add_argument("--dtype", choices=["float32", "bf16", "fp16"], default="", help=text)
-    text = "largest weights file, in GB; default: 5"
+    text = "huggingface (default), or gguf for llama.cpp and Ollama"
+    parser.add_argument("--format", choices=["huggingface", "gguf"], default="huggingface", help=text)
+    choices = ["float32", "bf16", "fp16", "bfloat16", "float16", "q8_0"]
+    text = "of the weights; q8_0 is for gguf; default: that of a Hugging Face folder, float32 for a checkpoint"
+    parser.add_argument("--dtype", choices=choices, default="", help=text)
+    text = "largest weights file of huggingface, in GB; default: 5"
     parser.add_argument("--shard_gb", type=number(1e-6, 1e6), default=5.0, metavar="N", help=text)
     text = "text of the comparison; default: Python's own documentation"
     parser.add_argument("--input_file", metavar="FILE", type=path, help=text)
@@ -28,11 +33,12 @@ def add_parser(commands: "Commands[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the folder and print how each reader's result compares with the source."""
-    from smollm2.exporting.hugging_face import export
+    from smollm2.exporting.export import export
 
     certificate = export(
         args.model,
         args.folder,
+        args.format,
         dtype=args.dtype,
         best=args.best,
         force=args.force,
@@ -45,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
 
 def show_certificate(certificate: Mapping[str, Any], folder: Path) -> None:
     """Print how each reader's result compares with the source."""
+    if file := certificate.get("file"):
+        print(f"{file['reader']}: {file['keys']} keys, {file['tensors']} tensors, {file['tokens']:,} tokens equal")
     for reading in certificate["readers"]:
         print(
             f"{reading['reader']}: logits differ by at most {reading['max_logit_difference']:.2g}, greedy text equal over "

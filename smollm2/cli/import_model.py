@@ -24,7 +24,7 @@ def add_parser(commands: "Commands[Parser]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the folder, and print how each reader's result compares with the source."""
     folder = find_model_folder(args.model, print_note)
-    from smollm2.exporting.hugging_face import export
+    from smollm2.exporting.export import export
 
     certificate = export(folder, args.folder, force=args.force, report=print_note)
     show_certificate(certificate, Path(args.folder))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import smollm2
 from smollm2.config.model_folder import read_hugging_face_config
 from smollm2.data.sample import read_topics
 from smollm2.data.text import open_text
-from smollm2.data.tokenizer import Tokenizer
+from smollm2.data.tokenizer import Tokenizer, load_tokenizer
+from smollm2.data.tokenizer_files import GENERATION
 from smollm2.errors import Smollm2Error
 from smollm2.exporting.readers import (
     HOSTILE,
@@ -32,6 +33,7 @@ from smollm2.exporting.readers import (
     read_with_transformers,
     run_model,
 )
+from smollm2.exporting.special_tokens import find_begin_of_text
 from smollm2.model.transformer import SmolLM2
 
 WINDOWS, WINDOW, PROMPT = 2, 256, 32
@@ -51,14 +53,28 @@ def certify(folder: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: torch.dty
     round_weights(model, dtype)
     reference = make_reference(model, tokenizer, windows)
     found = [read_with_smollm2(folder, model, reference), read_with_transformers(folder, reference)]
+    problems = check_config(folder, model, tokenizer) + check_tokenizer(folder, tokenizer)
+    name = str(dtype).removeprefix("torch.")
+    return summarize(found, problems, name, text, reference, exact_logits, exact_loss)
+
+
+def summarize(
+    found: Sequence[Reading | UnusableReader],
+    problems: list[str],
+    dtype: str,
+    text: str,
+    reference: Reference,
+    exact_logits: Tensor,
+    exact_loss: float,
+) -> dict[str, Any]:
+    """Return the certificate: what each reader found, after other problems, and what rounding to `dtype` changed."""
     readings = [one for one in found if isinstance(one, Reading)]
-    problems = check_config(folder, model, tokenizer)
-    problems += [f"{reading.reader}: {problem}" for reading in readings for problem in reading.problems]
+    problems = problems + [f"{reading.reader}: {problem}" for reading in readings for problem in reading.problems]
     return {
         "passed": not problems,
         "problems": problems,
-        "dtype": str(dtype).removeprefix("torch."),
-        "text": {"tokens": windows.numel(), "sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "dtype": dtype,
+        "text": {"tokens": reference.windows.numel(), "sha256": hashlib.sha256(text.encode()).hexdigest()},
         "source": {"loss": exact_loss, "smollm2": smollm2.__version__, "torch": str(torch.__version__)},
         "rounding": {
             "loss": reference.loss,
@@ -108,7 +124,7 @@ def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor) -> Ref
     """Return the results of the source, which every reader must reproduce."""
     logits, loss = run_model(model, windows)
     prompt = windows[0, : min(PROMPT, windows.shape[1] // 2)].tolist()
-    continuation, gaps = continue_greedily(model, prompt, tokenizer.end_of_text)
+    continuation, gaps = continue_greedily(model, prompt, tokenizer.stops)
     ids = [tokenizer.encode(text) for text in HOSTILE]
     return Reference(windows, logits, loss, prompt, continuation, gaps, ids, [tokenizer.decode(row) for row in ids])
 
@@ -137,12 +153,35 @@ def check_config(folder: Path, model: SmolLM2, tokenizer: Tokenizer) -> list[str
         problems.append(
             f"rope_parameters.rope_theta is {rope.get('rope_theta')} and should be {model.config.rope_theta}"
         )
-    for name in ("bos_token_id", "eos_token_id"):
-        if generation.get(name) != tokenizer.end_of_text:
-            problems.append(
-                f"{name} is {generation.get(name)} in generation_config.json and should be {tokenizer.end_of_text}"
-            )
+    if GENERATION in tokenizer.files:  # compared byte for byte
+        return problems
+    for name, wanted in token_ids(tokenizer).items():
+        if generation.get(name) != wanted:
+            problems.append(f"{name} is {generation.get(name)} in generation_config.json and should be {wanted}")
     return problems
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Return how the folder's tokenizer files, its chat template and its stops differ from the source's."""
+    problems = []
+    for name, content in tokenizer.files.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != content:
+            problems.append(f"{name} is not the file that came with the tokenizer")
+    try:
+        found = load_tokenizer(str(folder))
+    except Smollm2Error as error:
+        return [*problems, f"its tokenizer cannot be read ({error})"]
+    if found.chat_template != tokenizer.chat_template:
+        problems.append("the chat template is missing or differs from the source's")
+    if found.stops != tokenizer.stops:
+        problems.append(f"generation stops at {sorted(found.stops)} and should stop at {sorted(tokenizer.stops)}")
+    return problems
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, object]:
+    """Return the ids that begin and end a text, by transformers' names."""
+    return {"bos_token_id": find_begin_of_text(tokenizer), "eos_token_id": tokenizer.end_of_text}
 
 
 def expected_fields(model: SmolLM2, tokenizer: Tokenizer) -> Mapping[str, object]:
@@ -151,7 +190,6 @@ def expected_fields(model: SmolLM2, tokenizer: Tokenizer) -> Mapping[str, object
     fields: dict[str, object] = {
         "rope_theta": model.config.rope_theta,
         eps: model.config.norm_eps,
-        "bos_token_id": tokenizer.end_of_text,
-        "eos_token_id": tokenizer.end_of_text,
+        **token_ids(tokenizer),
     }
     return fields if model.config.norm == "rmsnorm" else {**fields, "partial_rotary_factor": 1.0}

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,22 @@ from smollm2.inference.loading import load_model
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 
-TOLERANCE = 1e-4
-"""Largest accepted logit difference, relative to the largest logit or to 1: float32 sums in another order differ by up
-to 2e-5, a wrong rotary base by 6.7 (measured on a 135M model)."""
-
-TIE = 1e-5
-"""Rounding may swap the order of two logits this close, relative to the largest logit or to 1."""
-
-LOSS_TOLERANCE = 1e-5
-ARGMAX_AGREEMENT = 0.999
 CONTINUATION = 64
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a reader may differ by; logits are relative to the largest one or to 1, the loss to itself or to 1."""
+
+    logits: float = 1e-4
+    """float32 sums in another order differ by up to 2e-5, a wrong rotary base by 6.7 (measured on a 135M model)."""
+    tie: float = 1e-5
+    """Rounding may swap the order of two logits this close."""
+    loss: float = 1e-5
+    argmax_agreement: float = 0.999
+
+
+FLOAT32 = Tolerance()
 
 HOSTILE = (
     "",
@@ -105,12 +111,12 @@ def run_model(model: SmolLM2, windows: Tensor) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def continue_greedily(model: SmolLM2, prompt: list[int], end: int) -> tuple[list[int], list[float]]:
-    """Return the greedy continuation, until the text or the context ends, and each token's lead over the runner-up."""
+def continue_greedily(model: SmolLM2, prompt: list[int], stops: Collection[int]) -> tuple[list[int], list[float]]:
+    """Return the greedy continuation, until a stop or the end of the context, and each token's lead over the runner-up."""
     room = min(CONTINUATION, model.config.max_position_embeddings - len(prompt))
     ids: list[int] = []
     gaps: list[float] = []
-    while len(ids) < room and end not in ids:
+    while len(ids) < room and not set(ids[-1:]) & set(stops):
         logits = model.lm_head(model.model(torch.tensor([prompt + ids]))[0, -1])
         first, second = logits.topk(2).values.tolist()
         ids.append(int(logits.argmax()))
@@ -130,7 +136,7 @@ def read_with_smollm2(folder: Path, source: SmolLM2, reference: Reference) -> Re
     wrong = [name for name, tensor in source.state_dict().items() if not torch.equal(tensor, found[name])]
     reading.problems += [f"{name} differs from the source's" for name in wrong[:1]]
     compare_logits(reading, run_model(model, reference.windows)[0], reference)
-    continuation, _ = continue_greedily(model, reference.prompt, tokenizer.end_of_text)
+    continuation, _ = continue_greedily(model, reference.prompt, tokenizer.stops)
     compare_greedy(reading, continuation, reference)
     compare_tokenizer(reading, tokenizer.encode, tokenizer.decode, reference)
     return reading
@@ -236,7 +242,7 @@ def compare_with_transformers(transformers: Any, folder: Path, reference: Refere
     model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=1, pad_token_id=0)
 
 
-def compare_logits(reading: Reading, logits: Tensor, reference: Reference) -> None:
+def compare_logits(reading: Reading, logits: Tensor, reference: Reference, tolerance: Tolerance = FLOAT32) -> None:
     """Compare logits, their most likely tokens and their loss with the source's."""
     if logits.shape != reference.logits.shape:
         reading.problems.append(f"logits are {tuple(logits.shape)} and should be {tuple(reference.logits.shape)}")
@@ -246,15 +252,17 @@ def compare_logits(reading: Reading, logits: Tensor, reference: Reference) -> No
     targets = reference.windows[:, 1:].flatten()
     reading.loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).item()
     scale = max(1.0, reference.logits.abs().max().item())
-    if not reading.max_logit_difference <= TOLERANCE * scale:
+    if not reading.max_logit_difference <= tolerance.logits * scale:
         reading.problems.append(f"logits differ by {reading.max_logit_difference:.2g}")
-    if not reading.argmax_agreement >= ARGMAX_AGREEMENT:
+    if not reading.argmax_agreement >= tolerance.argmax_agreement:
         reading.problems.append(f"the most likely token differs at {1 - reading.argmax_agreement:.1%} of positions")
-    if not abs(reading.loss - reference.loss) <= LOSS_TOLERANCE * max(1.0, reference.loss):
+    if not abs(reading.loss - reference.loss) <= tolerance.loss * max(1.0, reference.loss):
         reading.problems.append(f"the loss is {reading.loss:.6f} and should be {reference.loss:.6f}")
 
 
-def compare_greedy(reading: Reading, found: Sequence[int], reference: Reference) -> None:
+def compare_greedy(
+    reading: Reading, found: Sequence[int], reference: Reference, tolerance: Tolerance = FLOAT32
+) -> None:
     """Count the equal tokens of the greedy continuation. If the texts diverge at a token whose two highest logits are
     equal within rounding, both are right, and the comparison ends there."""
     wanted = reference.continuation
@@ -262,7 +270,7 @@ def compare_greedy(reading: Reading, found: Sequence[int], reference: Reference)
     differ = (n for n, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b)
     reading.greedy_equal = n = next(differ, min(len(wanted), len(found)))
     scale = max(1.0, reference.logits.abs().max().item())
-    if n < len(wanted) and n < len(found) and reference.gaps[n] <= TIE * scale:
+    if n < len(wanted) and n < len(found) and reference.gaps[n] <= tolerance.tie * scale:
         reading.greedy_tokens = n
     elif n < len(wanted):
         reading.problems.append(f"greedy text differs at token {n + 1} of {len(wanted)}")

@@ -18,7 +18,7 @@ from smollm2.data.building import prepare_tokens
 from smollm2.data.text import open_text
 from smollm2.data.tokenizer import load_tokenizer
 from smollm2.errors import ResourceError
-from smollm2.exporting.hugging_face import finish_files
+from smollm2.exporting.target import finish_files
 from smollm2.storage.atomic import IoOps, Target, probe_folder, sync_file, write_atomically
 from smollm2.storage.locks import lock_folder
 

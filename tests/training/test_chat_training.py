@@ -18,7 +18,7 @@ from smollm2.data.chat import choose_template
 from smollm2.data.conversations import Message
 from smollm2.data.packing import ConversationWindows, pack_documents
 from smollm2.data.stream import MARK
-from smollm2.exporting.hugging_face import export
+from smollm2.exporting.export import export
 from smollm2.inference.generation import generate
 from smollm2.inference.loading import load_model
 from smollm2.training.loop import train

@@ -16,7 +16,7 @@ from smollm2.cli.main import main
 from smollm2.config.model_folder import read_hugging_face_config
 from smollm2.config.reading import load_config
 from smollm2.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_text
-from smollm2.exporting.hugging_face import export
+from smollm2.exporting.export import export
 from smollm2.exporting.readers import HOSTILE
 from smollm2.inference.loading import load_hugging_face_model, load_model
 from smollm2.plan.arithmetic import count_parameters
