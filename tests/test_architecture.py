@@ -34,6 +34,7 @@ ENTRY_FILES = {"__init__", "__main__"}
 
 NAMED_IN = {
     "accelerate": {"runtime.device"},
+    "lm_eval": {"inference.harness"},
     "transformers": {"exporting.readers"},
     "wandb": {"tracking.wandb"},
 }
