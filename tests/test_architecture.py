@@ -36,6 +36,7 @@ NAMED_IN = {
     "accelerate": {"runtime.device"},
     "gguf": {"exporting.gguf", "exporting.gguf_contents", "exporting.gguf_readers"},
     "llama_cpp": {"exporting.gguf_readers"},
+    "lm_eval": {"inference.harness"},
     "transformers": {"exporting.readers"},
     "wandb": {"tracking.wandb"},
 }

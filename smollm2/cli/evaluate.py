@@ -1,4 +1,4 @@
-"""`smollm2 evaluate`: loss, perplexity and bits per byte of a model on a text."""
+"""`smollm2 evaluate`: loss, perplexity and bits per byte of a model on a text, or its scores in tasks of lm-eval."""
 
 import argparse
 import dataclasses
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smollm2.cli import tasks
 from smollm2.cli.flags import (
     Commands,
     Parser,
@@ -28,8 +29,11 @@ SHOWN_DOCUMENTS = 20
 
 def add_parser(commands: "Commands[Parser]") -> None:
     """Add `smollm2 evaluate`."""
-    text = "Score each token of a text once, in windows of the trained length, and print the loss. Several models are compared."
-    summary = "loss, perplexity and bits per byte of models on a text"
+    text = (
+        "Score each token of a text once, in windows of the trained length, and print the loss. Several models are "
+        "compared. With --tasks, run tasks of lm-eval instead."
+    )
+    summary = "loss, perplexity and bits per byte of models on a text; scores in tasks of lm-eval"
     parser = add_command(commands, "evaluate", run, summary, text)
     text = (
         "a .pt file, a run folder (its newest checkpoint) or a Hugging Face folder; several are compared with the first"
@@ -37,13 +41,16 @@ def add_parser(commands: "Commands[Parser]") -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", type=path, help=text)
     parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
     add_device_flag(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
     text = "text, JSONL or parquet: a file, folder, pattern or hub name; - is standard input"
-    parser.add_argument("--input_file", metavar="FILE", required=True, type=path, help=text)
+    source.add_argument("--input_file", metavar="FILE", type=path, help=text)
+    source.add_argument("--tasks", metavar="NAMES", type=tasks.task_names, help=tasks.HELP)
+    tasks.add_task_flags(parser)
     text = "tokens of a window; default: as many as the model was trained on"
     parser.add_argument("--context", type=whole_number(1, 2**24), metavar="N", help=text)
     text = "tokens between two windows; default: half the context"
     parser.add_argument("--stride", type=whole_number(1, 2**24), metavar="N", help=text)
-    text = "windows in one forward pass; default: 8"
+    text = "windows, or requests of tasks, in one forward pass; default: 8"
     parser.add_argument("--batch_size", type=whole_number(1, 10**6), default=8, metavar="N", help=text)
     text = r"text between two documents, such as \f or \n\n; default: as the checkpoint was trained"
     parser.add_argument("--document_separator", metavar="TEXT", type=separator, help=text)
@@ -53,6 +60,10 @@ def add_parser(commands: "Commands[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score the text with each model and print the tables and comparisons, or one JSON object."""
+    tasks.check_flags(args)
+    if args.tasks:
+        tasks.run(args)
+        return
     from smollm2.inference.evaluation import compare_evaluations
 
     results = [evaluate_model(args, name) for name in args.models]

@@ -10,13 +10,15 @@ from smollm2.config.hub import MODEL, fetch_from_hub
 from smollm2.config.model_folder import read_hugging_face_config
 from smollm2.config.schema import Config, ModelConfig
 from smollm2.config.values import Given, Level, expand_path, locate
-from smollm2.config.yaml_nodes import show
+from smollm2.config.yaml_nodes import quote, show
 from smollm2.errors import ConfigError, lay_out
 
 SHAPE_FILES = ("config.json", "config.yaml")
 """The file that holds the shape: of a Hugging Face folder, and of a run folder."""
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+WHICH_FOLDER = "give the folder of a model, the run folder of a checkpoint, or a name on the hub"
 
 OWN_KEYS = {"init_from", "initializer_range"}
 """Keys of `model` that do not describe the shape of a trained model."""
@@ -27,14 +29,21 @@ def find_model_folder(name: str, report: Callable[[str], None] = lambda message:
 
     Raise ConfigError if there is none, DataError if the hub does not have it or cannot be reached.
     """
+    if problem := find_problem(name):
+        raise ConfigError("model.init_from", problem, WHICH_FOLDER)
     folder = Path(expand_path(name))
-    if folder.is_dir():
-        return folder
-    if not HUB_NAME.fullmatch(name) or folder.exists():
-        what = f"{show(name)} is a file, not a folder" if folder.exists() else f"there is no folder {show(name)}"
-        advice = "give the folder of a model, the run folder of a checkpoint, or a name on the hub"
-        raise ConfigError("model.init_from", what, advice)
-    return fetch_from_hub(name, MODEL, report)
+    return folder if folder.is_dir() else fetch_from_hub(name, MODEL, report)
+
+
+def find_problem(name: str) -> str:
+    """Return why no model can have this name, or an empty string."""
+    try:
+        folder = Path(expand_path(name))
+    except ValueError:
+        return f"{quote(name)} is not a path"
+    if folder.is_dir() or (HUB_NAME.fullmatch(name) and not folder.exists()):
+        return ""
+    return f"{quote(name)} is a file, not a folder" if folder.exists() else f"there is no folder {quote(name)}"
 
 
 def read_initial_shape(folder: Path, load: Callable[[Path], Config]) -> tuple[ModelConfig, str]:
@@ -56,12 +65,10 @@ def follow_initial_model(given: Level, problems: list[str], load: Callable[[Path
     one = given.get("model.init_from")
     if one is None or not isinstance(one.value, str):
         return {}
-    try:
-        folder = find_model_folder(one.value)
-    except (ConfigError, ValueError) as error:
-        parts = str(error).split(": ", 1)[1:] or ["is not a path"]
-        problems.append(lay_out(locate("model.init_from", one.origin), parts[0]))
+    if problem := find_problem(one.value):
+        problems.append(lay_out(locate("model.init_from", one.origin), problem, WHICH_FOLDER))
         return {}
+    folder = find_model_folder(one.value)
     shape, file = read_initial_shape(folder, load)
     own = {key.removeprefix("model."): value for key, value in given.items() if key.startswith("model.")}
     for name in own.keys() - OWN_KEYS:

@@ -274,7 +274,7 @@ def unusable(error: Exception) -> DataError:
 
 def untraceable() -> DataError:
     """Return the error for a template in whose text the messages cannot be found."""
-    what = "it changes the messages, so that it cannot be told which tokens are the assistant's"
+    what = "it changes the messages, so the assistant's tokens cannot be found"
     return DataError("the chat template", what, "use another one, such as chatml")
 
 

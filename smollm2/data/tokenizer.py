@@ -123,6 +123,10 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(name)
         return found
 
+    def find_controls(self, names: Iterable[str]) -> frozenset[int]:
+        """Return the ids of those `names` that are control tokens, such as `<|im_end|>`."""
+        return frozenset(i for name in names if (i := self.id_of(name)) in self._controls and i is not None)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; nothing is added."""
         return self.encode_counted(text)[0]

@@ -70,6 +70,16 @@ def find_end_of_text(files: Files, model: Mapping[str, Any], folder: str = "") -
     return None
 
 
+def find_begin_of_text(files: Files) -> str | None:
+    """Return the name of the begin-of-text token according to tokenizer_config.json or special_tokens_map.json."""
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        value = parse(files, name).get("bos_token")
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            return value
+    return None
+
+
 def list_stops(files: Files) -> list[int]:
     """Return the ids at which generation ends, according to generation_config.json."""
     found = parse(files, GENERATION).get("eos_token_id")

@@ -78,7 +78,7 @@ def stream(
     stop: Sequence[str] = (),
     report: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Piece]:
-    """Yield pieces of all continuations as they are generated.
+    """Yield pieces of all continuations as they are generated. A prompt is a text or its token ids.
 
     `report` receives a message if a prompt is longer than the context, and each time a context window slides.
     """
@@ -116,6 +116,7 @@ class Continuation:
         self.first, self.end = 0, ""
         self.generator = torch.Generator().manual_seed(seed)
         self.writer = Writer(tokenizer, stop)
+        self.stops = tokenizer.find_controls(stop)  # control tokens have no text in which a stop string could be found
 
     @property
     def window(self) -> list[int]:
@@ -129,6 +130,8 @@ class Continuation:
         self.ids.append(token)
         if token in self.tokenizer.stops:
             self.end = "end_of_text"
+        elif token in self.stops:
+            self.end = "stop"
         elif len(self.ids) == self.limit:
             self.end = "length"
         text = self.writer.write(token if self.end != "end_of_text" else None, last=bool(self.end))
@@ -178,16 +181,21 @@ def count_overlap(text: str, word: str) -> int:
 
 def read_prompt(model: SmolLM2, tokenizer: Tokenizer, prompt: Prompt, report: Callable[[str], None]) -> list[int]:
     """Return a prompt's token ids, without the first ones if it is longer than the context."""
-    given = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-    ids = given or [tokenizer.end_of_text]
-    vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
-    if max(ids) >= vocab_size:
-        what = f"encodes the prompt with id {max(ids)}, but the model has only {vocab_size} ids"
-        raise DataError(tokenizer.name, what, "use the model's own tokenizer")
+    ids = (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)) or [tokenizer.end_of_text]
+    check_ids(model, tokenizer, ids)
+    positions = model.config.max_position_embeddings
     if len(ids) > positions:
         excess = len(ids) - positions
         report(f"the prompt has {len(ids)} tokens and the context {positions}: the first {excess} are ignored")
     return ids[-positions:]
+
+
+def check_ids(model: SmolLM2, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    """Raise DataError if the model has no embedding for one of the ids of a prompt."""
+    vocab_size = model.config.vocab_size
+    if max(ids) >= vocab_size:
+        what = f"encodes the prompt with id {max(ids)}, but the model has only {vocab_size} ids"
+        raise DataError(tokenizer.name, what, "use the model's own tokenizer")
 
 
 def slide_windows(texts: Sequence[Continuation], positions: int, report: Callable[[str], None]) -> bool:

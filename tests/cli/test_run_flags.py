@@ -148,4 +148,7 @@ def test_the_help_names_every_preset_and_fits_80_columns(
     assert lines[0] == "usage: smollm2 train [--config FILE | --preset NAME] [--FLAG VALUE ...]"
     assert max(map(len, lines)) <= 80
     shown = " ".join(" ".join(lines).split())
-    assert "a shipped config: micro, nano, smollm2-1.7b, smollm2-135m, smollm2-360m" in shown
+    assert (
+        "a shipped config: chat-1.7b, chat-135m, chat-360m, continue-135m, micro, nano, smollm2-1.7b, smollm2-135m, smollm2-360m"
+        in shown
+    )

@@ -411,7 +411,10 @@ def test_an_impossible_path_gets_one_line(path: str) -> None:
     ("preset", "words"),
     [
         ("nanoo", "Did you mean nano?"),
-        ("../config", "Use one of continue-135m, micro, nano, smollm2-1.7b, smollm2-135m, smollm2-360m."),
+        (
+            "../config",
+            "Use one of chat-1.7b, chat-135m, chat-360m, continue-135m, micro, nano, smollm2-1.7b, smollm2-135m, smollm2-360m.",
+        ),
     ],
 )
 def test_for_an_unknown_preset_the_known_ones_are_listed(preset: str, words: str) -> None:

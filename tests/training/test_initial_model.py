@@ -159,7 +159,7 @@ def test_the_text_that_must_not_get_worse_is_measured_before_during_and_after(
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--init_from", "nowhere"], 2, "--init_from: there is no folder nowhere"),
+        (["--init_from", "nowhere"], 2, "--init_from: there is no folder 'nowhere'"),
         (["--init_from", "empty"], 4, "config.json: not found"),
         (
             ["--init_from", "model", "--model.hidden_size", "96"],
