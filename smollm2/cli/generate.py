@@ -25,9 +25,11 @@ from smollm2.cli.flags import (
 from smollm2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from smollm2.inference.generation import Piece
+    from smollm2.data.tokenizer import Tokenizer
+    from smollm2.inference.generation import Piece, Prompt
+    from smollm2.model.transformer import SmolLM2
 
-Write = Callable[[Sequence[str], Sequence[int]], "Iterator[Piece]"]
+Write = Callable[["Sequence[Prompt]", Sequence[int]], "Iterator[Piece]"]
 """A function from prompts and their seeds to pieces of generated text."""
 
 NUMBERS: list[tuple[str, Callable[[str], float], float, str]] = [
@@ -44,6 +46,9 @@ NUMBERS: list[tuple[str, Callable[[str], float], float, str]] = [
 ]
 
 
+PRECISIONS = ["float32", "bf16", "fp16"]
+
+
 def add_parser(commands: "Commands[Parser]") -> None:
     """Add `smollm2 generate`."""
     text = (
@@ -58,11 +63,19 @@ def add_parser(commands: "Commands[Parser]") -> None:
     source.add_argument("--prompts_file", metavar="FILE", type=path, help=text)
     source.add_argument("--interactive", action="store_true", help="ask for prompts until the end of input")
     parser.add_argument("--json", action="store_true", help="write JSON Lines")
-    for name, kind, default, text in NUMBERS:
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default: {default}")
+    add_number_flags(parser)
     text = r"end before this text, such as \n; repeatable"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", type=unescape, help=text)
-    parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], help="default: float32; bf16 on a GPU")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: float32; bf16 on a GPU")
+
+
+def add_number_flags(parser: Parser, without: Sequence[str] = ()) -> None:
+    """Add the flags of sampling, except some."""
+    for name, kind, default, text in NUMBERS:
+        if name not in without:
+            parser.add_argument(
+                f"--{name}", type=kind, default=default, metavar="N", help=f"{text}; default: {default}"
+            )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     rows = read_prompts(args.prompts_file) if args.prompts_file else [{"prompt": args.prompt or ""}]
     if problem := find_bad_character(args.prompt or ""):
         raise ConfigError("--prompt", problem, "encode it as UTF-8")
-    write = prepare_generation(args)
+    write = make_writer(args, *load_for_writing(args))
     if args.interactive:
         continue_prompts(args, write)
     elif args.prompts_file or args.json:
@@ -79,24 +92,30 @@ def run(args: argparse.Namespace) -> None:
         write_texts(args, rows[0]["prompt"], write)
 
 
-def prepare_generation(args: argparse.Namespace) -> Write:
-    """Load the model; return the function that generates text with it."""
+def load_for_writing(args: argparse.Namespace) -> "tuple[SmolLM2, Tokenizer]":
+    """Return the model, on its device and in its precision, and its tokenizer."""
     import torch
 
-    from smollm2.inference.generation import stream
     from smollm2.inference.loading import load_source
-    from smollm2.inference.sampling import Sampling
     from smollm2.runtime.precision import choose_precision, device_features
 
-    sampling = Sampling(args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty)
     device = choose_device(args)
     requested = args.precision or ("float32" if device == "cpu" else "auto")
     features = device_features(torch.device(device))
     precision = choose_precision(requested, device, features, "--precision", "omit this flag")
     model, tokenizer, _ = load_source(Path(args.model), best=args.best, report=print_note)
     model.to(device, precision.dtype)
+    return model, tokenizer
 
-    def write(prompts: Sequence[str], seeds: Sequence[int]) -> "Iterator[Piece]":
+
+def make_writer(args: argparse.Namespace, model: "SmolLM2", tokenizer: "Tokenizer") -> Write:
+    """Return the function that generates text as the flags say."""
+    from smollm2.inference.generation import stream
+    from smollm2.inference.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k or None, args.top_p, args.min_p, args.repetition_penalty)
+
+    def write(prompts: "Sequence[Prompt]", seeds: Sequence[int]) -> "Iterator[Piece]":
         return stream(
             model,
             tokenizer,
@@ -113,15 +132,21 @@ def prepare_generation(args: argparse.Namespace) -> Write:
 
 def read_prompts(name: str) -> list[dict[str, Any]]:
     """Return the rows of a JSON Lines file, each with its `prompt`. Raise DataError, naming the invalid line."""
+    return [read_row(where, value) for where, value in read_json_lines(name)]
+
+
+def read_json_lines(name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each line that is not blank; None for a line that is not JSON.
+
+    Raise DataError if the file cannot be read, or is not UTF-8.
+    """
     shown = "standard input" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise DataError(
-            name, f"cannot be read ({error.strerror})", "choose a JSON Lines file that can be read"
-        ) from None
+        what, advice = f"cannot be read ({error.strerror})", "choose a JSON Lines file that can be read"
+        raise DataError(name, what, advice) from None
     convert = "convert it: iconv -f WINDOWS-1252 -t UTF-8" + ("" if name == "-" else f" {shlex.quote(name)} > NEW")
-    rows = []
     for count, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{shown}:{count}"
         try:
@@ -130,17 +155,20 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
             what = f"byte {error.start + 1} of the line is {line[error.start]:#04x}, which is not UTF-8"
             raise DataError(where, what, convert) from None
         if text.strip():
-            rows.append(read_row(where, text))
-    return rows
+            yield where, parse_line(text)
 
 
-def read_row(where: str, text: str) -> dict[str, Any]:
-    """Return one line as a row. Raise DataError if it holds no prompt."""
+def parse_line(text: str) -> Any:
+    """Return the value of a line of JSON, or None if it is not JSON."""
     try:
-        row = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        row = None
-    row = {"prompt": row} if isinstance(row, str) else row
+        return None
+
+
+def read_row(where: str, value: Any) -> dict[str, Any]:
+    """Return the value of one line as a row. Raise DataError if it holds no prompt."""
+    row = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise DataError(where, "is not a prompt", 'write "text" or {"prompt": "text"} on each line')
     if problem := find_bad_character(row["prompt"]):
