@@ -1,6 +1,7 @@
 """`smollm2 chat`: a conversation in the terminal, or the answers to the conversations in a file."""
 
 import argparse
+import contextlib
 import io
 import json
 import sys
@@ -78,13 +79,17 @@ def open_chat(args: argparse.Namespace) -> "tuple[Chat, Write]":
         tokenizer = with_chat(template)
     positions = model.config.max_position_embeddings
     chat = Chat(template, positions, args.max_new_tokens, print_note, args.system)
-    return chat, make_writer(args, model, tokenizer)
+    return chat, make_writer(args, model, tokenizer, lambda note: print_note(f"\n({note})"))
 
 
 def talk(chat: "Chat", write: Write, seed: int) -> None:
     """Ask for messages until the end of input; each answer has the next seed."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
+        with contextlib.suppress(
+            ImportError
+        ):  # without it, a terminal passes on only the first 4,095 characters of a line
+            import readline  # noqa: F401
         print_note("Type a message and Enter. /help lists the commands, Ctrl-C ends an answer, Ctrl-D the program.")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

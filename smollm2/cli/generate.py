@@ -108,7 +108,9 @@ def load_for_writing(args: argparse.Namespace) -> "tuple[SmolLM2, Tokenizer]":
     return model, tokenizer
 
 
-def make_writer(args: argparse.Namespace, model: "SmolLM2", tokenizer: "Tokenizer") -> Write:
+def make_writer(
+    args: argparse.Namespace, model: "SmolLM2", tokenizer: "Tokenizer", report: Callable[[str], None] = print_note
+) -> Write:
     """Return the function that generates text as the flags say."""
     from smollm2.inference.generation import stream
     from smollm2.inference.sampling import Sampling
@@ -124,7 +126,7 @@ def make_writer(args: argparse.Namespace, model: "SmolLM2", tokenizer: "Tokenize
             max_new_tokens=args.max_new_tokens,
             sampling=sampling,
             stop=args.stop,
-            report=print_note,
+            report=report,
         )
 
     return write
