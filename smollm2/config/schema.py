@@ -320,10 +320,18 @@ class Config(BaseModel):
 
     def warnings(self) -> list[str]:
         """Return a one-line warning for each setting that a later stage, such as loading the export, will reject."""
-        if self.model.is_divided_by_heads:
-            return []
-        width, heads = self.model.hidden_size, self.model.num_attention_heads
-        return [
-            f"warning: model.hidden_size {width} is not a multiple of model.num_attention_heads {heads}: "
-            "transformers 5 will not load the exported model"
-        ]
+        model, found = self.model, []
+        width, heads = model.hidden_size, model.num_attention_heads
+        if not model.is_divided_by_heads:
+            found.append(
+                f"warning: model.hidden_size {width} is not a multiple of model.num_attention_heads {heads}: "
+                "transformers 5 will not load the exported model"
+            )
+        if model.norm == "layernorm" and heads * model.head_dim != width:
+            found.append(
+                f"warning: with model.norm layernorm, heads whose total width is {heads * model.head_dim} instead of "
+                f"model.hidden_size {width} cannot be exported"
+            )
+        if model.norm == "layernorm" and model.rope_scaling:
+            found.append("warning: with model.norm layernorm, model.rope_scaling cannot be exported to gguf")
+        return found

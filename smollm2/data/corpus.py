@@ -98,7 +98,10 @@ class Corpus:
         """Yield for each source the line that shows that no part of it is lost."""
         for name, store, windows in zip(self.names, self.stores, batches.windows.sources, strict=True):
             line = store.statistics.describe(windows)
-            yield f"{name}: {line}" if len(self.stores) > 1 else line
+            prefix = f"{name}: " if len(self.stores) > 1 else ""
+            yield prefix + line
+            if isinstance(windows, PackedWindows):
+                yield f"{prefix}packed into {windows.packs.describe()}"
 
 
 def open_corpus(config: Config, listener: Listener, *, is_chosen: bool, saved: Tokenizer | None = None) -> Corpus:

@@ -1,6 +1,7 @@
 """The keys: their rules, the defaults that depend on other keys, and values that contradict each other."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,44 @@ def test_an_unusual_config_is_allowed(given: dict[str, dict[str, object]]) -> No
 
 
 def test_a_shape_that_transformers_5_refuses_is_a_warning() -> None:
-    config = build(model={"hidden_size": 96, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16})
+    shape = {"hidden_size": 96, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16}
+    config = build(model={**shape, "norm": "rmsnorm"})
     [line] = config.warnings()
     assert "hidden_size 96 is not a multiple of model.num_attention_heads 5" in line
     assert "transformers 5 will not load" in line
     assert Config().warnings() == []
+
+
+SCALING = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            {"norm": "layernorm", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32},
+            "whose total width is 128",
+        ),
+        ({"norm": "layernorm", "rope_scaling": SCALING}, "model.rope_scaling cannot be exported to gguf"),
+    ],
+)
+def test_what_an_export_will_refuse_is_said_before_training(model: dict[str, object], words: str) -> None:
+    [line] = build(model=model).warnings()
+    assert words in line and "cannot be exported" in line
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"factor": 8}, "must have exactly factor, low_freq_factor"),
+        ({**SCALING, "more": 1}, "(wrong: more)"),
+        ({**SCALING, "factor": 0}, "needs numbers above 0"),
+        ({**SCALING, "low_freq_factor": 4}, "high_freq_factor above low_freq_factor"),
+    ],
+)
+def test_a_rope_scaling_has_four_numbers_that_fit(scaling: dict[str, float], words: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(words)):
+        build(model={"rope_scaling": scaling})
 
 
 def test_a_config_cannot_be_changed_in_place() -> None:

@@ -95,9 +95,12 @@ def test_a_run_on_conversations_resumes_bit_identically_and_its_export_can_chat(
     assert generation["eos_token_id"] == tokenizer.end_of_text == theirs.eos_token_id
 
 
-def test_conversations_are_packed_and_apart_without_a_word_in_the_config(tmp_path: Path) -> None:
-    write_chat(tmp_path, GREETINGS)
-    train(config_in(tmp_path, "run", training__train_steps=1), quiet=True)  # type: ignore[arg-type]
+def test_conversations_are_packed_and_apart_without_a_word_in_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_chat(tmp_path, [*GREETINGS, ("Tell me more", "and more " * 40)])
+    train(config_in(tmp_path, "run", training__train_steps=1, data__validation_fraction=0))  # type: ignore[arg-type]
+    assert "padding; 1 document was cut" in capsys.readouterr().out
     data = load_config(tmp_path / "run/config.yaml").data
     assert (data.pack, data.document_mask) == ("best_fit", True)
     assert "document_mask: true  # the text is conversations" in (tmp_path / "run/config.yaml").read_text()
