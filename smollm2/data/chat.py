@@ -12,13 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jinja2
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from smollm2.data.conversations import Conversation, Message, from_json
 from smollm2.data.stream import MARK
+from smollm2.data.template_sandbox import LimitedEnvironment, render_template
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.tokenizer_files import CHAT_TEMPLATE, GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG, parse
 from smollm2.errors import DataError
@@ -42,10 +38,6 @@ SMOLLM2 = (
 
 TEMPLATES = {"smollm2": SMOLLM2, "chatml": CHATML}
 
-LONGEST = 50_000_000
-"""Characters that a conversation may have as text."""
-
-MOST_LOOPS = 1_000_000
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -64,66 +56,14 @@ class Piece(NamedTuple):
     role: str  # empty for the template's own text
 
 
-class Generation(Extension):
-    """The tag that marks what an assistant writes; it changes nothing in the text."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
-
-    def parse(self, parser: Any) -> Any:
-        """Return what stands between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Renders as transformers does. A template cannot reach Python's objects, nor run or grow without end."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-        self.filters["tojson"] = write_json
-        self.globals |= {"raise_exception": refuse, "strftime_now": format_now, "range": self.limited_range}
-        self.loops = 0
-
-    def limited_range(self, *bounds: int) -> range:
-        """Return a range, unless all ranges of a rendering together would be too long."""
-        found = range(*bounds)
-        self.loops += len(found)
-        if self.loops > MOST_LOOPS:
-            raise SecurityError("it loops too often")
-        return found
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Return the product of small numbers; texts are not repeated."""
-        if not all(isinstance(one, int | float) and abs(one) < 10**6 for one in (left, right)):
-            raise SecurityError(f"it uses {operator} on a text or a large number")
-        return super().call_binop(context, operator, left, right)
-
-
-def write_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Return JSON without HTML escapes."""
-    return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent, **options)
-
-
-def refuse(message: str) -> None:
-    """Raise the error that a template asks for."""
-    raise jinja2.TemplateError(message)
-
-
-def format_now(pattern: str) -> str:
-    """Return the present time."""
-    return datetime.datetime.now().strftime(pattern)
-
-
 class ChatTemplate:
     """A chat template and the tokenizer that it belongs to. Raise DataError if it cannot be used."""
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        self.source, self.tokenizer, self.sandbox = source, tokenizer, Sandbox()
+        self.source, self.tokenizer = source, tokenizer
         try:
-            self.template = self.sandbox.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            self.template = LimitedEnvironment(datetime.datetime.now()).from_string(source)
+        except Exception as error:  # compiling computes constants, which may raise whatever Python raises
             raise unusable(error) from None
         self.variables = name_special_tokens(tokenizer)
         self.backend = tokenizer.backend
@@ -140,16 +80,10 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        parts, length, self.sandbox.loops = [], 0, 0
         try:
-            for part in self.template.generate(values):
-                parts.append(part)
-                length += len(part)
-                if length > LONGEST:
-                    raise SecurityError("its text does not end")
+            return render_template(self.template, values)
         except Exception as error:  # a template may raise whatever Python raises
             raise unusable(error) from None
-        return "".join(parts)
 
     def trace(self, messages: Conversation, *, answers: bool = False) -> list[Piece]:
         """Return the parts of the rendered conversation: the template's own text and the contents, by turns.
@@ -268,7 +202,7 @@ ENDLESS = "use a template that ends them, such as chatml, or the model would nev
 
 def unusable(error: Exception) -> DataError:
     """Return the error for a template that cannot be rendered."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
     return DataError("the chat template", f"it cannot be rendered ({reason})", "correct it, or choose another one")
 
 

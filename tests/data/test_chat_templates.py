@@ -153,26 +153,79 @@ def test_train_on_all_leaves_out_only_what_nothing_comes_before() -> None:
     assert targets == [False, *[True] * (len(targets) - 1)]
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("{% for x in range(10**9) %}{% endfor %}", "it loops too often"),
-        ("{% for x in range(999999999) %}{% endfor %}", "it loops too often"),
-        ("{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}", "it loops too often"),
-        ("{{ 'a' * 10 }}", "uses * on a text"),
-        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
-        ("{{ raise_exception('no tools') }}", "no tools"),
-        ("{% if %}", "Expected an expression"),
-        ("{{ messages.nothing.more }}", "has no attribute"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
-    ],
-)
+MISBEHAVING = {
+    "raise_exception": ("{{ raise_exception('no system here') }}", "(no system here)"),
+    "syntax": ("{% for m in messages %}", "Unexpected end of template"),
+    "an unknown filter": ("{{ 1 | nothing }}", "(No filter named 'nothing')"),
+    "an attribute of Python": ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+    "a class": ("{{ messages.__class__.__base__.__subclasses__() }}", "is unsafe"),
+    "a change of the messages": ("{{ messages.append(1) }}", "is unsafe"),
+    "a huge range": ("{% for i in range(10**9) %}{% endfor %}", "number that is too large"),
+    "nested loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "takes too long",
+    ),
+    "much output": ("{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}", "writes too much"),
+    "a macro that calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+    "a tree of calls": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "takes too long",
+    ),
+    "a huge product": ("{{ 'x' * 10**10 }}", "writes too much"),
+    "a huge power": ("{{ 10 ** 10 ** 10 }}", "number that is too large"),
+    "a wide filter": ("{{ 'x' | center(10000000000) }}", "number that is too large"),
+    "a wide method": ("{{ 'x'.ljust(10000000000) }}", "number that is too large"),
+    "a wide format": ("{{ '%9999999999d' % 1 }}", "number that is too large"),
+    "a wide format method": ("{{ '{:>9999999999}'.format(1) }}", "number that is too large"),
+    "a sum that doubles": (
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "writes too much",
+    ),
+    "a text that doubles": (
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "writes too much",
+    ),
+    "a block that doubles": (
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "writes too much",
+    ),
+    "a list that doubles": (
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+        "writes too much",
+    ),
+    "a division by zero": ("{{ 1 / 0 }}", "division by zero"),
+    "an undefined value": ("{{ nothing.at.all }}", "'nothing' is undefined"),
+}
+
+
+@pytest.mark.parametrize(("source", "reason"), MISBEHAVING.values(), ids=MISBEHAVING)
 def test_a_template_that_misbehaves_is_refused_in_one_sentence(source: str, reason: str) -> None:
     began = time.monotonic()
     with pytest.raises(DataError, match="the chat template: it cannot be rendered") as caught:
         ChatTemplate(source, TOKENIZER).encode(CONVERSATIONS[0])
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert time.monotonic() - began < 60
+
+
+TRICKS = [
+    "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ '' if loop.last else ', ' }}{% endfor %}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m | tojson }}{% break %}{% endfor %}",
+    "{% for m in messages recursive %}{{ m.role }}{{ loop.previtem }}{{ loop.nextitem }}{{ loop.depth }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ m.content ~ '!' ~ loop.revindex }}{% else %}none{% endfor %}",
+    "{% generation %}{{ messages[0].content }}{% endgeneration %}|{{ tools is none }}|{{ documents }}",
+    "{% set x %}{{ messages[0]['content'] }}<b>{% endset %}{{ x | upper | replace('A', 'é') }}{{ {'a': '<é>'} | tojson(indent=2) }}",
+    "{%- for a, b in {'x': 1, 'y': 2}.items() %}\n    {%- set z = a ~ b %}\n  {{ z }}\n{%- endfor %}\n\n",
+    "{{ messages | map(attribute='role') | join(',') }} {{ '%s-%d' | format('a', 3) }} {{ missing }}{{ eos_token }}",
+    "{{ strftime_now('%Y') }} {{ messages[::-1][0].content }} {{ messages | selectattr('role', 'equalto', 'user') | list }}",
+]
+
+
+@pytest.mark.parametrize("source", TRICKS)
+def test_unusual_templates_write_what_transformers_does(source: str) -> None:
+    turns = talk("a", "b", "a")
+    rows = [turn._asdict() for turn in turns]
+    expected = theirs("chatml").apply_chat_template(rows, tokenize=False, chat_template=source)
+    assert ChatTemplate(source, TOKENIZER).render(turns) == expected
 
 
 @pytest.mark.parametrize(
