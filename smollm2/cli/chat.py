@@ -86,9 +86,8 @@ def talk(chat: "Chat", write: Write, seed: int) -> None:
     """Ask for messages until the end of input; each answer has the next seed."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        with contextlib.suppress(
-            ImportError
-        ):  # without it, a terminal passes on only the first 4,095 characters of a line
+        # Without readline, a terminal passes on only the first 4,095 characters of a line.
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401
         print_note("Type a message and Enter. /help lists the commands, Ctrl-C ends an answer, Ctrl-D the program.")
     if isinstance(sys.stdin, io.TextIOWrapper):
