@@ -141,13 +141,16 @@ class ChatTemplate:
         at = 0
         for piece, after in zip(pieces, [*pieces[1:], Piece("", "")], strict=True):
             if piece.role == "assistant":
-                name, place = self.find_special(after.text)
-                if not name:
-                    raise DataError(
-                        "the chat template", "the assistant's turns do not end with a special token", ENDLESS
-                    )
+                name, place = self.find_end(after)
                 yield at, at + len(piece.text) + place + len(name)
             at += len(piece.text)
+
+    def find_end(self, after: Piece) -> tuple[str, int]:
+        """Return the special token that ends an assistant's turn, and its place in the template's text `after` it."""
+        found = self.find_special(after.text)
+        if not found[0]:
+            raise DataError("the chat template", "the assistant's turns do not end with a special token", ENDLESS)
+        return found
 
     def find_special(self, text: str) -> tuple[str, int]:
         """Return the first special token in a text and its place; an empty name if there is none."""
@@ -162,7 +165,7 @@ class ChatTemplate:
         text = "".join(piece.text for piece in pieces)
         if not any(name in piece.text for piece in pieces if piece.role for name in self.special):
             encoding = self.backend.encode(text, add_special_tokens=False)
-            yield encoding.ids, encoding.offsets, self.count_lost(text), len(text)
+            yield encoding.ids, encoding.offsets, self.tokenizer.count_lost(text), len(text)
             return
         held = ""
         for piece in pieces:
@@ -179,20 +182,14 @@ class ChatTemplate:
         """Yield the ids of a text in which special tokens are plain text; nothing for an empty one."""
         if text:
             ids, spans = self.tokenizer.encode_with_places(text)
-            yield ids, spans, self.count_lost(text), len(text)
-
-    def count_lost(self, text: str) -> int:
-        """Return how many bytes of a text the tokenizer cannot encode."""
-        return self.tokenizer.encode_counted(text)[1]
+            yield ids, spans, self.tokenizer.count_lost(text), len(text)
 
     @cached_property
     def end_of_turn(self) -> int:
         """The id of the token that ends the assistant's turns."""
         pieces = self.trace([Message("user", "a"), Message("assistant", "b")])
         place = next(n for n, piece in enumerate(pieces) if piece.role == "assistant")
-        name, _ = self.find_special(pieces[place + 1].text)
-        if not name:
-            raise DataError("the chat template", "the assistant's turns do not end with a special token", ENDLESS)
+        name, _ = self.find_end(pieces[place + 1])
         end: int = self.special[name]
         return end
 

@@ -107,6 +107,14 @@ class Tokenizer:
         backend.encode_special_tokens = False
         return backend
 
+    def count_lost(self, text: str) -> int:
+        """Return how many UTF-8 bytes of `text` cannot be encoded; a byte-level tokenizer need not encode it for that."""
+        return self._count_dropped(text.encode()) if self._byte_level else self.encode_counted(text)[1]
+
+    def _count_dropped(self, data: bytes) -> int:
+        """Return how many bytes have no token in a byte-level tokenizer; 0 for another kind."""
+        return len(data) - len(data.translate(None, self._missing)) if self._byte_level and self._missing else 0
+
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of `text`, and the characters (start, end) that each stands for."""
         return self._encode_slowly(text)
@@ -142,7 +150,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             what = f"\\u{ord(text[error.start]):04x} is half of a surrogate pair, not a character"
             raise DataError(f"text, character {error.start}", what, "remove it") from None
-        lost = len(data) - len(data.translate(None, self._missing)) if self._byte_level and self._missing else 0
+        lost = self._count_dropped(data)
         if self._fast and not lost and (len(text) < 131072 or not LONG_SPACE.search(text)):
             return self._fast(text), 0
         ids, spans = self._encode_slowly(text)

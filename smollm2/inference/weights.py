@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from smollm2.config.model_folder import NOT_QUANTIZED
 from smollm2.config.schema import ModelConfig
 from smollm2.errors import CheckpointError
-from smollm2.inference.weight_files import WeightFiles
+from smollm2.inference.weight_files import DTYPES, WeightFiles
 from smollm2.model.transformer import SmolLM2
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -70,7 +70,7 @@ class SkipInitialization(TorchFunctionMode):
 def check_dtypes(dtypes: Mapping[str, torch.dtype], path: Path) -> None:
     """Raise CheckpointError for integer and 8-bit float weights: they are quantized and useless without scales."""
     for name, dtype in dtypes.items():
-        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if dtype not in DTYPES.values():
             kind = str(dtype).removeprefix("torch.")
             raise CheckpointError(path, f"{name} has dtype {kind}: quantized weights are not supported", NOT_QUANTIZED)
 
