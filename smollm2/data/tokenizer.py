@@ -7,6 +7,7 @@ without a token, a very long run of spaces; the panic is a BaseException) is det
 `tokenizers`. Text that a tokenizer cannot encode becomes its unknown id, or is dropped without one, and is counted.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -49,6 +50,10 @@ LLAMA_3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 CUT_SAFELY = {PATTERN, DIGITS_PATTERN, LLAMA_3_PATTERN, LLAMA_3_PATTERN.replace("{1,3}", "")}
 """Patterns of pre-tokenizers that split at every place where text.py may cut; the last one is Qwen's."""
 
+FAST_FROM = 100_000
+"""Characters after which the fast encoder pays: preparing it for SmolLM2's tokenizer takes 1 s, as long as encoding 1 MB
+without it."""
+
 PROBE = "It's 3.14,  we'll\r\n\r\n\tsee\u3000\u0085x ²½ éa\u0301 漢字 \U0001f600  9 <|endoftext|> ___\n \n  end  "
 
 
@@ -86,7 +91,7 @@ class Tokenizer:
         self._token_bytes = list_token_bytes(self._backend, spec, ids, self.vocab_size)
         self._byte_level = self._token_bytes is not None
         self._missing = bytes(sorted(set(range(256)) - {b[0] for b in self._token_bytes or [] if len(b) == 1}))
-        self._fast = _encode_bytes if text == BYTES else self._find_fast_encoder(spec)
+        self._encoded = 0
         lengths = map(len, self._token_bytes) if self._token_bytes else measure_tokens(self._backend, ids, spec)
         self.bytes_per_token: npt.NDArray[np.int64] = np.fromiter(lengths, np.int64, self.vocab_size)
         self.begin, self.end = _find_additions(self._backend, spec)
@@ -151,7 +156,9 @@ class Tokenizer:
             what = f"\\u{ord(text[error.start]):04x} is half of a surrogate pair, not a character"
             raise DataError(f"text, character {error.start}", what, "remove it") from None
         lost = self._count_dropped(data)
-        if self._fast and not lost and (len(text) < 131072 or not LONG_SPACE.search(text)):
+        self._encoded += len(text)
+        is_worth_it = self.text == BYTES or self._encoded > FAST_FROM
+        if is_worth_it and self._fast and not lost and (len(text) < 131072 or not LONG_SPACE.search(text)):
             return self._fast(text), 0
         ids, spans = self._encode_slowly(text)
         if self._byte_level:
@@ -198,8 +205,12 @@ class Tokenizer:
             raise DataError(self.name, what, "use another tokenizer") from None
         return encoding.ids, encoding.offsets
 
-    def _find_fast_encoder(self, spec: dict[str, Any]) -> Callable[[str], list[int]] | None:
-        """Return tiktoken's encoder for the same BPE, or None if it might give different ids."""
+    @functools.cached_property
+    def _fast(self) -> Callable[[str], list[int]] | None:
+        """tiktoken's encoder for the same BPE, or None if it might give different ids."""
+        if self.text == BYTES:
+            return _encode_bytes
+        spec: dict[str, Any] = json.loads(self._backend.to_str())
         pattern, ranks = _find_pattern(spec), _rank_tokens(spec["model"])
         if pattern is None or not ranks:
             return None

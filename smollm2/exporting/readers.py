@@ -6,11 +6,12 @@ folder is not reported as wrong.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import smollm2
 from smollm2.data.tokenizer import tokenizer_from_text
 from smollm2.errors import Smollm2Error
 from smollm2.inference.loading import load_model
+from smollm2.model.cache import KeyValueCache
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 
@@ -92,6 +94,7 @@ class UnusableReader:
 class Reference:
     """What the source computes, with its weights rounded to the dtype of the folder."""
 
+    digests: Mapping[str, str]  # of the weights
     windows: Tensor  # (N, T) int64
     logits: Tensor  # (N, T, V) float32
     loss: float
@@ -113,18 +116,34 @@ def run_model(model: SmolLM2, windows: Tensor) -> tuple[Tensor, float]:
 @torch.no_grad()
 def continue_greedily(model: SmolLM2, prompt: list[int], stops: Collection[int]) -> tuple[list[int], list[float]]:
     """Return the greedy continuation, until a stop or the end of the context, and each token's lead over the runner-up."""
-    room = min(CONTINUATION, model.config.max_position_embeddings - len(prompt))
+    c = model.config
+    room = min(CONTINUATION, c.max_position_embeddings - len(prompt))
+    shape = (c.num_hidden_layers, 1, c.num_key_value_heads, len(prompt) + room, c.head_dim)
+    cache = KeyValueCache(torch.tensor([0]), shape, torch.float32, c.max_position_embeddings)
     ids: list[int] = []
     gaps: list[float] = []
     while len(ids) < room and not set(ids[-1:]) & set(stops):
-        logits = model.lm_head(model.model(torch.tensor([prompt + ids]))[0, -1])
+        logits = model.lm_head(model.model.extend(torch.tensor([ids[-1:] or prompt]), cache)[0, -1])
         first, second = logits.topk(2).values.tolist()
         ids.append(int(logits.argmax()))
         gaps.append(first - second)
     return ids, gaps
 
 
-def read_with_smollm2(folder: Path, source: SmolLM2, reference: Reference) -> Reading:
+@torch.no_grad()
+def predict_along(model: SmolLM2, prompt: list[int], continuation: list[int]) -> list[int]:
+    """Return the most likely token at each place of a continuation: equal to it if it is the greedy one."""
+    hidden = model.model(torch.tensor([prompt + continuation]))[0, len(prompt) - 1 : -1]
+    found: list[int] = model.lm_head(hidden).argmax(-1).tolist()
+    return found
+
+
+def digest_weights(model: SmolLM2) -> dict[str, str]:
+    """Return the SHA-256 of each weight's bytes."""
+    return {name: hashlib.sha256(tensor.numpy()).hexdigest() for name, tensor in model.state_dict().items()}
+
+
+def read_with_smollm2(folder: Path, reference: Reference) -> Reading:
     """Load the folder with `load_model`; its weights must be bit-identical to the source's."""
     reading = Reading(f"smollm2 {smollm2.__version__}")
     try:
@@ -132,12 +151,11 @@ def read_with_smollm2(folder: Path, source: SmolLM2, reference: Reference) -> Re
     except Smollm2Error as error:
         reading.problems.append(f"does not load ({error})")
         return reading
-    found = model.state_dict()
-    wrong = [name for name, tensor in source.state_dict().items() if not torch.equal(tensor, found[name])]
+    found = digest_weights(model)
+    wrong = [name for name, digest in reference.digests.items() if found[name] != digest]
     reading.problems += [f"{name} differs from the source's" for name in wrong[:1]]
     compare_logits(reading, run_model(model, reference.windows)[0], reference)
-    continuation, _ = continue_greedily(model, reference.prompt, tokenizer.stops)
-    compare_greedy(reading, continuation, reference)
+    compare_greedy(reading, predict_along(model, reference.prompt, reference.continuation), reference)
     compare_tokenizer(reading, tokenizer.encode, tokenizer.decode, reference)
     return reading
 
@@ -247,7 +265,7 @@ def compare_logits(reading: Reading, logits: Tensor, reference: Reference, toler
     if logits.shape != reference.logits.shape:
         reading.problems.append(f"logits are {tuple(logits.shape)} and should be {tuple(reference.logits.shape)}")
         return
-    reading.max_logit_difference = (logits - reference.logits).abs().max().item()
+    reading.max_logit_difference = (logits - reference.logits).abs_().max().item()
     reading.argmax_agreement = (logits.argmax(-1) == reference.logits.argmax(-1)).float().mean().item()
     targets = reference.windows[:, 1:].flatten()
     reading.loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).item()

@@ -35,11 +35,10 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
         check_tied(weights, path)
         shapes[HEAD] = shapes[EMBEDDING]
     with torch.device("meta"), SkipInitialization():
+        expected = SmolLM2(config).state_dict()
+    check_shapes({name: tuple(tensor.shape) for name, tensor in expected.items()}, shapes, path)
+    with torch.device("cpu"), SkipInitialization():  # `to_empty` would import sympy, which takes over a second
         model = SmolLM2(config)
-    check_shapes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shapes, path)
-    model.to_empty(device="cpu")
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             parameter.copy_(weights[name])

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ HOSTILE = [
     "\r\n \r\n\r \n",
     "_-_ __1__ a_b",
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _encode_short_texts_fast() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smollm2.data.tokenizer.FAST_FROM", 0)
+        yield
 
 
 def encode_with_tokenizers(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -100,6 +108,14 @@ def test_tiktoken_and_tokenizers_agree_on_shakespeare_and_on_hostile_text(
         assert tokenizer._fast is not None
         for sample in (text[:300_000], *HOSTILE):
             assert tokenizer.encode(sample) == encode_with_tokenizers(tokenizer, sample)
+
+
+def test_the_fast_encoder_is_prepared_only_for_much_text(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smollm2.data.tokenizer.FAST_FROM", 100)
+    tokenizer = tokenizer_from_text(trained.text)
+    for used in (False, True):
+        assert tokenizer.encode("a" * 99) == trained.encode("a" * 99)
+        assert ("_fast" in vars(tokenizer)) is used
 
 
 def test_both_libraries_agree_on_code_points_of_every_plane(trained: Tokenizer) -> None:
