@@ -274,6 +274,7 @@ READING = {
             "tracking",
             "checkpoint",
             "plan",
+            "runtime.sharding",  # how the model is shared out
             "training.actions.run_actions",  # what happens between two steps
             "training.actions.save",
             "training.actions.check_replicas",

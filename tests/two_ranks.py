@@ -56,8 +56,9 @@ class Ranks:
         return out.read_text(), err.read_text()
 
 
-def start_ranks(work: Callable[[int], int], folder: Path, world_size: int = 2) -> Ranks:
-    """Fork `world_size` processes that run work(rank) and end with what it returns; `folder` is where they work."""
+def start_ranks(work: Callable[[int], int], folder: Path, world_size: int = 2, per_machine: int = 0) -> Ranks:
+    """Fork `world_size` processes that run work(rank) and end with what it returns; `folder` is where they work. As
+    if on several machines if there are fewer `per_machine`."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -67,17 +68,17 @@ def start_ranks(work: Callable[[int], int], folder: Path, world_size: int = 2) -
             (folder / f"rank_{rank}.{name}").touch()
         pid = os.fork()
         if pid == 0:
-            _be_rank(work, folder, rank, world_size, port)
+            _be_rank(work, folder, rank, world_size, per_machine or world_size, port)
         pids.append(pid)
     return Ranks(pids, folder, started)
 
 
-def run_ranks(work: Callable[[int], int], folder: Path, world_size: int = 2) -> list[Ended]:
+def run_ranks(work: Callable[[int], int], folder: Path, world_size: int = 2, per_machine: int = 0) -> list[Ended]:
     """`start_ranks`, waited for."""
-    return start_ranks(work, folder, world_size).wait()
+    return start_ranks(work, folder, world_size, per_machine).wait()
 
 
-def _be_rank(work: Callable[[int], int], folder: Path, rank: int, world_size: int, port: int) -> None:
+def _be_rank(work: Callable[[int], int], folder: Path, rank: int, world_size: int, per_machine: int, port: int) -> None:
     code = 1
     try:
         for number, name in ((1, "out"), (2, "err")):
@@ -85,7 +86,7 @@ def _be_rank(work: Callable[[int], int], folder: Path, rank: int, world_size: in
         with _own_streams():
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
             os.environ |= {
-                "LOCAL_WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(per_machine),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",

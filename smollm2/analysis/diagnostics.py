@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smollm2.model.transformer import Attention, Block, SmolLM2
+from smollm2.runtime.sharding import ALONE, Layout, local
 from smollm2.tracking.base import Diagnosis, Histogram
 
 BINS = 64
@@ -33,7 +34,8 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
     """A context manager around an optimizer step that collects diagnostics; the gradients must be complete on entry.
 
     It keeps a copy of the weights (4 bytes per parameter) until it exits, while no activations are in memory. If
-    there are several ranks, the gradients are already averaged, so one rank collects alone, without a collective.
+    there are several ranks, the gradients are already averaged, so one rank collects alone, without a collective; if the
+    model is shared out, each rank collects from its part, and all must do so together.
     """
 
     def __init__(
@@ -42,31 +44,33 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
         counted: Callable[[], contextlib.AbstractContextManager[None]],
         *,
         histograms: bool,
+        layout: Layout = ALONE,
     ) -> None:
         """`counted()` measures the time of all work. Histograms are optional because they cost the most time."""
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.counted, self.histograms = counted, histograms
+        self.counted, self.histograms, self.layout = counted, histograms, layout
         self.diagnosis = Diagnosis({}, {}, {}, {}, math.nan)
 
     @torch.no_grad()
     def __enter__(self) -> "StepDiagnostics":
         with self.counted():
-            gradients = {name: cast(Tensor, p.grad) for name, p in self.weights.items()}
-            self.gradient_norms = torch.stack(torch._foreach_norm(list(gradients.values())))
-            self.gradient_histograms = make_histograms(gradients) if self.histograms else {}
-            self.before = [p.clone() for p in self.weights.values()]
+            gradients = {name: local(cast(Tensor, p.grad)) for name, p in self.weights.items()}
+            self.gradient_norms = self.layout.combine_norms(torch._foreach_norm(list(gradients.values())))
+            self.gradient_histograms = make_histograms(gradients, self.layout) if self.histograms else {}
+            self.before = [local(p.detach()).clone() for p in self.weights.values()]
         return self
 
     @torch.no_grad()
     def __exit__(self, *error: object) -> None:
         with self.counted():
             updates, self.before = self.before, []
-            weights: list[Tensor] = list(self.weights.values())
+            parts = {name: local(p.detach()) for name, p in self.weights.items()}
+            weights = list(parts.values())
             torch._foreach_sub_(updates, weights)
             norms = (
                 self.gradient_norms,
-                torch.stack(torch._foreach_norm(weights)),
-                torch.stack(torch._foreach_norm(updates)),
+                self.layout.combine_norms(torch._foreach_norm(weights)),
+                self.layout.combine_norms(torch._foreach_norm(updates)),
             )
             gradient_norms, weight_norms, update_norms = torch.stack(norms).tolist()  # the only sync besides histograms
             ratios = [u / w if w else math.nan for u, w in zip(update_norms, weight_norms, strict=True)]
@@ -77,13 +81,13 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
                 activations={},
                 clipped=math.nan,
                 gradient_histograms=self.gradient_histograms,
-                weight_histograms=make_histograms(self.weights) if self.histograms else {},
+                weight_histograms=make_histograms(parts, self.layout) if self.histograms else {},
             )
 
 
-def make_histograms(tensors: Mapping[str, Tensor]) -> dict[str, Histogram]:
+def make_histograms(tensors: Mapping[str, Tensor], layout: Layout = ALONE) -> dict[str, Histogram]:
     """Return a histogram of each tensor, with 64 equal bins from minimum to maximum; omit non-finite tensors."""
-    extremes = torch.stack([torch.stack(tensor.aminmax()) for tensor in tensors.values()]).tolist()
+    extremes = layout.combine_extremes(torch.stack([find_extremes(tensor) for tensor in tensors.values()])).tolist()
     ranges = {
         name: (low, high) if low < high else (low - 0.5, high + 0.5)
         for name, (low, high) in zip(tensors, extremes, strict=True)
@@ -91,11 +95,18 @@ def make_histograms(tensors: Mapping[str, Tensor]) -> dict[str, Histogram]:
     }
     if not ranges:
         return {}
-    counts = torch.stack([count(tensors[name], *ranges[name]) for name in ranges]).tolist()
+    counts = layout.combine_sums(torch.stack([count(tensors[name], *ranges[name]) for name in ranges])).tolist()
     return {
         name: Histogram(numbers, [low + (high - low) * index / BINS for index in range(BINS)] + [high])
         for (name, (low, high)), numbers in zip(ranges.items(), counts, strict=True)
     }
+
+
+def find_extremes(tensor: Tensor) -> Tensor:
+    """Return (minimum, maximum), (2,) float32; (inf, -inf) of a tensor without elements, as a part of one may be."""
+    if not tensor.numel():
+        return torch.tensor([math.inf, -math.inf], device=tensor.device)
+    return torch.stack(tensor.aminmax()).float()
 
 
 def count(tensor: Tensor, low: float, high: float) -> Tensor:

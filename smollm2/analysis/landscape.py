@@ -29,6 +29,7 @@ from smollm2.formatting import format_estimate
 from smollm2.inference.evaluation import score_windows, spread
 from smollm2.inference.loading import load_source, read_config
 from smollm2.plan import arithmetic as plan
+from smollm2.runtime.sharding import lay_out_like, local
 from smollm2.storage.atomic import probe_folder, write_atomically
 from smollm2.storage.run_folder import checkpoint_path
 from smollm2.tracking.base import Landscape
@@ -121,9 +122,10 @@ def position(index: int, side: int) -> float:
 @torch.no_grad()
 def movable(model: nn.Module, seed: int) -> Iterator[Callable[[float, float], None]]:
     """Yield a function that moves the weights to a point of the plane; restore the weights on exit."""
-    matrices: list[Tensor] = [p for p in model.parameters() if p.ndim > 1]
+    parameters = [p for p in model.parameters() if p.ndim > 1]
+    matrices = [local(p.detach()) for p in parameters]
     generator = torch.Generator().manual_seed(seed)
-    first, second = ([draw_direction(m, generator) for m in matrices] for _ in range(2))
+    first, second = ([draw_direction(p, generator) for p in parameters] for _ in range(2))
     before = [matrix.clone() for matrix in matrices]
 
     @torch.no_grad()
@@ -139,8 +141,12 @@ def movable(model: nn.Module, seed: int) -> Iterator[Callable[[float, float], No
 
 
 def draw_direction(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random matrix with the row norms of `matrix`, drawn on the CPU to be the same on every device."""
-    direction = torch.randn(matrix.shape, generator=generator).to(matrix)
+    """Return a random matrix with the row norms of `matrix`, drawn on the CPU to be the same on every device.
+
+    If the matrix is shared out, return this rank's rows.
+    """
+    drawn = torch.randn(matrix.shape, generator=generator).to(matrix.dtype)
+    direction, matrix = local(lay_out_like(drawn, matrix)).to(matrix.device), local(matrix.detach())
     return direction.mul_(matrix.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
 
 

@@ -161,6 +161,10 @@ class TrainingConfig(Section):
     diagnostics_interval: int = key(50, "free", ge=0, le=10**9)
     """Steps between two diagnostics: norms, update ratios, activations (diagnostics.jsonl); 0: never, and no landscape."""
 
+    sharding: Literal["none", "auto", "full", "hybrid"] = key("auto", "free")
+    """Several devices: each holds the whole model (none), a share of it (full), or a share within each machine (hybrid); auto: none if it fits."""
+    checkpoints: Literal["auto", "file", "folder"] = key("auto", "free")
+    """A checkpoint is one file, or a folder with a part from each device; auto: a folder if shared out and over 30 s in one file."""
     rank_timeout: int = key(600, "free", ge=5, le=10**6)
     """Seconds to wait for a process that does not respond, before the run ends and names it."""
     save_dir: FolderPath = key("checkpoints", "free", "a path")

@@ -26,6 +26,7 @@ from smollm2.inference.text_windows import CountedEncoder, TextWindow, cut_windo
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 from smollm2.runtime.device import Runtime
+from smollm2.runtime.sharding import free_gathered
 
 MAX_EXPONENT = 700.0
 """The largest argument passed to exp(); above about 709 the result overflows a double."""
@@ -57,7 +58,7 @@ def spread(available: int, wanted: int) -> list[int]:
     return [index * available // wanted for index in range(wanted)]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: FSDP would keep its tensors for the next training step
 def score_windows(
     model: nn.Module,
     windows: WindowSource,
@@ -107,6 +108,11 @@ def evaluate_on_ranks(
     most = len(indices[:: runtime.world_size])  # rank 0 has the most windows
     for _ in range(math.ceil(most / batch_size) - math.ceil(len(mine) / batch_size)):
         runtime.raise_if_stopped()  # every rank must check equally often
+        if runtime.layout.is_sharded:  # and must take part in every forward pass
+            token = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
+            with torch.no_grad(), runtime.autocast(), evaluation_mode(model):
+                model(token, token)
+    free_gathered(model)
     if runtime.world_size == 1:
         return part
     totals = torch.tensor([part.loss_sum, part.tokens, part.text_bytes], dtype=torch.float64, device=runtime.device)

@@ -28,6 +28,7 @@ from smollm2.errors import EXIT_CODE_FILE, ConfigError, Interrupted, Smollm2Erro
 from smollm2.runtime.memory import keep_freed_memory
 from smollm2.runtime.precision import Precision, choose_precision, device_features
 from smollm2.runtime.ranks import Pulse
+from smollm2.runtime.sharding import ALONE, Layout
 from smollm2.runtime.signals import StopSignal
 
 
@@ -41,6 +42,7 @@ class Runtime:
     stop: StopSignal = field(default_factory=StopSignal)
     pulse: Pulse = field(default_factory=Pulse)
     patient_group: Any = None  # process group for long waits, as when rank 0 reads the text or saves
+    layout: Layout = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +117,9 @@ class Runtime:
         raise error
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Return the model that training calls, wrapped in DistributedDataParallel if there are several ranks."""
+        """Return the model that training calls: wrapped in DistributedDataParallel if each of several ranks has all of it."""
+        if self.layout.is_sharded:
+            return model
         # The rotary tables are the same on every rank. Broadcasting them would turn each forward pass into a
         # collective; `broadcast_buffers=False` is deprecated.
         tables = [name for name, _ in model.named_buffers()]
@@ -238,6 +242,7 @@ def machine_facts(runtime: Runtime) -> dict[str, str | int]:
         "precision": runtime.precision.name,
         "threads": torch.get_num_threads(),
         "world_size": runtime.world_size,
+        "sharding": runtime.layout.name,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "smollm2": smollm2.__version__,

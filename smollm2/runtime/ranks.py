@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from smollm2.errors import Smollm2Error, TrainingError
+from smollm2.runtime.sharding import local
 from smollm2.storage.processes import is_running
 from smollm2.storage.run_folder import RANKS
 
@@ -243,7 +244,8 @@ def close_ranks() -> None:
 
 
 def weight_sums(model: nn.Module) -> Tensor:
-    """Return one integer per parameter: the sum of its elements' bits read as integers. Any flipped bit changes it."""
+    """Return one integer per parameter: the sum of this rank's elements' bits read as integers. Any flipped bit changes it."""
     widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [p.detach().view(widths[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
+    parts = [local(p.detach()) for p in model.parameters()]
+    sums = [p.view(widths[p.element_size()]).sum(dtype=torch.int64) for p in parts]
     return torch.stack(sums)

@@ -22,6 +22,7 @@ from smollm2.errors import Interrupted, TrainingError
 from smollm2.inference.evaluation import Evaluation, evaluate_on_ranks, spread
 from smollm2.inference.generation import generate
 from smollm2.runtime.ranks import find_odd_replica, weight_sums
+from smollm2.runtime.sharding import gather_state, gathered
 from smollm2.tracking.base import Sample, describe
 from smollm2.training.progress import Progress
 from smollm2.training.resume import count_compared_windows, list_compared_windows, state_of
@@ -146,6 +147,12 @@ def draw_samples(run: Run, step: int) -> list[Sample]:
     The random numbers of a sample depend only on the seed, the step and the prompt's position in the list. Raise
     Interrupted between two prompts if a signal was received.
     """
+    with gathered(run.model):
+        return draw_samples_from(run, step)
+
+
+def draw_samples_from(run: Run, step: int) -> list[Sample]:
+    """`draw_samples`, on a rank that has the whole model."""
     t, samples = run.config.training, []
     template = choose_template(run.tokenizer) if run.corpus.is_chat else None
     for index, prompt in enumerate(t.sample_prompts if template else (*t.sample_prompts, "")):
@@ -219,7 +226,9 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
         t, wandb = run.config.training, run.config.wandb
         needs_histograms = (wandb.enabled and wandb.log_gradients) or t.tensorboard
         self.run, self.problem = run, ""
-        self.collector = StepDiagnostics(run.model, run.tracker.counted, histograms=needs_histograms)
+        self.collector = StepDiagnostics(
+            run.model, run.tracker.counted, histograms=needs_histograms, layout=run.runtime.layout
+        )
 
     def __enter__(self) -> "Diagnostics":
         try:
@@ -249,7 +258,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
     def _measure_activations(self, micro_batch: MicroBatch) -> dict[str, dict[str, float]]:
         input_ids, _, *documents = micro_batch
         try:
-            with self.run.tracker.counted(), self.run.runtime.autocast():
+            with self.run.tracker.counted(), gathered(self.run.model), self.run.runtime.autocast():
                 return measure_activations(self.run.model, input_ids, *documents)
         except Exception as error:
             self.problem = self.problem or describe(error)
@@ -259,7 +268,7 @@ class Diagnostics(contextlib.AbstractContextManager["Diagnostics"]):
 def scheduled_diagnostics(run: Run, step: int) -> Diagnostics | None:
     """Return a `Diagnostics` for this step, or None if none are due on this rank."""
     t = run.config.training
-    if run.runtime.rank or t.diagnostics_interval == 0:
+    if (run.runtime.rank and not run.runtime.layout.is_sharded) or t.diagnostics_interval == 0:
         return None
     return Diagnostics(run) if is_due(step, t.diagnostics_interval, is_last=step == t.train_steps) else None
 
@@ -271,10 +280,13 @@ def save(run: Run, progress: Progress, validation_loss: float | None, *, must_su
     """
     check_replicas(run, progress.step)
     run.runtime.pulse.mark("a save")
+    state = {}
+    if run.saver or run.runtime.layout.is_sharded:
+        state = gather_state(state_of(run, progress), tied=run.config.model.tie_word_embeddings)
     with run.runtime.together():
         if run.saver:
             run.saver.save(
-                state_of(run, progress),
+                state,
                 validation_loss,
                 windows=count_compared_windows(run.config, run.validation),
                 spikes=progress.spikes,
@@ -285,13 +297,17 @@ def save(run: Run, progress: Progress, validation_loss: float | None, *, must_su
 
 def check_replicas(run: Run, step: int) -> None:
     """Raise TrainingError, naming the rank and a parameter, if the ranks' weights are not bit-identical."""
-    if run.runtime.world_size == 1:
+    layout = run.runtime.layout
+    if layout.replicas == 1:
         return
-    odd = find_odd_replica(run.runtime.gather(weight_sums(run.model).tolist()))
-    if odd:
+    sums = run.runtime.gather(weight_sums(run.model).tolist())
+    for part in range(layout.shards):  # each part is on every `shards`-th rank
+        odd = find_odd_replica(sums[part :: layout.shards])
+        if odd is None:
+            continue
         name = list(dict(run.model.named_parameters()))[odd[1]]
         raise TrainingError(
             f"step {step}",
-            f"the weights of rank {odd[0]} differ from those of the other ranks, first in {name}; nothing was saved",
+            f"the weights of rank {part + odd[0] * layout.shards} differ from those of the other ranks, first in {name}; nothing was saved",
             "the memory or the device of that rank is probably faulty: remove its machine, and resume with --resume auto",
         )

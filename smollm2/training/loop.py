@@ -60,6 +60,7 @@ from smollm2.training.setup import (
     open_trackers,
     settle_chat,
     settle_compilation,
+    settle_sharding,
 )
 from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, rehearse, train_step
 from smollm2.training.timing import TIME_UP, Forecast, Meter, TimeLimit, save_throughput, signal_name, stopped
@@ -173,7 +174,8 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
         setup = dataclasses.replace(setup, start=find_start(setup, resume, checkpoint_path))
     corpus = share_corpus(setup)
     refuse_disagreement(runtime, start_facts(setup, corpus))
-    setup = settle_compilation(settle_chat(fit_vocabulary(setup, corpus.tokenizer), corpus))
+    setup = settle_sharding(settle_compilation(settle_chat(fit_vocabulary(setup, corpus.tokenizer), corpus)))
+    runtime = setup.runtime
     with runtime.together():
         if setup.start:
             check_changes(setup, setup.start, corpus)
@@ -183,6 +185,8 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
         progress = restore(run, setup.start) if setup.start else Progress()
         micro_batch = choose_micro_batch(setup.config, runtime)
     run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
+    if runtime.world_size > 1 and runtime.device.type == "cuda" and not runtime.layout.is_sharded:
+        micro_batch = rehearse(run.prepared, setup.config, runtime, micro_batch)
     if number := runtime.stop_requested():
         raise Interrupted(f"stopped by {signal_name(number)} before training began; nothing was lost", number)
     return Prepared(setup, run, progress, micro_batch)
@@ -311,8 +315,6 @@ def step_within_memory(
     while True:
         micro_batches = split(batch, size, runtime)
         with contextlib.suppress(MicroBatchTooLarge):
-            if step == run.resumed_step + 1 and runtime.world_size > 1 and runtime.device.type == "cuda":
-                rehearse(run.prepared, micro_batches[0], runtime)
             result = train_step(
                 run.prepared,
                 run.optimizers,

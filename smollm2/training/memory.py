@@ -86,10 +86,15 @@ def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
         )
     if size == allowed:
         return MicroBatchChoice(size)
-    return MicroBatchChoice(
-        size,
-        f"training.batch_size: {allowed} sequences at once need about {format_bytes(needed(allowed))} and this machine has "
-        f"{format_bytes(limit)}. Processing {size} at once; the step keeps its {config.global_batch_size} sequences.",
+    numbers = f" need about {format_bytes(needed(allowed))} and this machine has {format_bytes(limit)}"
+    return MicroBatchChoice(size, describe_smaller(config, allowed, size, numbers))
+
+
+def describe_smaller(config: Config, allowed: int, size: int, numbers: str = " do not fit into memory") -> str:
+    """Return why a run processes only `size` sequences at once."""
+    return (
+        f"training.batch_size: {allowed} sequences at once{numbers}. Processing {size} at once; the step keeps its "
+        f"{config.global_batch_size} sequences."
     )
 
 

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.optim import Optimizer
+
+from smollm2.runtime.sharding import ALONE, Layout, local
 
 COEFFICIENTS = (
     (8.0942, -22.3269, 15.7716),
@@ -52,9 +55,10 @@ class Muon(Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
+        layout: Layout = ALONE,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype, self.layout = dtype, layout
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.ndim != 2:
@@ -64,22 +68,69 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. `closure` exists only to match torch's signature."""
         for group in self.param_groups:
-            for stack in stack_by_shape([p for p in group["params"] if p.grad is not None]):
+            params = [p for p in group["params"] if p.grad is not None]
+            is_alone = self.layout.replicas * self.layout.shards == 1
+            for stack in stack_by_shape(params) if is_alone else share_by_shape(params):
                 self._update(stack, group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in params if p.grad is not None]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        gradients = [local(p.grad) for p in params if p.grad is not None]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        weights = [local(p) for p in params]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        stacked = torch.stack([lay_wide(direction) for direction in directions])
-        orthogonal = orthogonalize(stacked, self.dtype).to(params[0].dtype).unbind()
+        directions = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+        if self.layout.replicas * self.layout.shards == 1:
+            weights = [lay_wide(weight) for weight in weights]
+            stacked = torch.stack([lay_wide(direction) for direction in directions])
+            orthogonal = list(orthogonalize(stacked, self.dtype).to(weights[0].dtype).unbind())
+        else:
+            orthogonal = self._orthogonalize_together(directions, params[0].shape)
         scale = 0.2 * math.sqrt(max(params[0].shape))
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_([lay_wide(p) for p in params], orthogonal, alpha=-group["lr"] * scale)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, orthogonal, alpha=-group["lr"] * scale)
+
+    def _orthogonalize_together(self, parts: list[Tensor], shape: torch.Size) -> list[Tensor]:
+        """Return this rank's rows of the orthogonalized matrices, each computed by one rank. `parts` are the same rows.
+
+        Every replica takes the next of equal runs of matrices, and every shard of a replica the next run of those. It
+        receives all rows of its matrices, returns the rows of the results, and the replicas exchange theirs.
+        """
+        layout, (rows, columns) = self.layout, shape
+        height, each = -(-rows // layout.shards), -(-len(parts) // (layout.replicas * layout.shards))
+        stacked = parts[0].new_zeros(layout.replicas, layout.shards * each, height, columns)
+        for number, part in enumerate(parts):
+            stacked.flatten(0, 1)[number, : len(part)] = part
+        mine = exchange(stacked[layout.replica].contiguous(), layout.shard_group)
+        mine = mine.view(layout.shards, each, height, columns).transpose(0, 1).flatten(1, 2)[:, :rows]
+        wide = mine if rows <= columns else mine.mT
+        found = orthogonalize(wide, self.dtype).to(parts[0].dtype)
+        result = parts[0].new_zeros(each, layout.shards * height, columns)
+        result[:, :rows] = found if rows <= columns else found.mT
+        back = result.view(each, layout.shards, height, columns).transpose(0, 1).flatten(0, 1).contiguous()
+        stacked[layout.replica] = exchange(back, layout.shard_group)
+        if layout.replica_group:
+            dist.all_gather(list(stacked.unbind()), stacked[layout.replica].clone(), group=layout.replica_group)
+        return [one[: len(part)] for one, part in zip(stacked.flatten(0, 1), parts, strict=False)]
+
+
+def exchange(parts: Tensor, group: Any) -> Tensor:
+    """Send the i-th of equal runs of `parts` (N, ...) to the i-th rank of a group, and return those received, in order."""
+    if group is None:
+        return parts
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received
+
+
+def share_by_shape(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the matrices of each shape, which ranks share out among themselves."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for p in params:
+        shapes.setdefault(p.shape, []).append(p)
+    yield from shapes.values()
 
 
 def stack_by_shape(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:

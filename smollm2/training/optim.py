@@ -6,6 +6,7 @@ shift it.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from smollm2.config.schema import TrainingConfig
 from smollm2.runtime.precision import device_features, muon_dtype
+from smollm2.runtime.sharding import ALONE, Layout, lay_out_like
 from smollm2.training.muon import Muon
 
 
@@ -35,7 +37,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return highest - (highest - lowest) * done
 
 
-def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, Optimizer]:
+def build_optimizers(model: nn.Module, config: TrainingConfig, layout: Layout = ALONE) -> dict[str, Optimizer]:
     """Return the optimizers by name; each trainable parameter belongs to exactly one of them.
 
     With `decay: matrices`, parameters with one dimension (norms and biases) have no weight decay. Muon updates the
@@ -58,6 +60,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, Opti
             weight_decay=config.weight_decay,
             momentum=config.betas[0],
             dtype=muon_dtype(device_features(device)),
+            layout=layout,
         )
     return optimizers
 
@@ -112,7 +115,17 @@ def load_optimizer_states(optimizers: Mapping[str, Optimizer], states: Mapping[s
     if {name: _names(o) for name, o in optimizers.items()} != {n: list(s["parameters"]) for n, s in states.items()}:  # type: ignore[call-overload]
         raise ValueError("the optimizer's parameters are different, or are in another order")
     for name, optimizer in optimizers.items():
-        optimizer.load_state_dict({**states[name]["state"], "param_groups": optimizer.state_dict()["param_groups"]})  # type: ignore[dict-item]
+        found: Any = states[name]["state"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {
+            index: {
+                key: lay_out_like(value, parameters[index]) if value.shape == parameters[index].shape else value
+                for key, value in one.items()
+            }
+            for index, one in found["state"].items()
+        }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({**found, "state": moments, "param_groups": groups})
 
 
 def _names(optimizer: Optimizer) -> list[str]:

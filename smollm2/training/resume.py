@@ -20,6 +20,7 @@ from smollm2.inference.evaluation import spread
 from smollm2.inference.weights import check_shapes
 from smollm2.runtime.device import machine_facts
 from smollm2.runtime.random_state import random_state
+from smollm2.runtime.sharding import lay_out_like
 from smollm2.training.optim import (
     describe_arithmetic_changes,
     learning_rate_at,
@@ -116,7 +117,8 @@ def restore(run: Run, start: Start) -> Progress:
             f"its optimizer state does not fit: {error}",
             f"start a new run with --save_dir {free_folder(run.folder)}",
         ) from None
-    run.model.load_state_dict(state["model"])
+    own = run.model.state_dict()
+    run.model.load_state_dict({name: lay_out_like(full, own[name]) for name, full in state["model"].items()})
     set_learning_rate(run.optimizers, learning_rate_at(max(0, start.step - 1), run.config.training))
     if state["scaler"]:
         run.runtime.scaler.load_state_dict(state["scaler"])

@@ -31,6 +31,7 @@ from smollm2.plan.throughput import is_compiled
 from smollm2.report.tracker import ReportTracker
 from smollm2.runtime.device import Runtime, compile_blocks, compiler_problem, environment
 from smollm2.runtime.precision import device_features
+from smollm2.runtime.sharding import make_layout, share_out
 from smollm2.runtime.throughput import machine_of
 from smollm2.storage.atomic import write_atomically
 from smollm2.storage.run_folder import CONFIG, DATA, METRICS, REPORT, TOKENIZER
@@ -159,6 +160,17 @@ def settle_compilation(setup: Setup) -> Setup:
     return dataclasses.replace(setup, config=config.with_training(compile=compiles), origins=origins)
 
 
+def settle_sharding(setup: Setup) -> Setup:
+    """Return the setup with training.sharding decided, and the layout that it stands for in the runtime."""
+    config, runtime = setup.config, setup.runtime
+    machines = runtime.world_size // int(environment().get("LOCAL_WORLD_SIZE", runtime.world_size))
+    sharding = config.training.sharding
+    if sharding == "auto":
+        sharding = "none"
+    layout = make_layout(sharding, runtime.device, runtime.world_size, machines)
+    return dataclasses.replace(setup, runtime=dataclasses.replace(runtime, layout=layout))
+
+
 def build_run(setup: Setup, corpus: Corpus) -> Run:
     """Return the run with its windows, model and optimizers, with the console as the only tracker. Write no files."""
     config, runtime, start = setup.config, setup.runtime, setup.start
@@ -176,7 +188,7 @@ def build_run(setup: Setup, corpus: Corpus) -> Run:
         regression=evaluation_windows(config, corpus.tokenizer, corpus.regression.train) if corpus.regression else None,
         model=model,
         prepared=model,
-        optimizers=build_optimizers(model, t),
+        optimizers=build_optimizers(model, t, runtime.layout),
         tracker=Fanout([setup.console]),
         saver=None,
         wandb_run_id=start.state["wandb_run_id"] if start else "",
@@ -208,7 +220,8 @@ def build_model(config: Config, runtime: Runtime, tokenizer: Tokenizer | None = 
     t, m = config.training, config.model
     torch.manual_seed(t.seed)
     model = load_initial_model(m, tokenizer, t.seed) if m.init_from and tokenizer else SmolLM2(m)
-    model = model.to(runtime.device)
+    if not runtime.layout.is_sharded:  # else each block goes to the device when it has been split
+        model = model.to(runtime.device)
     heads = (m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     dtype, isolates = runtime.precision.dtype, config.data.document_mask
     features = device_features(runtime.device)
@@ -220,6 +233,7 @@ def build_model(config: Config, runtime: Runtime, tokenizer: Tokenizer | None = 
     model.model.checkpointing = t.gradient_checkpointing
     if t.compile is True:
         compile_blocks(model.model.layers)
+    share_out(model, runtime.layout, dtype)
     return model
 
 

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smollm2.config.schema import IGNORE_INDEX
+from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.errors import TrainingError
 from smollm2.runtime.device import Runtime
-from smollm2.training.memory import is_out_of_memory
+from smollm2.runtime.sharding import recover, whole
+from smollm2.training.memory import (
+    MicroBatchChoice,
+    describe_smaller,
+    is_out_of_memory,
+    no_room_for_one_sequence,
+    smaller_micro_batch,
+)
 from smollm2.training.optim import set_learning_rate
 
 MicroBatch = tuple[Tensor, ...]
@@ -64,7 +71,7 @@ def train_step(
     for optimizer in optimizers.values():
         runtime.scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()  # the only synchronization with the device
     finite = runtime.all_agree(math.isfinite(loss_value) and math.isfinite(norm_value))
     clipped = finite and 0 < max_grad_norm < norm_value
@@ -86,19 +93,21 @@ def accumulate_gradients(
     """Add the gradient of the global mean loss to every `grad`; return that loss and the number of targets.
 
     Raise MicroBatchTooLarge on all ranks, with all gradients cleared, if one of them runs out of memory. With several
-    ranks, the last backward pass is a collective: a rank that runs out of memory there raises OutOfMemoryError alone.
+    ranks, the last backward pass is a collective: a rank that runs out of memory there raises OutOfMemoryError alone. If
+    the model is shared out, every pass is one, and MicroBatchTooLarge is raised only if all ranks run out of memory.
     """
+    is_sharded = runtime.layout.is_sharded
     local_count = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels, *_ in micro_batches]).sum()
     count = runtime.sum(local_count)
     scale = runtime.world_size / count.float()  # DDP averages gradients over ranks
     # In fp16 the loss computes its gradients at the loss scale, so that a smaller scale helps against every overflow.
     in_fp16 = {"gradient_scale": runtime.scaler.scale(scale)} if runtime.scaler.is_enabled() else {}
     total = torch.zeros((), dtype=torch.float32, device=runtime.device)
-    synchronized = micro_batches[-1:] if runtime.world_size > 1 else []
+    synchronized = micro_batches[-1:] if runtime.world_size > 1 and not is_sharded else []
     pending_losses: list[Tensor] = []
 
     def forward(micro_batch: MicroBatch) -> Tensor:
-        runtime.pulse.mark("a micro-batch")
+        runtime.pulse.mark("a micro-batch", waits=is_sharded)
         with runtime.autocast():
             loss, _ = model(*micro_batch, z_loss=z_loss, **in_fp16)
         total.add_(loss.detach())
@@ -118,33 +127,47 @@ def accumulate_gradients(
     return runtime.sum(total) / count, int(count)
 
 
-def rehearse(model: nn.Module, micro_batch: MicroBatch, runtime: Runtime) -> None:
-    """Run the forward and the backward pass of one micro-batch, and discard the result.
+def rehearse(model: nn.Module, config: Config, runtime: Runtime, choice: MicroBatchChoice) -> MicroBatchChoice:
+    """Return the largest micro-batch, at most the chosen one, whose forward and backward pass fit into memory.
 
-    If memory runs out, it does so here, before the ranks wait for one another.
+    If memory runs out, it does so here, before the ranks wait for one another. Raise ResourceError if not even one
+    sequence fits.
     """
+    size: int | None = choice.size
+    while size:
+        tokens = torch.zeros(size, config.training.sequence_length, dtype=torch.int64, device=runtime.device)
+        micro_batch = (tokens,) * (3 if config.data.document_mask else 2)
 
-    def run_both_passes() -> None:
-        with runtime.autocast():
-            loss, _ = model(*micro_batch)
-        loss.backward()
+        def run_both_passes(micro_batch: MicroBatch = micro_batch) -> None:
+            with runtime.autocast():
+                loss, _ = model(*micro_batch)
+            loss.backward()
 
-    with runtime.accelerator.no_sync(model):
-        run_within_memory(model, runtime, run_both_passes)
-    model.zero_grad(set_to_none=True)
+        try:
+            with runtime.accelerator.no_sync(model):
+                run_within_memory(model, runtime, run_both_passes)
+        except MicroBatchTooLarge:
+            size = smaller_micro_batch(config.global_batch_size // runtime.world_size, size)
+            continue
+        model.zero_grad(set_to_none=True)
+        return choice if size == choice.size else MicroBatchChoice(size, describe_smaller(config, choice.size, size))
+    raise no_room_for_one_sequence(config)
 
 
 def run_within_memory(model: nn.Module, runtime: Runtime, work: Callable[[], object]) -> None:
-    """Call `work`. If memory runs out on any rank, clear the gradients and raise MicroBatchTooLarge on all ranks."""
-    ran_out = False
+    """Call `work`. If memory runs out on any rank, clear the gradients and raise MicroBatchTooLarge on all ranks.
+
+    If the model is shared out, the other ranks cannot go on without this one: raise OutOfMemoryError if only some run out.
+    """
+    ran_out, is_sharded = False, runtime.layout.is_sharded
     try:
         work()
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or (is_sharded and not runtime.layout.all_meet()):
             raise
         ran_out = True  # raised below: the caught exception would keep the activations alive
-    if runtime.highest(ran_out):
-        model.zero_grad(set_to_none=True)
+    if ran_out if is_sharded else runtime.highest(ran_out):
+        recover(model)
         raise MicroBatchTooLarge
 
 

@@ -599,7 +599,8 @@ FREE = re.findall(
     """
     training.on_nonfinite training.log_interval training.eval_interval training.eval_windows training.save_interval
     training.sample_interval training.sample_prompts training.sample_tokens training.save_dir training.keep_last
-    training.time_limit training.diagnostics_interval training.rank_timeout training.keep_every data.cache_dir wandb.enabled wandb.mode wandb.project
+    training.time_limit training.diagnostics_interval training.rank_timeout training.sharding training.checkpoints
+    training.keep_every data.cache_dir wandb.enabled wandb.mode wandb.project
     wandb.entity wandb.name wandb.tags wandb.log_checkpoints wandb.log_gradients wandb.log_code wandb.landscape_interval
     training.tensorboard data.regression_input
 """,

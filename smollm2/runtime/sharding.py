@@ -1,0 +1,201 @@
+"""Shared-out training (FSDP2): each device holds a part of the weights, gradients and optimizer state.
+
+torch's `fully_shard` is applied from outside, to each block and then to the rest of the model. Accelerate's own FSDP
+plugin is not used, because it ignores a CPU. A parameter keeps its name and becomes a DTensor, split by rows.
+"""
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from smollm2.model.transformer import SmolLM2
+
+SECONDS_TO_MEET = 30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run's ranks share the model: `replicas` groups of ranks hold it, each split into `shards` parts.
+
+    One process is 1 x 1, replicated training (DDP) is N x 1, `full` is 1 x N and `hybrid` is M machines x N devices.
+    A group is None if it has one rank.
+    """
+
+    replicas: int = 1
+    shards: int = 1
+    mesh: DeviceMesh | None = None  # only if the model is shared out
+    replica_group: Any = None
+    shard_group: Any = None
+    meeting_group: Any = None
+
+    @property
+    def name(self) -> str:
+        """The layout in words, such as `none` or `2 x 4`."""
+        return f"{self.replicas} x {self.shards}" if self.is_sharded else "none"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the parameters are DTensors."""
+        return self.mesh is not None
+
+    def all_meet(self) -> bool:
+        """Return whether every rank calls this within SECONDS_TO_MEET of one another. If not, the run must end."""
+        try:
+            if self.meeting_group:
+                dist.barrier(self.meeting_group)
+        except RuntimeError:  # the group's timeout
+            return False
+        return True
+
+    @property
+    def replica(self) -> int:
+        """The group of ranks, from 0 to `replicas` - 1, to which this rank belongs."""
+        return dist.get_rank(self.replica_group) if self.replica_group else 0
+
+    def combine_norms(self, norms: Sequence[Tensor]) -> Tensor:
+        """Return the norms (N,) of whole tensors from those of this rank's parts. A collective, as the next two."""
+        stacked = torch.stack(list(norms))
+        return self.combine_sums(stacked.square()).sqrt() if self.shard_group else stacked
+
+    def combine_sums(self, values: Tensor) -> Tensor:
+        """Return the sums of `values` over the parts."""
+        if self.shard_group:
+            dist.all_reduce(values, group=self.shard_group)
+        return values
+
+    def combine_extremes(self, extremes: Tensor) -> Tensor:
+        """Return the (minimum, maximum) pairs (N, 2) of whole tensors; NaN and infinity stay what they are."""
+        if self.shard_group:
+            lowest, highest = extremes.unbind(1)
+            extremes = torch.stack((-lowest, highest), 1)
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.shard_group)
+            extremes = extremes * torch.tensor([-1.0, 1.0], device=extremes.device)
+        return extremes
+
+
+ALONE = Layout()
+"""One process."""
+
+
+def make_layout(sharding: str, device: torch.device, world_size: int, machines: int) -> Layout:
+    """Return the layout of `none`, `full` or `hybrid`; all ranks must call this together."""
+    if sharding == "none":
+        return Layout(world_size, 1, replica_group=dist.group.WORLD if world_size > 1 else None)
+    if not dist.is_initialized():  # one process: FSDP needs a process group all the same
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    replicas = machines if sharding == "hybrid" else 1
+    shape, names = ((replicas, world_size // replicas), ("replica", "shard"))
+    if replicas == 1:
+        shape, names = shape[1:], names[1:]  # type: ignore[assignment]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    groups = {name: mesh.get_group(name) for name, size in zip(names, shape, strict=True) if size > 1}
+    meeting = None
+    if world_size > 1:
+        meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=SECONDS_TO_MEET))
+    return Layout(replicas, shape[-1], mesh, groups.get("replica"), groups.get("shard"), meeting)
+
+
+def share_out(model: SmolLM2, layout: Layout, dtype: torch.dtype, *, keep_gathered: bool = False) -> None:
+    """Split the model's parameters over the ranks, in place and block by block, and move them to the mesh's device.
+
+    Weights are gathered in `dtype` if it has 16 bits; gradients are summed in float32. `keep_gathered` keeps a block's
+    weights between its forward and its backward pass: less communication, more memory.
+    """
+    if layout.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype.itemsize == 2 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the rotary tables stay in float32
+    )
+    options: dict[str, Any] = {"mesh": layout.mesh, "mp_policy": policy}
+    for block in model.model.layers:
+        fully_shard(block, reshard_after_forward=not keep_gathered, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Give this rank the whole model inside the `with` block, as plain tensors. All ranks must enter and leave together."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    blocks = parts[1:]
+    with torch.no_grad():
+        for part in parts:
+            part.unshard()
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(True, recurse=False)
+        for part in parts:
+            part.reshard()
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free the weights that a forward pass without a backward pass leaves gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, which shares its memory; the tensor itself if it is not a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor. For a DTensor this is a collective, which every rank must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def lay_out_like(full: Tensor, like: Tensor) -> Tensor:
+    """Return `full`, which every rank has, split as `like` is; without communication."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gather_state(state: dict[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Return a run's state with whole tensors in host memory on rank 0, and an empty one on the other ranks.
+
+    If the model is shared out, this is a collective. `tied` says that the output head is the embedding.
+    """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+
+    def gather(value: Any) -> Any:
+        if isinstance(value, DTensor):
+            full = value.full_tensor()
+            return full.cpu() if is_first else None
+        if isinstance(value, dict):
+            return {key: gather(child) for key, child in value.items()}
+        return value
+
+    if not any(isinstance(tensor, DTensor) for tensor in state["model"].values()):
+        return state
+    model = dict(state["model"])
+    head = model.pop("lm_head.weight") if tied else None
+    found = {**gather({**state, "model": model})}
+    if head is not None:
+        found["model"]["lm_head.weight"] = found["model"]["model.embed_tokens.weight"]
+    return found if is_first else {}
+
+
+def recover(model: nn.Module) -> None:
+    """Drop all gradients; make a shared-out model usable after an error at the same place of a pass on every rank.
+
+    An error drops the end of the backward pass, which autograd had planned: there FSDP sums what gradients there are,
+    frees the gathered weights and resets its state. torch has no public name for it. It is a collective.
+    """
+    if isinstance(model, FSDPModule):
+        cast(Any, model)._get_fsdp_state()._root_post_backward_final_callback()
+    model.zero_grad(set_to_none=True)

@@ -1,0 +1,258 @@
+"""A model that the ranks share out (FSDP2) trains, measures, saves and resumes as one that a single process holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import metrics, outcome, write_tiny
+from torch import Tensor, nn
+from torch import distributed as dist
+from two_ranks import Ended, run_ranks
+
+from smollm2.analysis.diagnostics import StepDiagnostics
+from smollm2.analysis.landscape import measure_landscape
+from smollm2.cli.main import main
+from smollm2.config.schema import ModelConfig
+from smollm2.model.transformer import SmolLM2
+from smollm2.runtime import sharding
+from smollm2.runtime.sharding import ALONE, gathered, local, make_layout, share_out
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """How many ranks train, how they share the model, and how many are on a machine (0: all)."""
+
+    ranks: int
+    sharding: str
+    per_machine: int = 0
+
+    def train(self, folder: Path, save_dir: str, *flags: str, before: Callable[[], object] = int) -> list[Ended]:
+        """Train in `folder` as the user does; `before` is called on each rank at first."""
+
+        def work(rank: int) -> int:
+            before()
+            words = ["train", "--config", "config.yaml", "--disable_wandb", "--save_dir", save_dir]
+            return main([*words, "--training.sharding", self.sharding, *flags])
+
+        return run_ranks(work, folder, self.ranks, self.per_machine)
+
+
+ONE = World(1, "none")
+WORLDS = {
+    "two copies": World(2, "none"),
+    "one part": World(1, "full"),
+    "two parts": World(2, "full"),
+    "two machines with one rank": World(2, "hybrid", 1),
+    "four copies": World(4, "none"),
+    "four parts": World(4, "full"),
+    "two machines with two parts": World(4, "hybrid", 2),
+}
+
+
+def trained(folder: Path, world: World, save_dir: str, *flags: str) -> Path:
+    ended = world.train(folder, save_dir, *flags)
+    assert [rank.code for rank in ended] == [0] * world.ranks, ended
+    return folder / save_dir
+
+
+def column(folder: Path, name: str = "loss") -> list[float]:
+    return [float(row[name]) for row in metrics(folder) if name in row]
+
+
+def differences(mine: Path, theirs: Path, name: str = "loss") -> list[float]:
+    return [abs(a / b - 1) for a, b in zip(column(mine, name), column(theirs, name), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run with two optimizers, each by one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_tiny(folder)
+    for optimizer in ("adamw", "muon"):
+        trained(folder, ONE, optimizer, "--training.optimizer", optimizer)
+    return folder
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-4), ("muon", 1e-5)])
+def test_every_way_to_share_gives_the_losses_of_one_process(
+    world: World, optimizer: str, bound: float, whole: Path, tmp_path: Path
+) -> None:
+    """Promise B1."""
+    write_tiny(tmp_path)
+    mine = trained(tmp_path, world, "run", "--training.optimizer", optimizer)
+    for name in ("loss", "grad_norm", "validation_loss"):
+        found = differences(mine, whole / optimizer, name)
+        assert found[0] <= 1e-6
+        assert max(found) <= bound
+
+
+RESUMES = [("two parts", "four copies"), ("four copies", "four parts"), ("four parts", "two machines with two parts")]
+RESUMES += [("two machines with two parts", "two parts"), ("two parts", "one part")]
+
+
+@pytest.mark.parametrize(("first", "then"), RESUMES)
+def test_any_layout_resumes_the_checkpoint_of_any_other(first: str, then: str, whole: Path, tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    trained(tmp_path, WORLDS[first], "run", "--train_steps", "12", "--training.save_interval", "6")
+    (tmp_path / "run" / "step_0012.pt").unlink()
+    ended = WORLDS[then].train(tmp_path, "run", "--resume", "auto")
+    assert [rank.code for rank in ended] == [0] * WORLDS[then].ranks, ended
+    assert max(differences(tmp_path / "run", whole / "adamw")) <= 1e-4
+    assert "not bit-exact, because of" in ended[0].out
+
+
+def test_with_nothing_changed_a_resume_is_bit_identical(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    world = WORLDS["two machines with two parts"]
+    expected = outcome(trained(tmp_path, world, "whole"), 12)
+    trained(tmp_path, world, "run")
+    (tmp_path / "run" / "step_0012.pt").unlink()
+    ended = world.train(tmp_path, "run", "--resume", "auto")
+    assert outcome(tmp_path / "run", 12) == expected
+    assert ": bit-exact" in ended[0].out
+
+
+def small_model() -> SmolLM2:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 257, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    return SmolLM2(ModelConfig.model_validate(sizes))
+
+
+def on_ranks(work: Callable[[int], object], folder: Path, ranks: int = 2) -> list[Ended]:
+    """Call `work` on ranks that have a process group."""
+
+    def connected(rank: int) -> int:
+        dist.init_process_group("gloo")
+        work(rank)
+        return 0
+
+    ended = run_ranks(connected, folder, ranks)
+    assert [rank.code for rank in ended] == [0] * ranks, ended
+    return ended
+
+
+def shared_model() -> tuple[SmolLM2, Any]:
+    model, layout = small_model(), make_layout("full", CPU, dist.get_world_size(), 1)
+    share_out(model, layout, torch.float32)
+    return model, layout
+
+
+def test_each_of_two_ranks_holds_half_of_the_state(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        model, _ = shared_model()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        loss, _ = model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))
+        loss.backward()
+        optimizer.step()
+        held: list[Tensor] = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        held += [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+        storages = {s.data_ptr(): s.nbytes() for s in (local(t.detach()).untyped_storage() for t in held)}
+        share = sum(storages.values()) / sum(4 * t.numel() for t in held)
+        assert len(held) == 4 * len(list(model.parameters()))
+        assert share <= 0.6, share
+
+    on_ranks(work, tmp_path)
+
+
+def test_the_landscape_and_the_diagnostics_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    ids = torch.arange(32).view(2, 16)
+
+    def measure(model: nn.Module, layout: Any) -> tuple[list[float], Any]:
+        def loss() -> float:
+            with torch.no_grad():
+                value: float = model(ids, ids)[0].item()
+            if layout.is_sharded:
+                model.reshard()  # type: ignore[operator]
+            return value
+
+        found = measure_landscape(model, loss, side=3, seed=1, targets=32)
+        model(ids, ids)[0].backward()
+        with StepDiagnostics(model, gathered_nothing, histograms=True, layout=layout) as diagnostics:
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        return [*found.line, *(x for row in found.grid for x in row)], diagnostics.diagnosis
+
+    def work(rank: int) -> None:
+        model, layout = shared_model()
+        mine, theirs = measure(model, layout), measure(small_model(), ALONE)
+        assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
+        for name in ("gradient_norms", "weight_norms", "update_ratios"):
+            assert getattr(mine[1], name) == pytest.approx(getattr(theirs[1], name), rel=1e-3), name
+        for name, histogram in theirs[1].weight_histograms.items():
+            assert sum(mine[1].weight_histograms[name].counts) == sum(histogram.counts)
+            assert mine[1].weight_histograms[name].edges == pytest.approx(histogram.edges, rel=1e-4)
+
+    on_ranks(work, tmp_path)
+
+
+def gathered_nothing() -> Any:
+    """Stand in for a tracker's `counted`."""
+    return gathered(nn.Identity())
+
+
+def run_out(model_call: int, on: Callable[[int], bool]) -> Callable[[], None]:
+    """A function after which the `model_call`-th micro-batch runs out of memory, once, on some ranks."""
+
+    def prepare() -> None:
+        calls = {"n": 0}
+        forward = SmolLM2.forward
+
+        def failing(self: SmolLM2, *args: Any, **kwargs: Any) -> Any:
+            calls["n"] += self.training
+            if calls["n"] == model_call and self.training and on(dist.get_rank()):
+                calls["n"] += 1
+                raise MemoryError
+            return forward(self, *args, **kwargs)
+
+        SmolLM2.forward = failing  # type: ignore[method-assign]
+
+    return prepare
+
+
+def test_if_all_ranks_run_out_of_memory_the_step_starts_again_with_smaller_micro_batches(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    mine = trained(tmp_path, WORLDS["two parts"], "whole")
+    ended = WORLDS["two parts"].train(tmp_path, "run", before=run_out(3, lambda rank: True))
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert max(differences(tmp_path / "run", mine)) <= 1e-4
+    assert "out of memory with 4 sequences at once. Continuing with 2 at once" in ended[0].out
+
+
+def test_if_one_rank_alone_runs_out_of_memory_all_end_and_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path)
+    monkeypatch.setattr(sharding, "SECONDS_TO_MEET", 1)
+    ended = WORLDS["two parts"].train(tmp_path, "run", before=run_out(3, lambda rank: rank == 1))
+    assert {rank.code for rank in ended} == {6}, ended
+    assert sum("out of memory" in rank.err for rank in ended) == 1
+    assert max(rank.seconds for rank in ended) < 30
+
+
+def test_a_flipped_bit_in_one_machines_copy_is_found_and_its_rank_named(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+
+    def flip() -> None:
+        from smollm2.training import actions
+
+        check = actions.check_replicas
+
+        def flipping(run: Any, step: int) -> None:
+            if dist.get_rank() == 3:
+                local(next(run.model.model.layers.parameters()).detach()).view(-1)[0] += 1
+            check(run, step)
+
+        actions.check_replicas = flipping
+
+    ended = WORLDS["two machines with two parts"].train(tmp_path, "run", before=flip)
+    assert {rank.code for rank in ended} == {5}, ended
+    assert "the weights of rank 3 differ" in "".join(rank.err for rank in ended)
+    assert not list((tmp_path / "run").glob("step_*"))
