@@ -10,6 +10,7 @@ from smollm2.checkpoint.discovery import load_checkpoint
 from smollm2.checkpoint.format import content_hash
 from smollm2.config.reading import load_config
 from smollm2.config.schema import Config
+from smollm2.storage.run_folder import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_COLUMNS = {"tokens_per_second"}
@@ -43,7 +44,7 @@ def tiny_config(folder: Path, save_dir: str = "checkpoints", /, **flags: object)
 
 def outcome(folder: Path, step: int) -> tuple[str, list[dict[str, Any]]]:
     """What must be bit-identical: a hash of weights, moments and position after `step`, and the metrics rows."""
-    state = load_checkpoint(folder / f"step_{step:04d}.pt")
+    state = load_checkpoint(find_checkpoint(folder, step))
     kept = {
         name: state[name] for name in ("model", "optimizer", "scheduler", "step", "tokens", "loss", "rng", "stability")
     }

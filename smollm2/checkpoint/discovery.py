@@ -4,17 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from smollm2.checkpoint.format import State
-from smollm2.checkpoint.validation import detach_from_disk, read_checked, read_own_step
+from smollm2.checkpoint.reading import read_detached, read_own_step
 from smollm2.errors import CheckpointError, ResourceError, lay_out
 from smollm2.storage.atomic import IO_OPS, IoOps
-from smollm2.storage.run_folder import CHECKPOINT, step_of
+from smollm2.storage.run_folder import MANIFEST, is_checkpoint, step_of
 
 
 def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
-    """Return the files in a folder that are named like checkpoints, lowest step first. Symbolic links are left out."""
+    """Return the files and folders in a folder that are named like checkpoints, lowest step first, without links."""
     try:
-        paths = [folder / name for name in io_ops.listdir(folder) if CHECKPOINT.fullmatch(name)]
-        files = [path for path in paths if path.is_file() and not path.is_symlink()]
+        files = [folder / name for name in io_ops.listdir(folder) if is_checkpoint(folder / name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -24,18 +23,18 @@ def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> State:
-    """Load a checkpoint file of any name to the CPU, without running any code from it.
+    """Load a checkpoint, a file or folder of any name, to the CPU, without running any code from it.
 
-    Raise CheckpointError, which names the problem, if the file is missing or not a valid checkpoint.
+    Raise CheckpointError, which names the problem, if it is missing or not a valid checkpoint.
     """
     try:
-        absent = path.is_dir() or not path.exists()
+        absent = (path.is_dir() and not (path / MANIFEST).exists()) or not path.exists()
     except OSError:
         absent = False  # the read below reports why
     if absent:
         raise CheckpointError(describe_missing(path))
     try:
-        return detach_from_disk(read_checked(path))
+        return read_detached(path)
     except CheckpointError as error:
         raise CheckpointError(
             path, str(error), "use another checkpoint, or continue from the newest valid one with --resume auto"
@@ -51,7 +50,7 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> tuple[Path, S
     refused = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, detach_from_disk(read_own_step(path))
+            return path, read_own_step(path)
         except CheckpointError as error:
             refused.append(f"{path.name}: {error}")
             report(lay_out(path, f"skipped: {error}", "trying the next older checkpoint"))

@@ -3,15 +3,18 @@
 import itertools
 import json
 import math
+import os
+import secrets
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from smollm2.checkpoint.discovery import list_checkpoints
-from smollm2.checkpoint.validation import is_valid
+from smollm2.checkpoint.reading import is_valid
 from smollm2.errors import ResourceError
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
-from smollm2.storage.run_folder import BEST, CHECKPOINT, METRICS, SUPERSEDED, step_of
+from smollm2.storage.run_folder import BEST, CHECKPOINT, METRICS, SUPERSEDED, is_checkpoint, step_of
 
 
 def prune_checkpoints(
@@ -47,11 +50,21 @@ def prune_checkpoints(
         if step in protected or path.name == (best or {}).get("file") or (keep_every and step % keep_every == 0):
             continue
         try:
-            io_ops.unlink(path)
+            remove_checkpoint(path, io_ops)
         except OSError as error:
             raise ResourceError(path, f"cannot be removed ({error.strerror})", "remove it by hand") from error
         removed.append(path)
     return removed
+
+
+def remove_checkpoint(path: Path, io_ops: IoOps) -> None:
+    """Remove a checkpoint; a folder first gets a name under which it is no checkpoint, because its files go one by one."""
+    if not path.is_dir():
+        io_ops.unlink(path)
+        return
+    gone = path.with_name(f".{path.name}.tmp.{os.getpid()}-{secrets.token_hex(4)}")
+    io_ops.replace(path, gone)
+    shutil.rmtree(gone)
 
 
 def record_best(folder: Path, path: Path, validation_loss: float, *, windows: int = 0, io_ops: IoOps = IO_OPS) -> bool:
@@ -62,7 +75,7 @@ def record_best(folder: Path, path: Path, validation_loss: float, *, windows: in
     """
     best = _read_best(folder)
     is_comparable = best is not None and best.get("windows", windows) == windows
-    if best and is_comparable and (folder / best["file"]).is_file() and validation_loss >= best["validation_loss"]:
+    if best and is_comparable and is_checkpoint(folder / best["file"]) and validation_loss >= best["validation_loss"]:
         return False
     if not math.isfinite(validation_loss):
         return False
@@ -77,7 +90,7 @@ def recompute_best(folder: Path, windows: int, io_ops: IoOps = IO_OPS) -> None:
     checkpoint has one, `best.json` is removed.
     """
     best = _read_best(folder)
-    if best is None or (folder / best["file"]).is_file():
+    if best is None or is_checkpoint(folder / best["file"]):
         return
     losses = _read_validation_losses(folder, windows)
     left = [path for path in list_checkpoints(folder, io_ops) if step_of(path) in losses]

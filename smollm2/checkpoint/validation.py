@@ -18,7 +18,6 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 
 from smollm2.checkpoint.format import ENTRIES, FORMAT, LATER_ENTRIES, SCALARS, State, walk
 from smollm2.errors import CheckpointError
-from smollm2.storage.run_folder import step_of
 
 MAX_RECORDS = 100_000
 TENSOR_RECORD = re.compile(r"[^/]+/data/[0-9]+")
@@ -50,23 +49,6 @@ def read_checked(path: Path) -> State:
         raise CheckpointError(problem)
     checked: State = state
     return checked
-
-
-def read_own_step(path: Path) -> State:
-    """Return the verified state stored in a file, and check that the step in the file's name is the state's step."""
-    state = read_checked(path)
-    if state["step"] != step_of(path):
-        raise CheckpointError(f"contains step {state['step']}, which does not match its name")
-    return state
-
-
-def is_valid(path: Path) -> bool:
-    """Return whether the file is a valid checkpoint of the step in its name."""
-    try:
-        read_own_step(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 def detach_from_disk(state: State) -> State:

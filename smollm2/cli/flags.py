@@ -76,7 +76,7 @@ def add_command(
 
 def add_model_flags(parser: Parser, exported: str = ", or a Hugging Face folder") -> None:
     """Add the argument that names a trained model."""
-    text = f"a .pt file, a run folder (its newest checkpoint){exported}"
+    text = f"a checkpoint, a run folder (its newest checkpoint){exported}"
     parser.add_argument("model", metavar="MODEL", type=path, help=text)
     parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
 

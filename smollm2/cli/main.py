@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smollm2 import __version__
-from smollm2.cli import chat, evaluate, export, generate, import_model, landscape, plan, prepare, report, train
+from smollm2.cli import chat, convert, evaluate, export, generate, import_model, landscape, plan, prepare, report, train
 from smollm2.cli.environment import clean_environment
 from smollm2.cli.flags import Parser
 from smollm2.cli.run_flags import describe_unknown, load_run_config
@@ -20,7 +20,7 @@ from smollm2.errors import (
     lay_out,
 )
 
-COMMANDS = (train, plan, prepare, generate, chat, evaluate, export, import_model, landscape, report)
+COMMANDS = (train, plan, prepare, generate, chat, evaluate, export, import_model, convert, landscape, report)
 
 
 def build_parser() -> Parser:

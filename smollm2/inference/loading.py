@@ -1,4 +1,4 @@
-"""Load a trained model from a `.pt` checkpoint, a run folder or a Hugging Face folder."""
+"""Load a trained model from a checkpoint (`.pt` or a folder), a run folder or a Hugging Face folder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,13 +15,13 @@ from smollm2.errors import CheckpointError
 from smollm2.inference.weight_files import open_weights
 from smollm2.inference.weights import build_model
 from smollm2.model.transformer import SmolLM2
-from smollm2.storage.run_folder import BEST
+from smollm2.storage.run_folder import BEST, MANIFEST
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SmolLM2, Tokenizer]:
     """Return the model, in evaluation mode and float32, and its tokenizer.
 
-    `path` is a `.pt` file, a run folder (the newest valid checkpoint is loaded) or a Hugging Face folder. Raise
+    `path` is a checkpoint, a run folder (the newest valid checkpoint is loaded) or a Hugging Face folder. Raise
     CheckpointError or DataError.
     """
     model, tokenizer, _ = load_source(Path(path))
@@ -40,7 +40,7 @@ def load_source(
         path = path / read_best_name(path)
     if (path / "config.json").exists():
         return load_hugging_face_model(path).eval(), load_tokenizer(str(path)), None
-    if path.is_dir():
+    if path.is_dir() and not (path / MANIFEST).exists():
         found = find_resumable(path, report)
         if found is None:
             raise CheckpointError(f"{describe_missing(path)} A Hugging Face folder should contain config.json.")

@@ -18,7 +18,6 @@ from smollm2.report.sources import SourceStatistics, read_sources
 from smollm2.storage.locks import is_held
 from smollm2.storage.run_folder import (
     BEST,
-    CHECKPOINT,
     CONFIG,
     DATA,
     DIAGNOSTICS,
@@ -26,6 +25,8 @@ from smollm2.storage.run_folder import (
     LANDSCAPE,
     METRICS,
     SAMPLES,
+    count_checkpoint_bytes,
+    is_checkpoint,
     step_of,
 )
 from smollm2.tracking.base import Diagnosis, Landscape
@@ -243,12 +244,12 @@ def parse_number(text: str) -> float | None:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path, int]]:
-    """Return (step, path, size in bytes) for each step_XXXX.pt, lowest step first."""
+    """Return (step, path, size in bytes) for each checkpoint, lowest step first."""
     found = []
     try:
         for path in folder.iterdir():
-            if CHECKPOINT.fullmatch(path.name):
-                found.append((step_of(path), path, path.stat().st_size))
+            if is_checkpoint(path):
+                found.append((step_of(path), path, count_checkpoint_bytes(path)))
     except OSError:
         pass
     return sorted(found)

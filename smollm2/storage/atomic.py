@@ -235,12 +235,12 @@ def probe_folder(folder: Path, option: str = "--save_dir") -> None:
 
 
 def remove_stale_temporaries(folder: Path, io_ops: IoOps = IO_OPS) -> None:
-    """Remove temporary files of processes that have ended. Only the holder of the folder's lock may call this."""
+    """Remove temporary files and folders of processes that have ended. Only the holder of the folder's lock may call this."""
     for name in io_ops.listdir(folder):
         match = TEMPORARY.fullmatch(name)
         if match and not is_running(int(match[1])):
             with contextlib.suppress(OSError):
-                io_ops.unlink(folder / name)
+                shutil.rmtree(folder / name) if (folder / name).is_dir() else io_ops.unlink(folder / name)
 
 
 def _remove_abandoned_folders(parent: Path, io_ops: IoOps) -> None:

@@ -19,12 +19,38 @@ TOKENIZER = "tokenizer"
 LOCK = ".lock"
 RANKS = ".ranks"
 
-CHECKPOINT = re.compile(r"step_([0-9]{1,18})\.pt")
+MANIFEST = "manifest.json"
+
+CHECKPOINT = re.compile(r"step_([0-9]{1,18})(?:\.pt)?")
+"""A file `step_0500.pt` or a folder `step_0500`."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Return the path of a step's checkpoint, such as `folder/step_0500.pt` for step 500."""
     return folder / f"step_{step:04d}.pt"
+
+
+def parts_path(folder: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint if it is a folder, such as `folder/step_0500`."""
+    return folder / f"step_{step:04d}"
+
+
+def find_checkpoint(folder: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint: the folder if there is one, else the file."""
+    parts = parts_path(folder, step)
+    return parts if parts.is_dir() else checkpoint_path(folder, step)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether the path is named like a checkpoint and is a file or folder, as its name says; no links."""
+    if not CHECKPOINT.fullmatch(path.name) or path.is_symlink():
+        return False
+    return path.is_file() if path.suffix else path.is_dir()
+
+
+def count_checkpoint_bytes(path: Path) -> int:
+    """Return the size of a checkpoint. Raise OSError if it is gone."""
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def step_of(path: Path) -> int:

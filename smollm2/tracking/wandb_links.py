@@ -33,6 +33,9 @@ class CheckpointLinks:
         """
         if self.chosen == "none" or (self.chosen == "best" and not is_best):
             return None
+        if path.is_dir():
+            self.report(f"W&B: {path.name} is a folder and is not uploaded; `smollm2 convert` makes a file of it")
+            return None
         link = self.folder / path.name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ import numpy as np
 
 from smollm2.analysis.diagnostics import StepDiagnostics, measure_activations
 from smollm2.analysis.landscape import choose_side, choose_windows, list_points, measure_landscape
+from smollm2.checkpoint.format import State
+from smollm2.checkpoint.parts import PartedState, divide_state
 from smollm2.data.chat import choose_template
 from smollm2.data.conversations import Message
 from smollm2.data.windows import WindowSource
@@ -280,9 +282,12 @@ def save(run: Run, progress: Progress, validation_loss: float | None, *, must_su
     """
     check_replicas(run, progress.step)
     run.runtime.pulse.mark("a save")
-    state = {}
-    if run.saver or run.runtime.layout.is_sharded:
-        state = gather_state(state_of(run, progress), tied=run.config.model.tie_word_embeddings)
+    state: State | PartedState = {}
+    tied = run.config.model.tie_word_embeddings
+    if run.saves_folders:
+        state = divide_state(state_of(run, progress), tied=tied, group=run.save_group)
+    elif run.saver or run.runtime.layout.is_sharded:
+        state = gather_state(state_of(run, progress), tied=tied)
     with run.runtime.together():
         if run.saver:
             run.saver.save(

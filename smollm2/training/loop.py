@@ -24,8 +24,7 @@ from smollm2.plan.throughput import Duration
 from smollm2.runtime.device import Runtime, environment, start_runtime
 from smollm2.runtime.random_state import restore_random_state
 from smollm2.storage.locks import HeldFolder, lock_folder
-from smollm2.storage.run_folder import REPORT
-from smollm2.storage.run_folder import checkpoint_path as checkpoint_file
+from smollm2.storage.run_folder import REPORT, find_checkpoint
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
 from smollm2.training.actions import (
     check_replicas,
@@ -135,17 +134,17 @@ def train(
                 held.discard()
             raise
         progress = prepared.progress
-        path = checkpoint_file(folder, config.training.train_steps)
         if progress.step == config.training.train_steps and not progress.pending:
             setup.report(
                 f"{folder}: all {progress.step} steps are done. To train more: --resume auto --train_steps "
                 f"{2 * progress.step}"
             )
-            path = prepared.setup.start.path if prepared.setup.start else path
         else:
             progress = run_prepared(prepared, limit, log, on_step)
     if runtime.stop.number:  # the signal came during the last save, or while the trackers closed
         raise stopped(runtime.stop.number, progress.step)
+    start, path = prepared.setup.start, find_checkpoint(folder, config.training.train_steps)
+    path = start.path if start and start.step == progress.step else path
     return TrainingResult(progress.step, progress.tokens, progress.loss, progress.best_validation_loss, path)
 
 

@@ -18,7 +18,7 @@ from smollm2.report.verdict import describe_change
 from smollm2.runtime.commands import shown_path, smollm2_command
 from smollm2.runtime.device import machine_facts
 from smollm2.runtime.throughput import machine_of, measure_if_long
-from smollm2.storage.run_folder import METRICS, REPORT, SAMPLES, checkpoint_path, step_of
+from smollm2.storage.run_folder import METRICS, REPORT, SAMPLES, find_checkpoint, step_of
 from smollm2.tracking.jsonl import read_values
 from smollm2.training.optim import learning_rate_at
 from smollm2.training.progress import Progress
@@ -170,7 +170,7 @@ def end_page(run: Run, progress: Progress, seconds: float) -> Rows:
         rows.append(("best validation loss", f"{progress.best_validation_loss:.4f}{windows}"))
     if len(bits := read_values(run.folder / METRICS, "regression_bpb")) > 1:
         rows.append(("the other text", describe_change(bits[0], bits[-1])))
-    files = {"model": checkpoint_path(run.folder, progress.step)}
+    files = {"model": find_checkpoint(run.folder, progress.step)}
     files |= {
         name: run.folder / file for name, file in (("samples", SAMPLES), ("metrics", METRICS), ("report", REPORT))
     }

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -34,7 +37,7 @@ from smollm2.runtime.precision import device_features
 from smollm2.runtime.sharding import make_layout, share_out
 from smollm2.runtime.throughput import machine_of
 from smollm2.storage.atomic import write_atomically
-from smollm2.storage.run_folder import CONFIG, DATA, METRICS, REPORT, TOKENIZER
+from smollm2.storage.run_folder import CONFIG, DATA, METRICS, REPORT, TOKENIZER, count_checkpoint_bytes
 from smollm2.tracking.base import Fanout, Fence, Tracker
 from smollm2.tracking.console import ConsoleTracker
 from smollm2.tracking.jsonl import JsonlTracker, read_values
@@ -43,6 +46,11 @@ from smollm2.tracking.wandb import start_wandb
 from smollm2.tracking.wandb_environment import make_run_id, prepare_environment
 from smollm2.training.initial_model import load_initial_model
 from smollm2.training.optim import build_optimizers
+
+LONGEST_FILE, DISK_SPEED = 30.0, 250e6
+"""The seconds that one file may take, and the bytes per second that one process writes: a disk of a cloud machine."""
+
+LONGEST_SAVE = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,11 @@ class Run:
     prepared: nn.Module  # the model that training calls: wrapped in DistributedDataParallel if there are several ranks
     optimizers: Mapping[str, Optimizer]
     tracker: Fanout
-    saver: Saver | None  # only on rank 0, from the first step on
+    saver: Saver | None  # from the first step on, on rank 0; on all ranks if checkpoints are folders
     wandb_run_id: str
     resumed_step: int
+    saves_folders: bool = False
+    save_group: Any = None  # of all ranks, if they write a checkpoint together
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -193,7 +203,16 @@ def build_run(setup: Setup, corpus: Corpus) -> Run:
         saver=None,
         wandb_run_id=start.state["wandb_run_id"] if start else "",
         resumed_step=start.step if start else 0,
+        saves_folders=saves_folders(config, runtime),
     )
+
+
+def saves_folders(config: Config, runtime: Runtime) -> bool:
+    """Return whether the run's checkpoints are folders."""
+    chosen = config.training.checkpoints
+    if chosen == "auto":
+        return runtime.layout.is_sharded and estimate_disk(config).checkpoint_bytes > LONGEST_FILE * DISK_SPEED
+    return chosen == "folder"
 
 
 def open_validation(config: Config, corpus: Corpus) -> JoinedWindows | None:
@@ -240,7 +259,7 @@ def build_model(config: Config, runtime: Runtime, tokenizer: Tokenizer | None = 
 def check_disk(config: Config, folder: Path) -> None:
     """Raise ResourceError, which names the keep_last that fits, if the disk has no room for the run's checkpoints."""
     disk = estimate_disk(config)
-    held = sum(path.stat().st_size for path in list_checkpoints(folder))
+    held = sum(map(count_checkpoint_bytes, list_checkpoints(folder)))
     free = shutil.disk_usage(folder).free
     if disk.total <= free + held:
         return
@@ -259,9 +278,14 @@ def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
 
     This removes the rows after the resumed step, so any check that could still refuse the run must come before it.
     """
-    if run.runtime.rank:
-        return run
     config, folder, step = setup.config, setup.folder, run.resumed_step
+    if run.saves_folders and run.runtime.world_size > 1:
+        run = dataclasses.replace(run, save_group=dist.new_group(backend="gloo", timeout=LONGEST_SAVE))
+    if run.runtime.rank:
+        saver = Saver(config, None, run.tracker) if run.saves_folders else None
+        if saver:
+            stack.callback(saver.finish)
+        return dataclasses.replace(run, saver=saver)
     # A run that resumes in another folder starts new rows there.
     is_own = setup.start is not None and setup.start.path.resolve().parent == folder.resolve()
     rows = JsonlTracker(folder, step if is_own else 0, setup.report)

@@ -172,9 +172,9 @@ def test_training_continues_bit_identically_while_a_checkpoint_is_written(
     came, updates = threading.Event(), 0
     original = saving.save_checkpoint
 
-    def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
+    def save(folder: Path, state: dict[str, object], *, step: int, **named: Any) -> Path:
         assert step > 4 or came.wait(60)
-        return original(folder, state, step=step)
+        return original(folder, state, step=step, **named)
 
     def count(*arguments: Any, **named: Any) -> object:
         nonlocal updates

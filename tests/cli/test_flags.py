@@ -96,6 +96,7 @@ PATH_FLAGS = {
     "generate": ["model", "--prompts_file"],
     "evaluate": ["models", "--input_file"],
     "export": ["model", "folder", "--input_file"],
+    "convert": ["checkpoint", "target"],
     "landscape": ["model", "--input_file", "--output"],
     "report": ["runs", "--output"],
 }

@@ -38,6 +38,7 @@ COMMANDS = {
     "report": (["report", f"runs-{SNOW}"], 0),
     "report, a terminal": (["report", f"runs-{SNOW}", "--terminal"], 0),
     "export": (["export", f"runs-{SNOW}", f"runs-{SNOW}"], 4),
+    "convert": (["convert", f"absent-{SNOW}", "step_0001"], 4),
     "landscape": (["landscape", f"absent-{SNOW}"], 4),
     "plan": (["plan", "--save_dir", f"runs-{SNOW}"], 0),
     "train": (["train", "--save_dir", f"new-{SNOW}", "--train_steps", "1", "--resume", "auto"], 0),

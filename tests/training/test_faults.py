@@ -372,10 +372,10 @@ def test_a_full_disk_is_reported_training_continues_and_the_exit_code_is_6(
     write_tiny(tmp_path)
     original = saving.save_checkpoint
 
-    def full(folder: Path, state: dict[str, object], *, step: int) -> Path:
+    def full(folder: Path, state: dict[str, object], *, step: int, **named: Any) -> Path:
         if step > 4:
             raise ResourceError(f"{folder / 'step.pt'} : was not saved: No space left on device")
-        return original(folder, state, step=step)
+        return original(folder, state, step=step, **named)
 
     monkeypatch.setattr(saving, "save_checkpoint", full)
     with pytest.raises(ResourceError, match="No space left"):

@@ -1,5 +1,6 @@
 """A model that the ranks share out (FSDP2) trains, measures, saves and resumes as one that a single process holds."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from smollm2.config.schema import ModelConfig
 from smollm2.model.transformer import SmolLM2
 from smollm2.runtime import sharding
 from smollm2.runtime.sharding import ALONE, gathered, local, make_layout, share_out
+from smollm2.storage.run_folder import find_checkpoint
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
 
@@ -98,24 +100,34 @@ RESUMES = [("two parts", "four copies"), ("four copies", "four parts"), ("four p
 RESUMES += [("two machines with two parts", "two parts"), ("two parts", "one part")]
 
 
+def forget_the_end(folder: Path) -> None:
+    """Remove the checkpoint of the last step."""
+    path = find_checkpoint(folder, 12)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
 @pytest.mark.parametrize(("first", "then"), RESUMES)
-def test_any_layout_resumes_the_checkpoint_of_any_other(first: str, then: str, whole: Path, tmp_path: Path) -> None:
+def test_any_layout_resumes_the_checkpoint_of_any_other(
+    first: str, then: str, form: str, whole: Path, tmp_path: Path
+) -> None:
     write_tiny(tmp_path)
-    trained(tmp_path, WORLDS[first], "run", "--train_steps", "12", "--training.save_interval", "6")
-    (tmp_path / "run" / "step_0012.pt").unlink()
+    trained(tmp_path, WORLDS[first], "run", "--training.checkpoints", form)
+    forget_the_end(tmp_path / "run")
     ended = WORLDS[then].train(tmp_path, "run", "--resume", "auto")
     assert [rank.code for rank in ended] == [0] * WORLDS[then].ranks, ended
     assert max(differences(tmp_path / "run", whole / "adamw")) <= 1e-4
     assert "not bit-exact, because of" in ended[0].out
 
 
-def test_with_nothing_changed_a_resume_is_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_with_nothing_changed_a_resume_is_bit_identical(form: str, tmp_path: Path) -> None:
     write_tiny(tmp_path)
     world = WORLDS["two machines with two parts"]
-    expected = outcome(trained(tmp_path, world, "whole"), 12)
-    trained(tmp_path, world, "run")
-    (tmp_path / "run" / "step_0012.pt").unlink()
-    ended = world.train(tmp_path, "run", "--resume", "auto")
+    flags = ("--training.checkpoints", form)
+    expected = outcome(trained(tmp_path, world, "whole", *flags), 12)
+    forget_the_end(trained(tmp_path, world, "run", *flags))
+    ended = world.train(tmp_path, "run", "--resume", "auto", *flags)
     assert outcome(tmp_path / "run", 12) == expected
     assert ": bit-exact" in ended[0].out
 
