@@ -86,8 +86,17 @@ def count_parameters(model: ModelConfig) -> int:
 
 def count_non_embedding(model: ModelConfig) -> int:
     """Return the number of weights in the blocks and the final norm."""
-    norm = model.hidden_size * (2 if model.norm == "layernorm" else 1)
-    return model.num_hidden_layers * (count_block_matrices(model) + 2 * norm) + norm
+    return model.num_hidden_layers * count_block(model) + count_norm(model)
+
+
+def count_block(model: ModelConfig) -> int:
+    """Return the number of weights in one block: its matrices and its two norms."""
+    return count_block_matrices(model) + 2 * count_norm(model)
+
+
+def count_norm(model: ModelConfig) -> int:
+    """Return the number of weights in one norm."""
+    return model.hidden_size * (2 if model.norm == "layernorm" else 1)
 
 
 def count_block_matrices(model: ModelConfig) -> int:
@@ -125,10 +134,11 @@ def muon_flops(model: ModelConfig, device: str) -> int:
     return model.num_hidden_layers * flops
 
 
-def estimate_memory(config: Config, device: str) -> Memory:
+def estimate_memory(config: Config, device: str, shards: int = 1) -> Memory:
     """Return the peak memory on one device; `device` is a CPU class, `mps` or a GPU's name.
 
-    Weights, gradients and optimizer state are exact; activations are counted tensor by tensor.
+    `shards` is the number of devices over which weights, gradients and optimizer state are split; these three are exact
+    if it is 1. Activations are counted tensor by tensor.
     """
     m, t = config.model, config.training
     parameters = count_parameters(m)
@@ -149,19 +159,32 @@ def estimate_memory(config: Config, device: str) -> Memory:
         blocks = block + size * m.hidden_size * m.num_hidden_layers
     temporary = size * (4 * m.intermediate_size + 3 * m.hidden_size)
     chunk = min(rows, 512 if device.startswith("cpu") else 8192)
-    gradients = 4 * parameters
+    gradients = math.ceil(4 * parameters / shards)
     activations = rows * (blocks + temporary)
     loss = chunk * m.vocab_size * (8 + size) + 4 * m.vocab_size * m.hidden_size
     small = sum(width for width in kept if rows * size * width < MAPPED) / sum(kept)
     gaps = HEAP_GAPS["several" if t.gradient_accumulation_steps > 1 else "one micro-batch"]
     return Memory(
-        weights=parameters * (4 if size == 4 else 6),  # matrix products use 16-bit copies
+        weights=weight_bytes(m, size, shards),
         gradients=gradients,
-        optimizer=optimizer_bytes(config),
+        optimizer=math.ceil(optimizer_bytes(config) / shards),
         activations=activations,
         loss=loss,
         gaps=int(gaps * small * (gradients + activations + loss)) if device.startswith("cpu") else 0,
     )
+
+
+def weight_bytes(model: ModelConfig, size: int, shards: int) -> int:
+    """Return the bytes of the weights on one device: float32, and those that the matrix products read.
+
+    Matrix products read values of `size` bytes: 16-bit copies of all weights, or if the weights are split over several
+    devices, what FSDP2 gathers at one time: the root group (embeddings, final norm, head), a block and the next one.
+    """
+    parameters = count_parameters(model)
+    if shards == 1:
+        return parameters * (4 if size == 4 else 6)
+    gathered = parameters - max(0, model.num_hidden_layers - 2) * count_block(model)
+    return math.ceil(4 * parameters / shards) + size * gathered
 
 
 def needs_float32(config: Config, device: str) -> bool:
