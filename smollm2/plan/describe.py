@@ -75,9 +75,7 @@ def describe_origin(throughput: Throughput) -> str:
 
 def describe_plan(config: Config, machine: Machine) -> list[tuple[str, str]]:
     """Return the rows of the plan's table as (label, text)."""
-    counted = (corpus for name in config.data.inputs if (corpus := find_corpus(config, name)) and corpus.is_counted)
-    if corpus := next(counted, None):
-        config = config.with_vocab_size(corpus.vocab_size)
+    config = with_counted_vocabulary(config)
     plan = make_plan(config, machine)
     embeddings = plan.parameters - count_non_embedding(config.model)
     head = "shared with the head" if config.model.tie_word_embeddings else "head included"
@@ -102,6 +100,13 @@ def describe_plan(config: Config, machine: Machine) -> list[tuple[str, str]]:
         *describe_all_gpus(config, machine),
         *((f"  one {card}", describe_card(config, card, size)) for card, size in CARDS.items()),
     ]
+
+
+def with_counted_vocabulary(config: Config) -> Config:
+    """Return the config with the vocabulary size that an earlier run had with the same text, if there was one."""
+    counted = (corpus for name in config.data.inputs if (corpus := find_corpus(config, name)) and corpus.is_counted)
+    corpus = next(counted, None)
+    return config.with_vocab_size(corpus.vocab_size) if corpus else config
 
 
 def describe_tokens(config: Config, plan: Plan) -> str:

@@ -20,6 +20,7 @@ QUESTIONS = {
     "version": (["--version"], 0),
     "help of train": (["train", "--help"], 0),
     "plan": (["plan", "--preset", "smollm2-135m"], 0),
+    "plan of a cluster": (["plan", "--preset", "smollm2-135m", "--devices", "8", "--machines", "2"], 0),
     "a config error": (["train", "--training.learning_rate", "fast"], 2),
     "no config": (["train", "--config", "absent.yaml"], 2),
 }
