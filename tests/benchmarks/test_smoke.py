@@ -24,6 +24,7 @@ COMMANDS = {
     "muon": ["--presets", "nano", "--layers", "1", "--rounds", "1", "--peer_rounds", "1", "--threads", "1"],
     "prepare": ["--megabytes", "0.3", "--rounds", "1", "--no_peer"],
     "reading": ["--tokens", "100000000", "--repeats", "1", "--steps", "2"],
+    "scale": ["--presets", "smollm2-135m", "--devices", "2", "16"],
     "train_speed": [*ONE_ROUND, "--modes", "eager", "--batch", "1", "--length", "32"],
 }
 SLOW = {"generate", "learning", "train_speed"}
