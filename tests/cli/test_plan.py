@@ -1,12 +1,18 @@
-"""`smollm2 plan` with --devices and --machines."""
+"""`smollm2 plan` with --devices and --machines, and the commands and plans that docs/scale.md shows."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from commands import check_refused
-from runs import write_tiny
+from runs import ROOT, write_tiny
 
-from smollm2.cli.main import main
+from smollm2.cli.main import build_parser, main
+
+PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+PLANS = re.findall(r"^\$ smollm2 plan (.*)\n((?:.+\n)+?)```", PAGE, re.MULTILINE)
+RUNS = re.findall(r"^(?:torchrun|python) .*?train\.py (.*)$", PAGE, re.MULTILINE)
 
 
 def plan(capsys: pytest.CaptureFixture[str], *flags: str) -> list[list[str]]:
@@ -57,3 +63,24 @@ def test_a_number_of_devices_that_makes_no_sense_is_refused_in_one_line(
     write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     check_refused(["plan", *flags], 2, words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(("flags", "shown"), PLANS)
+def test_the_plans_of_the_page_are_what_is_printed(
+    flags: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line of the page is the beginning of a row: the rest may depend on the machine."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *shlex.split(flags)]) == 0
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in shown.splitlines() if not any(row.startswith(line) for row in rows)] == []
+
+
+@pytest.mark.parametrize("flags", RUNS)
+def test_the_runs_of_the_page_are_understood(flags: str) -> None:
+    _, unknown = build_parser().parse_known_args(["train", *shlex.split(flags)])
+    assert unknown == []
+
+
+def test_the_page_has_seven_plans_and_seven_commands() -> None:
+    assert (len(PLANS), len(RUNS) + PAGE.count("\nsbatch ")) == (7, 7)
