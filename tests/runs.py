@@ -13,7 +13,7 @@ from smollm2.config.schema import Config
 from smollm2.storage.run_folder import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCK_COLUMNS = {"tokens_per_second"}
+CLOCK_COLUMNS = {"tokens_per_second", "rank_seconds_min", "rank_seconds_median", "rank_seconds_max"}
 
 TINY = """
 model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1,

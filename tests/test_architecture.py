@@ -284,6 +284,8 @@ READING = {
             "training.anomalies.report_spike",
             "training.anomalies.report_out_of_memory",
             "training.timing.Forecast",
+            "training.timing.Stragglers",
+            "training.timing.own_seconds",
             "training.timing.save_throughput",
         },
     ),

@@ -220,10 +220,13 @@ class Pulse:
 
     def __init__(self) -> None:
         self.step, self.count, self.place, self.waits, self.since = 0, 0, "the setup", False, time.monotonic()
+        self.waited = 0.0  # seconds in operations that wait for other ranks
 
     def mark(self, place: str, *, waits: bool = False) -> None:
         """Record that an operation begins; with `waits`, the other ranks must reach it too, within rank_timeout."""
-        self.count, self.place, self.waits, self.since = self.count + 1, place, waits, time.monotonic()
+        now = time.monotonic()
+        self.waited += now - self.since if self.waits else 0.0
+        self.count, self.place, self.waits, self.since = self.count + 1, place, waits, now
 
     def read(self) -> tuple[int, str, float, bool]:
         """Return the number of operations begun, the last one, its start time, and whether it waits for other ranks."""

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from smollm2.plan.machine import Machine, cpu_class, find_machine
+from smollm2.plan.machine import Machine, cpu_class, find_machine, memory_limit
+from smollm2.plan.scale import Cluster
 from smollm2.runtime.device import Runtime
 
 SIDE = 512
@@ -41,6 +42,19 @@ def machine_of(runtime: Runtime) -> Machine:
     device = "mps" if runtime.device.type == "mps" else cpu_class(os.environ)
     cores = min(found.cores, local * torch.get_num_threads())
     return replace(found, device=device, cores=cores, gpus=0, devices=max(1, runtime.world_size // local))
+
+
+def cluster_of(runtime: Runtime) -> Cluster:
+    """Return how many machines the ranks of a run are on, and how many ranks each machine has."""
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE") or runtime.world_size)
+    return Cluster(max(1, runtime.world_size // devices), min(devices, runtime.world_size))
+
+
+def memory_of(runtime: Runtime) -> int:
+    """Return the bytes of memory of this rank's device; the processes of a machine without GPUs share its memory."""
+    if runtime.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(runtime.device).total_memory)
+    return memory_limit() // cluster_of(runtime).devices
 
 
 def measure_if_long(runtime: Runtime, machine: Machine, seconds: float) -> float | None:

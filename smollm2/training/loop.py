@@ -62,7 +62,17 @@ from smollm2.training.setup import (
     settle_sharding,
 )
 from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, rehearse, train_step
-from smollm2.training.timing import TIME_UP, Forecast, Meter, TimeLimit, save_throughput, signal_name, stopped
+from smollm2.training.timing import (
+    TIME_UP,
+    Forecast,
+    Meter,
+    Stragglers,
+    TimeLimit,
+    own_seconds,
+    save_throughput,
+    signal_name,
+    stopped,
+)
 
 REPLICA_INTERVAL = 1000
 """Steps between comparisons of the ranks' weights; each save compares them as well."""
@@ -269,19 +279,21 @@ def run_steps(
     t, runtime = run.config.training, run.runtime
     share = run.config.global_batch_size // runtime.world_size
     first_row = runtime.rank * share
-    meter, forecast = Meter(), Forecast(announced)
+    meter, forecast, stragglers = Meter(), Forecast(announced), Stragglers()
     with contextlib.closing(prefetched(run.batches, progress.step, first_row, first_row + share)) as batches:
         while progress.pending or progress.step < t.train_steps:
             runtime.pulse.step = progress.step + 1
             limit.begin_step()
             if not progress.pending:  # else a signal had interrupted the actions of the last step, and they come first
+                before = own_seconds(runtime)
                 result, progress, size = make_step(run, progress, next(batches), size)
-                meter.add(result)
+                meter.add(result, own_seconds(runtime) - before)
                 if correction := forecast.add(result.seconds, t.train_steps - progress.step):
                     run.tracker.log_event("estimate", correction, progress.step)
                 report_anomaly(run, progress, result)
                 if progress.step == 1 or is_due(progress.step, t.log_interval, is_last=progress.step == t.train_steps):
-                    run.tracker.log(describe_step(run, progress, result, meter), progress.step)
+                    row = describe_step(run, progress, result, meter) | stragglers.compare(run, meter)
+                    run.tracker.log(row, progress.step)
                 if on_step:
                     on_step(progress.step, result)
             if run.saver:

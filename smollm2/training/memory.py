@@ -75,7 +75,7 @@ def choose_micro_batch(config: Config, runtime: Runtime) -> MicroBatchChoice:
 
     def needed(size: int) -> int:
         smaller = config.with_training(batch_size=size)
-        return processes * estimate_memory(smaller, runtime.planned_device).total
+        return processes * estimate_memory(smaller, runtime.planned_device, runtime.layout.shards).total
 
     size: int | None = allowed
     while size and needed(size) > limit:

@@ -14,10 +14,11 @@ from smollm2.data.corpus import MANY_EPOCHS
 from smollm2.errors import Interrupted, ResourceError, Smollm2Error
 from smollm2.formatting import format_bytes, format_estimate
 from smollm2.plan.describe import Plan, describe_origin, make_plan
+from smollm2.plan.scale import cluster_memory, estimate_cluster_step, links_of
 from smollm2.report.verdict import describe_change
 from smollm2.runtime.commands import shown_path, smollm2_command
 from smollm2.runtime.device import machine_facts
-from smollm2.runtime.throughput import machine_of, measure_if_long
+from smollm2.runtime.throughput import cluster_of, machine_of, measure_if_long
 from smollm2.storage.run_folder import METRICS, REPORT, SAMPLES, find_checkpoint, step_of
 from smollm2.tracking.jsonl import read_values
 from smollm2.training.optim import learning_rate_at
@@ -54,6 +55,7 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
             f"{plan.parameters:,} parameters: {m.num_hidden_layers} layers, {m.hidden_size} wide, {heads}, {m.norm}{origin}",
         ),
         ("device", f"{runtime.device.type}, {torch.get_num_threads()} threads{ranks}"),
+        *([("sharing", describe_sharing(run, plan))] if runtime.world_size > 1 else []),
         ("precision", describe_numerics(run)),
         (
             "text",
@@ -70,6 +72,21 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
         ("time", f"about {format_estimate(seconds)}, {describe_origin(plan.throughput)}"),
         ("run folder", t.save_dir),
     ]
+
+
+def describe_sharing(run: Run, plan: Plan) -> str:
+    """Describe how the ranks share the model, the memory that each needs, and what communication may take of a step."""
+    layout, cluster, machine = run.runtime.layout, cluster_of(run.runtime), machine_of(run.runtime)
+    sharding = run.config.training.sharding if layout.is_sharded else "none"
+    memory = cluster_memory(run.config, machine.device, cluster, sharding).total
+    links = links_of(machine.device, cluster)
+    step = estimate_cluster_step(run.config, machine, cluster, sharding, links, plan.throughput)
+    copies = f"{layout.replicas} copies" if layout.replicas > 1 else "one copy"
+    parts = f" in {layout.shards} parts" if layout.shards > 1 else ""
+    return (
+        f"{copies} of the model{parts} ({sharding}) on {cluster.machines} x {cluster.devices} devices; about "
+        f"{format_bytes(memory)} on each; communication about {step.communication_share:.0%} of a step"
+    )
 
 
 def describe_numerics(run: Run) -> str:

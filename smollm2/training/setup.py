@@ -30,12 +30,13 @@ from smollm2.formatting import format_bytes
 from smollm2.model.attention import check_backend, choose_backend
 from smollm2.model.transformer import SmolLM2
 from smollm2.plan.arithmetic import estimate_disk
+from smollm2.plan.scale import SHARDINGS, choose_sharding
 from smollm2.plan.throughput import is_compiled
 from smollm2.report.tracker import ReportTracker
 from smollm2.runtime.device import Runtime, compile_blocks, compiler_problem, environment
 from smollm2.runtime.precision import device_features
 from smollm2.runtime.sharding import make_layout, share_out
-from smollm2.runtime.throughput import machine_of
+from smollm2.runtime.throughput import cluster_of, machine_of, memory_of
 from smollm2.storage.atomic import write_atomically
 from smollm2.storage.run_folder import CONFIG, DATA, METRICS, REPORT, TOKENIZER, count_checkpoint_bytes
 from smollm2.tracking.base import Fanout, Fence, Tracker
@@ -173,11 +174,18 @@ def settle_compilation(setup: Setup) -> Setup:
 def settle_sharding(setup: Setup) -> Setup:
     """Return the setup with training.sharding decided, and the layout that it stands for in the runtime."""
     config, runtime = setup.config, setup.runtime
-    machines = runtime.world_size // int(environment().get("LOCAL_WORLD_SIZE", runtime.world_size))
-    sharding = config.training.sharding
-    if sharding == "auto":
-        sharding = "none"
-    layout = make_layout(sharding, runtime.device, runtime.world_size, machines)
+    cluster, memory = cluster_of(runtime), memory_of(runtime)
+    if config.training.sharding == "auto":
+        found = runtime.gather(choose_sharding(config, runtime.planned_device, memory, cluster))
+        sharding = max(found, key=SHARDINGS.index)  # of the device with the least memory
+        if sharding != "none":
+            setup.report(
+                f"training.sharding: auto -> {sharding}, because the whole run does not fit into the "
+                f"{format_bytes(memory)} of one device"
+            )
+        origins = {**setup.origins, "training.sharding": "auto"}
+        setup = dataclasses.replace(setup, config=config.with_training(sharding=sharding), origins=origins)
+    layout = make_layout(setup.config.training.sharding, runtime.device, runtime.world_size, cluster.machines)
     return dataclasses.replace(setup, runtime=dataclasses.replace(runtime, layout=layout))
 
 

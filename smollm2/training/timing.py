@@ -7,8 +7,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from smollm2.errors import Interrupted, ResourceError
 from smollm2.plan.throughput import Duration, correct_duration, describe_correction, record_throughput
+from smollm2.runtime.device import Runtime
 from smollm2.runtime.throughput import machine_of
 from smollm2.training.setup import Run
 from smollm2.training.step import StepResult
@@ -19,6 +22,9 @@ CHECKED_STEPS = 20
 CHECKED_SECONDS = 20.0
 """The minimum duration of the measured steps before the announced time can be corrected upwards; it doubles after each
 comparison."""
+
+SLOW, SLOW_SECONDS, SLOW_REPORTS = 1.5, 0.02, 3
+"""A rank is slow if it needs this many times the median of the ranks, and this many seconds more, in this many reports."""
 
 TIME_UP = 1000
 """A pseudo signal number: the run has reached its own time limit."""
@@ -56,9 +62,11 @@ class Meter:
     tokens: int = 0
     seconds: float = 0.0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+    own: list[float] = field(default_factory=list)
 
-    def add(self, result: StepResult) -> None:
-        """Count one step."""
+    def add(self, result: StepResult, own_seconds: float) -> None:
+        """Count one step, and the seconds of it in which this rank did not wait for others."""
+        self.own.append(own_seconds)
         self.recent.append(result.seconds)
         self.tokens += result.tokens
         self.seconds += result.seconds
@@ -68,6 +76,41 @@ class Meter:
         rate = self.tokens / self.seconds
         self.tokens, self.seconds = 0, 0.0
         return rate
+
+
+def own_seconds(runtime: Runtime) -> float:
+    """Return a clock that stands still while this rank waits for others.
+
+    If the model is shared out, every pass waits many times: then it is the processor's time, which does not see a GPU.
+    """
+    if runtime.layout.is_sharded:
+        return time.process_time() / torch.get_num_threads()
+    return time.monotonic() - runtime.pulse.waited
+
+
+@dataclass
+class Stragglers:
+    """Compares the ranks' own time per step at each report, and names a rank that is slow in several reports in a row."""
+
+    slow: int = -1
+    reports: int = 0
+    named: set[int] = field(default_factory=set)
+
+    def compare(self, run: Run, meter: Meter) -> dict[str, float]:
+        """Return the lowest, the median and the highest seconds of the ranks; nothing if there is one. A collective."""
+        mine, meter.own = statistics.median(meter.own), []
+        if run.runtime.world_size == 1:
+            return {}
+        seconds = run.runtime.gather(mine)
+        usual, highest = statistics.median_low(seconds), max(seconds)
+        slow = seconds.index(highest) if highest > SLOW * usual and highest - usual > SLOW_SECONDS else -1
+        self.reports = self.reports + 1 if slow == self.slow else 1
+        self.slow = slow
+        if slow >= 0 and self.reports == SLOW_REPORTS and slow not in self.named:
+            self.named.add(slow)
+            message = f"rank {slow} is slow: it works {highest:.3g} s in a step, most ranks {usual:.3g} s, and they wait for it"
+            run.tracker.log_event("straggler", message, run.runtime.pulse.step)
+        return {"rank_seconds_min": min(seconds), "rank_seconds_median": usual, "rank_seconds_max": highest}
 
 
 def save_throughput(run: Run, meter: Meter) -> None:

@@ -1,5 +1,6 @@
 """Several processes do the run that one does, and end together, with one sentence, whatever happens to one of them."""
 
+import json
 import os
 import re
 import shutil
@@ -135,6 +136,27 @@ def test_a_run_that_changes_its_number_of_ranks_reads_the_windows_of_one_that_do
     assert "not bit-exact, because of world_size 1 -> 2" in reported
 
 
+def test_a_rank_that_the_others_wait_for_is_named_once_with_its_seconds(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+
+    def work(rank: int) -> int:
+        split = loop.split
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.1 * rank)
+            return split(*arguments)
+
+        loop.split = slow  # type: ignore[assignment]
+        return main(train_words())
+
+    ended = run_ranks(work, tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert ended[0].out.count("rank 1 is slow") == 1
+    rows = map(json.loads, (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines())
+    row = [row for row in rows if "loss" in row][-1]
+    assert row["rank_seconds_max"] >= 0.1 > row["rank_seconds_median"] >= row["rank_seconds_min"]
+
+
 def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_that_they_can(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     ended = run_ranks(
@@ -233,13 +255,13 @@ def failing_saves(steps: set[int], work: Work) -> Work:
     """`work` on a disk that is full at these steps, as rank 0 finds."""
     whole = saving.save_checkpoint
 
-    def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
+    def save(folder: Path, state: dict[str, object], *, step: int, **named: Any) -> Path:
         if step in steps:
             raise ResourceError("the disk is full")
-        return whole(folder, state, step=step)
+        return whole(folder, state, step=step, **named)
 
     def failing(rank: int) -> int:
-        saving.save_checkpoint = save  # type: ignore[assignment]
+        saving.save_checkpoint = save
         return work(rank)
 
     return failing
@@ -411,12 +433,12 @@ def test_a_rank_that_takes_long_over_a_save_is_named_and_waited_for(tmp_path: Pa
     write_tiny(tmp_path)
     whole = saving.save_checkpoint
 
-    def save(folder: Path, state: dict[str, object], *, step: int) -> Path:
+    def save(folder: Path, state: dict[str, object], *, step: int, **named: Any) -> Path:
         time.sleep(8 if step == 12 else 0)
-        return whole(folder, state, step=step)
+        return whole(folder, state, step=step, **named)
 
     def slow(rank: int) -> int:
-        saving.save_checkpoint = save  # type: ignore[assignment]
+        saving.save_checkpoint = save
         return training_with("--training.rank_timeout", "5")(rank)
 
     ended = run_ranks(slow, tmp_path)

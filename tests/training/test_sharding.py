@@ -1,75 +1,28 @@
 """A model that the ranks share out (FSDP2) trains, measures, saves and resumes as one that a single process holds."""
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import metrics, outcome, write_tiny
+from rank_trials import ONE, WORLDS, World, differences, forget_the_end, trained, try_kills
+from runs import outcome, write_tiny
 from torch import Tensor, nn
 from torch import distributed as dist
 from two_ranks import Ended, run_ranks
 
 from smollm2.analysis.diagnostics import StepDiagnostics
 from smollm2.analysis.landscape import measure_landscape
-from smollm2.cli.main import main
 from smollm2.config.schema import ModelConfig
 from smollm2.model.transformer import SmolLM2
 from smollm2.runtime import sharding
 from smollm2.runtime.sharding import ALONE, gathered, local, make_layout, share_out
-from smollm2.storage.run_folder import find_checkpoint
+from smollm2.training import setup
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class World:
-    """How many ranks train, how they share the model, and how many are on a machine (0: all)."""
-
-    ranks: int
-    sharding: str
-    per_machine: int = 0
-
-    def train(self, folder: Path, save_dir: str, *flags: str, before: Callable[[], object] = int) -> list[Ended]:
-        """Train in `folder` as the user does; `before` is called on each rank at first."""
-
-        def work(rank: int) -> int:
-            before()
-            words = ["train", "--config", "config.yaml", "--disable_wandb", "--save_dir", save_dir]
-            return main([*words, "--training.sharding", self.sharding, *flags])
-
-        return run_ranks(work, folder, self.ranks, self.per_machine)
-
-
-ONE = World(1, "none")
-WORLDS = {
-    "two copies": World(2, "none"),
-    "one part": World(1, "full"),
-    "two parts": World(2, "full"),
-    "two machines with one rank": World(2, "hybrid", 1),
-    "four copies": World(4, "none"),
-    "four parts": World(4, "full"),
-    "two machines with two parts": World(4, "hybrid", 2),
-}
-
-
-def trained(folder: Path, world: World, save_dir: str, *flags: str) -> Path:
-    ended = world.train(folder, save_dir, *flags)
-    assert [rank.code for rank in ended] == [0] * world.ranks, ended
-    return folder / save_dir
-
-
-def column(folder: Path, name: str = "loss") -> list[float]:
-    return [float(row[name]) for row in metrics(folder) if name in row]
-
-
-def differences(mine: Path, theirs: Path, name: str = "loss") -> list[float]:
-    return [abs(a / b - 1) for a, b in zip(column(mine, name), column(theirs, name), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +53,6 @@ RESUMES = [("two parts", "four copies"), ("four copies", "four parts"), ("four p
 RESUMES += [("two machines with two parts", "two parts"), ("two parts", "one part")]
 
 
-def forget_the_end(folder: Path) -> None:
-    """Remove the checkpoint of the last step."""
-    path = find_checkpoint(folder, 12)
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 @pytest.mark.parametrize("form", ["file", "folder"])
 @pytest.mark.parametrize(("first", "then"), RESUMES)
 def test_any_layout_resumes_the_checkpoint_of_any_other(
@@ -130,6 +77,27 @@ def test_with_nothing_changed_a_resume_is_bit_identical(form: str, tmp_path: Pat
     ended = world.train(tmp_path, "run", "--resume", "auto", *flags)
     assert outcome(tmp_path / "run", 12) == expected
     assert ": bit-exact" in ended[0].out
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_the_finished_one_is_bit_identical(tmp_path: Path) -> None:
+    """Promise A1."""
+    trials = list(try_kills(tmp_path, 4, seed=3))
+    assert sum("kill" in one for one in trials) >= 4
+    assert all(one["bit-identical"] for one in trials if "finished" in one)
+
+
+def test_auto_shares_the_model_out_only_if_it_does_not_fit_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path)
+    auto = World(2, "auto")
+    assert "copies of the model (none)" in auto.train(tmp_path, "fits")[0].out
+    monkeypatch.setattr(setup, "memory_of", lambda runtime: 10**8)
+    out = auto.train(tmp_path, "does_not_fit")[0].out
+    assert "training.sharding: auto -> full, because the whole run does not fit into the 100 MB of one device" in out
+    assert "one copy of the model in 2 parts (full) on 1 x 2 devices" in out
+    assert 'sharding: "full"  # auto' in (tmp_path / "does_not_fit" / "config.yaml").read_text()
 
 
 def small_model() -> SmolLM2:
