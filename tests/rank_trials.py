@@ -2,6 +2,7 @@
 
     PYTHONPATH=.:tests python tests/rank_trials.py matrix FOLDER
     PYTHONPATH=.:tests python tests/rank_trials.py kills FOLDER --kills 20 --seed 1
+    PYTHONPATH=.:tests python tests/rank_trials.py measure FOLDER
 
 prints one JSON object a trial, and one at the end. tests/training/test_sharding.py runs small forms of both.
 """
@@ -10,18 +11,26 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from runs import metrics, outcome, write_tiny
 from two_ranks import Ended, Ranks, start_ranks
 
+from smollm2.checkpoint.discovery import load_checkpoint
 from smollm2.cli.main import main
+from smollm2.config.reading import load_config
+from smollm2.plan.machine import cpu_class
+from smollm2.plan.scale import Cluster, cluster_memory
 from smollm2.storage.run_folder import RANKS, find_checkpoint
+from smollm2.training import actions, loop
 
 STEPS = 12
 
@@ -134,17 +143,73 @@ def try_kills(folder: Path, kills: int, seed: int, form: str = "folder") -> Iter
         yield {"finished": True, "bit-identical": outcome(folder / "run", STEPS) == expected}
 
 
+LARGE = """
+model: {hidden_size: 640, intermediate_size: 1712, num_hidden_layers: 12, num_attention_heads: 10, num_key_value_heads: 10,
+  max_position_embeddings: 128, norm: rmsnorm}
+training: {train_steps: 6, batch_size: 2, gradient_accumulation_steps: 2, precision: float32, log_interval: 1, eval_interval: 0,
+  save_interval: 2, sample_tokens: 0, diagnostics_interval: 0, warmup_steps: 1, checkpoints: folder, rank_timeout: 300}
+data: {tokenizer: bytes, validation_fraction: 0}
+"""
+
+
+def measure_saves_and_memory(folder: Path) -> Iterator[dict[str, object]]:
+    """Two ranks share out a model of 60M parameters: the stall of a save beside torch.save, and the memory beside the plan."""
+    write_tiny(folder, config=LARGE)
+
+    def work(rank: int) -> int:
+        save, found = actions.save, list[float]()
+
+        def timed(*arguments: Any, **named: Any) -> None:
+            began = time.perf_counter()
+            save(*arguments, **named)
+            found.append(time.perf_counter() - began)
+
+        loop.save = timed  # type: ignore[attr-defined]
+        words = [
+            "train",
+            "--config",
+            "config.yaml",
+            "--disable_wandb",
+            "--save_dir",
+            "run",
+            "--training.sharding",
+            "full",
+        ]
+        code = main(words)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        Path(f"notes_{rank}.json").write_text(json.dumps({"rank": rank, "stalls": found, "peak memory": peak}))
+        return code
+
+    ended = start_ranks(work, folder, 2).wait(600)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    yield from (json.loads((folder / f"notes_{rank}.json").read_text()) for rank in range(2))
+    state = load_checkpoint(find_checkpoint(folder / "run", 6))
+    began = time.perf_counter()
+    with (folder / "whole.pt").open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    config = load_config(folder / "config.yaml").with_vocab_size(257).with_training(sharding="full")
+    planned = cluster_memory(config, cpu_class(os.environ), Cluster(1, 2), "full").total
+    yield {"torch.save": time.perf_counter() - began, "parameters": sum(t.numel() for t in state["model"].values())}
+    yield {"planned memory of a device": planned}
+
+
 def command() -> None:
     """Print each trial as a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trial", choices=["matrix", "kills"])
+    parser.add_argument("trial", choices=["matrix", "kills", "measure"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     found = []
-    trials = try_all_resumes(args.folder) if args.trial == "matrix" else try_kills(args.folder, args.kills, args.seed)
-    for one in trials:
+    trials = {
+        "matrix": lambda: try_all_resumes(args.folder),
+        "kills": lambda: try_kills(args.folder, args.kills, args.seed),
+        "measure": lambda: measure_saves_and_memory(args.folder),
+    }
+    for one in trials[args.trial]():
         print(json.dumps(one), flush=True)
         found.append(one)
     if args.trial == "matrix":

@@ -31,6 +31,7 @@ def pages(text: str) -> list[str]:
     return re.findall(r"^  (\S[a-z ]*?)  +\S", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_its_output_has_the_lines_that_a_run_has(output: str) -> None:
     shown = BLOCKS[0]
     assert pages(shown) == pages(output)

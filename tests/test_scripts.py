@@ -217,6 +217,7 @@ def stand_in(folder: Path, names: tuple[str, ...], program: str) -> str:
     return f"{folder / 'bin'}:{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 def test_an_environment_whose_python_is_gone_is_made_anew_with_the_real_pip(checkout: Path) -> None:
     (checkout / "pyproject.toml").write_text(PROJECT + '[project]\nname = "tiny"\nversion = "1"\n')
     (checkout / "backend.py").write_text(BACKEND)
@@ -228,6 +229,7 @@ def test_an_environment_whose_python_is_gone_is_made_anew_with_the_real_pip(chec
     assert set_up(checkout) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_an_environment_without_pip_gets_one_and_keeps_its_packages(checkout: Path) -> None:
     (checkout / "pyproject.toml").write_text(PROJECT + '[project]\nname = "tiny"\nversion = "1"\n')
     (checkout / "backend.py").write_text(BACKEND)
@@ -239,6 +241,7 @@ def test_an_environment_without_pip_gets_one_and_keeps_its_packages(checkout: Pa
     assert (site_packages(checkout) / "somebody_elses.py").exists()
 
 
+@pytest.mark.slow
 def test_run_tests_installs_the_tools_and_passes_its_arguments_to_pytest(furnished: Path, tmp_path: Path) -> None:
     borrow_packages(furnished)
     (furnished / "tests").mkdir()

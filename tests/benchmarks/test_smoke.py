@@ -27,8 +27,8 @@ COMMANDS = {
     "scale": ["--presets", "smollm2-135m", "--devices", "2", "16"],
     "train_speed": [*ONE_ROUND, "--modes", "eager", "--batch", "1", "--length", "32"],
 }
-SLOW = {"generate", "learning", "train_speed"}
-"""Those that load transformers, which takes 8 s in each of their processes."""
+SLOW = {"generate", "gpu", "learning", "memory", "muon", "prepare", "reading", "train_speed"}
+"""Those that take about ten seconds or more."""
 
 
 def test_every_benchmark_has_a_smoke_test() -> None:

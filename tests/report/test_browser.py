@@ -372,6 +372,7 @@ def test_a_figure_is_drawn_when_the_reader_comes_near(browser: Any, path: Path) 
     visit.context.close()
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_take_at_most_twice_the_time_of_a_thousand(browser: Any, tmp_path: Path) -> None:
     """Counted in the seconds that the page's thread worked, since other programs may keep it waiting; of the best of three
     visits, since the first one starts parts of the browser. Most of either is plotly's own start."""
