@@ -84,7 +84,7 @@ def _be_rank(work: Callable[[int], int], folder: Path, rank: int, world_size: in
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"rank_{rank}.{name}", os.O_WRONLY | os.O_TRUNC), number)
         with _own_streams():
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % per_machine), "WORLD_SIZE": str(world_size)}
             os.environ |= {
                 "LOCAL_WORLD_SIZE": str(per_machine),
                 "MASTER_ADDR": "127.0.0.1",

@@ -1,5 +1,6 @@
 """Open the tokenizer and the tokens of a run, on one rank or on several."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,21 +10,24 @@ from smollm2.data.store import Index, TokenStore, open_tokens
 from smollm2.data.token_files import open_token_files
 from smollm2.data.tokenizer import restore_tokenizer, tokenizer_from_text
 from smollm2.errors import DataError
+from smollm2.runtime.device import environment
 from smollm2.training.setup import Setup
 
 
 def share_corpus(setup: Setup) -> Corpus:
     """Return the tokenizer and the tokens on every rank.
 
-    Only rank 0 reads the text, which may be standard input; the other ranks open the tokens that it wrote. Raise
-    DataError if a rank cannot find them.
+    Rank 0 reads the text, which may be standard input; the other ranks open the tokens that it wrote. On a machine that
+    has a cache of its own, the first rank reads the text there, with the same tokenizer; `start_facts` are compared
+    afterwards. Raise DataError if a rank cannot find the tokens.
     """
     runtime, opened, made = setup.runtime, None, None
+    listener = Listener(setup.report, setup.console.show_progress, runtime.stop.raise_if_set)
     with runtime.together():
         if runtime.rank == 0:
             opened = open_corpus(
                 setup.config,
-                Listener(setup.report, setup.console.show_progress, runtime.stop.raise_if_set),
+                listener,
                 is_chosen=is_input_chosen(setup.config, setup.origins),
                 saved=restore_tokenizer(setup.start.state) if setup.start else None,
             )
@@ -36,16 +40,22 @@ def share_corpus(setup: Setup) -> Corpus:
                 Place.of(opened.regression) if opened.regression else None,
             )
     text, end_of_text, files, names, places, other = runtime.gather(made)[0]
+    tokenizer = tokenizer_from_text(text, end_of_text, files)
+
+    def find() -> Corpus:
+        stores = tuple(find_tokens(place) for place in places)
+        return Corpus(tokenizer, names, stores, find_tokens(other) if other else None)
+
+    with contextlib.suppress(DataError):
+        opened = opened or find()
+    if all(runtime.gather(opened is not None)):
+        assert opened
+        return opened
     with runtime.together():
-        if opened is None:
-            stores = [find_tokens(place) for place in places]
-            opened = Corpus(
-                tokenizer_from_text(text, end_of_text, files),
-                names,
-                tuple(stores),
-                find_tokens(other) if other else None,
-            )
-    return opened
+        if opened is None and environment().get("LOCAL_RANK") == "0":
+            opened = open_corpus(setup.config, listener, is_chosen=True, saved=tokenizer)
+    with runtime.together():
+        return opened or find()
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,6 @@ def find_tokens(place: Place) -> TokenStore:
         raise DataError(
             place.folder,
             "rank 0 has the tokens there, but this rank cannot find them",
-            "set data.cache_dir to a folder that all machines share",
+            "set data.cache_dir to a folder that all ranks of a machine share",
         )
     return store.with_validation(find_tokens(place.other)) if place.other else store

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, metrics, outcome, write_tiny
+from runs import ROOT, WORDS, metrics, outcome, write_tiny
 from torch.utils.hooks import RemovableHandle
 from twins import needs_bf16
 from two_ranks import Ended, Ranks, run_ranks, start_ranks
@@ -134,6 +134,35 @@ def test_a_run_that_changes_its_number_of_ranks_reads_the_windows_of_one_that_do
     assert windows_read(tmp_path) == expected
     assert "not bit-exact, because of world_size 2 -> 1" in reported
     assert "not bit-exact, because of world_size 1 -> 2" in reported
+
+
+def on_the_second_machine(folder: Path, text: str) -> Work:
+    """Training on rank 1 in a folder of its own, with its own cache and its own copy of the text."""
+    write_tiny(folder / "second", text=text)
+
+    def work(rank: int) -> int:
+        os.chdir(folder / ("second" if rank else "."))
+        return main(train_words("--save_dir", str(folder / "run"), "--data.cache_dir", "cache"))
+
+    return work
+
+
+def test_a_machine_with_a_cache_of_its_own_prepares_the_same_tokens(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    ended = run_ranks(on_the_second_machine(tmp_path, WORDS * 40), tmp_path, per_machine=1)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert list((tmp_path / "second").rglob("index.json"))
+    one = write_tiny(tmp_path / "one").parent
+    [alone] = run_ranks(lambda rank: main(train_words()), one, world_size=1)
+    assert alone.code == 0
+    assert max(relative(losses(tmp_path / "run"), losses(one / "checkpoints"))) <= 1e-4
+
+
+def test_a_machine_with_another_text_in_its_cache_is_named_before_the_first_step(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    ended = run_ranks(on_the_second_machine(tmp_path, WORDS * 39 + "other"), tmp_path, per_machine=1)
+    assert {rank.code for rank in ended} == {5}, ended
+    assert reported_once(ended, "rank 1: was started differently from rank 0: the tokens")
 
 
 def test_a_rank_that_the_others_wait_for_is_named_once_with_its_seconds(tmp_path: Path) -> None:

@@ -93,7 +93,10 @@ def test_a_cut_longer_than_the_timeout_ends_both_sides_and_the_resumed_run_has_t
     launched = start_both(machines, tmp_path)
     wait_for_step(70, tmp_path, launched)
     machines[1].plug("down")
-    both = lambda: "".join(one.read() for one in launched)  # noqa: E731
+
+    def both() -> str:
+        return "".join(one.read() for one in launched)
+
     wait_until(lambda: "made no progress for" in both(), both, 30)
     # torchrun's own agents wait for one another for up to a minute, and then once more.
     assert all(one.wait(200) != 0 for one in launched)
