@@ -170,7 +170,7 @@ def estimate_memory(config: Config, device: str, shards: int = 1) -> Memory:
         optimizer=math.ceil(optimizer_bytes(config) / shards),
         activations=activations,
         loss=loss,
-        gaps=int(gaps * small * (gradients + activations + loss)) if device.startswith("cpu") else 0,
+        gaps=int(gaps * small * (gradients + activations + loss)) if device.startswith("cpu") and shards == 1 else 0,
     )
 
 

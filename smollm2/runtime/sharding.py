@@ -104,11 +104,10 @@ def make_layout(sharding: str, device: torch.device, world_size: int, machines: 
     return Layout(replicas, shape[-1], mesh, groups.get("replica"), groups.get("shard"), meeting)
 
 
-def share_out(model: SmolLM2, layout: Layout, dtype: torch.dtype, *, keep_gathered: bool = False) -> None:
+def share_out(model: SmolLM2, layout: Layout, dtype: torch.dtype) -> None:
     """Split the model's parameters over the ranks, in place and block by block, and move them to the mesh's device.
 
-    Weights are gathered in `dtype` if it has 16 bits; gradients are summed in float32. `keep_gathered` keeps a block's
-    weights between its forward and its backward pass: less communication, more memory.
+    Weights are gathered in `dtype` if it has 16 bits, and freed after each pass of a block; gradients are summed in float32.
     """
     if layout.mesh is None:
         return
@@ -119,7 +118,7 @@ def share_out(model: SmolLM2, layout: Layout, dtype: torch.dtype, *, keep_gather
     )
     options: dict[str, Any] = {"mesh": layout.mesh, "mp_policy": policy}
     for block in model.model.layers:
-        fully_shard(block, reshard_after_forward=not keep_gathered, **options)
+        fully_shard(block, reshard_after_forward=True, **options)
     fully_shard(model, reshard_after_forward=False, **options)
 
 

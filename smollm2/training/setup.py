@@ -34,6 +34,7 @@ from smollm2.plan.scale import SHARDINGS, choose_sharding
 from smollm2.plan.throughput import is_compiled
 from smollm2.report.tracker import ReportTracker
 from smollm2.runtime.device import Runtime, compile_blocks, compiler_problem, environment
+from smollm2.runtime.memory import return_freed_memory_at_once
 from smollm2.runtime.precision import device_features
 from smollm2.runtime.sharding import make_layout, share_out
 from smollm2.runtime.throughput import cluster_of, machine_of, memory_of
@@ -186,6 +187,8 @@ def settle_sharding(setup: Setup) -> Setup:
         origins = {**setup.origins, "training.sharding": "auto"}
         setup = dataclasses.replace(setup, config=config.with_training(sharding=sharding), origins=origins)
     layout = make_layout(setup.config.training.sharding, runtime.device, runtime.world_size, cluster.machines)
+    if layout.is_sharded and runtime.device.type == "cpu":
+        return_freed_memory_at_once()
     return dataclasses.replace(setup, runtime=dataclasses.replace(runtime, layout=layout))
 
 
