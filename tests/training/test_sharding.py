@@ -25,6 +25,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks 
 CPU = torch.device("cpu")
 
 
+def slow_if(condition: bool, *values: object) -> Any:
+    """A case, which is slow if it starts many ranks."""
+    return pytest.param(*values, marks=pytest.mark.slow if condition else ())
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run with two optimizers, each by one process."""
@@ -35,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize("world", [slow_if(w.ranks > 2, w) for w in WORLDS.values()], ids=WORLDS)
 @pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-4), ("muon", 1e-5)])
 def test_every_way_to_share_gives_the_losses_of_one_process(
     world: World, optimizer: str, bound: float, whole: Path, tmp_path: Path
@@ -54,7 +59,7 @@ RESUMES += [("two machines with two parts", "two parts"), ("two parts", "one par
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-@pytest.mark.parametrize(("first", "then"), RESUMES)
+@pytest.mark.parametrize(("first", "then"), [slow_if("four" in " ".join(pair), *pair) for pair in RESUMES])
 def test_any_layout_resumes_the_checkpoint_of_any_other(
     first: str, then: str, form: str, whole: Path, tmp_path: Path
 ) -> None:

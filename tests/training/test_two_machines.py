@@ -19,7 +19,7 @@ from smollm2.cli.main import main
 MISSING = describe_missing() if os.name == "posix" else "needs Linux"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")]
 
-STEPS = 300
+STEPS = 160
 CONFIG = TINY.replace("train_steps: 12", f"train_steps: {STEPS}").replace("save_interval: 4", "save_interval: 50")
 CONFIG = CONFIG.replace("eval_interval: 5", "eval_interval: 0, rank_timeout: 6").replace(
     "sample_interval: 6", "sample_interval: 0"
