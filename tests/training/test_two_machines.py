@@ -17,7 +17,7 @@ from smollm2.checkpoint.discovery import list_checkpoints, load_checkpoint
 from smollm2.cli.main import main
 
 MISSING = describe_missing() if os.name == "posix" else "needs Linux"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
 
 STEPS = 160
 CONFIG = TINY.replace("train_steps: 12", f"train_steps: {STEPS}").replace("save_interval: 4", "save_interval: 50")
@@ -80,11 +80,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_gradients_go_over_the_cable_and_the_losses_are_those_of_one_process(whole: Path) -> None:
     assert int((whole / "sent").read_text()) > STEPS * 4 * 26_816
     assert max(differences(whole / "run", whole / "one")) <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_cut_shorter_than_the_timeout_changes_no_bit(machines: Pair, whole: Path, tmp_path: Path) -> None:
     write_tiny(tmp_path, config=CONFIG)
     launched = start_both(machines, tmp_path)
@@ -96,6 +98,7 @@ def test_a_cut_shorter_than_the_timeout_changes_no_bit(machines: Pair, whole: Pa
     assert outcome(tmp_path / "run", STEPS) == outcome(whole / "run", STEPS)
 
 
+@pytest.mark.slow
 def test_a_cut_longer_than_the_timeout_ends_both_sides_and_the_resumed_run_has_the_same_bits(
     machines: Pair, whole: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +122,7 @@ def test_a_cut_longer_than_the_timeout_ends_both_sides_and_the_resumed_run_has_t
     assert outcome(tmp_path / "run", STEPS) == outcome(whole / "run", STEPS)
 
 
+@pytest.mark.slow
 def test_after_a_machine_dies_the_other_one_finishes_the_run_from_the_last_checkpoint(
     machines: Pair, whole: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +135,7 @@ def test_after_a_machine_dies_the_other_one_finishes_the_run_from_the_last_check
     assert max(differences(tmp_path / "run", whole / "run")) <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_machine_that_comes_back_restores_the_run_with_the_same_bits(
     machines: Pair, whole: Path, tmp_path: Path
 ) -> None:
