@@ -24,11 +24,11 @@ from smollm2.data.statistics import summarize_documents
 from smollm2.data.store import INDEX, Index, Statistics, TokenStore, fingerprint_of, open_tokens
 from smollm2.data.stream import choose_dtype
 from smollm2.data.text import expand_home
+from smollm2.data.tokenizer_files import TOKENIZER
 from smollm2.errors import DataError, ResourceError
 from smollm2.plan.machine import count_cores
 from smollm2.storage.atomic import IO_OPS, sync_file, write_atomically
 from smollm2.storage.locks import is_held, lock_folder
-from smollm2.storage.run_folder import LOCK
 
 SHARD_CHARACTERS = 2**26
 """Characters in a shard: at most this much work is lost if the process is killed."""
@@ -157,12 +157,16 @@ class Build:
         """Write all shards and the index, and give the folder its name."""
         state = State.read(self.work / STATE)
         self.write_shards(state, show_progress, stop)
-        (self.work / INDEX).write_text(self.make_index(state).to_json(), encoding="utf-8")
-        (self.work / "tokenizer.json").write_text(self.tokenizer.text, encoding="utf-8", newline="")
-        for name in (INDEX, "tokenizer.json"):
+        index = self.make_index(state)
+        (self.work / INDEX).write_text(index.to_json(), encoding="utf-8")
+        (self.work / TOKENIZER).write_text(self.tokenizer.text, encoding="utf-8", newline="")
+        for name in (INDEX, TOKENIZER):
             sync_file(self.work / name)
-        for name in (STATE, LOCK):
-            (self.work / name).unlink(missing_ok=True)
+        shards = (shard.file for shard in (*index.train, *index.validation))
+        kept = {INDEX, TOKENIZER, "train.ends", "validation.ends", *shards}
+        for path in self.work.iterdir():  # the state, the lock, and what a killed build left
+            if path.name not in kept:
+                path.unlink()
         if self.folder.exists():  # damaged, or written by an earlier version
             shutil.rmtree(self.folder)
         self.work.rename(self.folder)

@@ -1,5 +1,6 @@
 """Building a store: the same bytes for any number of threads and any interruption, verified, and read as one stream."""
 
+import hashlib
 import os
 import random
 import signal
@@ -45,8 +46,9 @@ def build(path: Path, cache: Path, workers: int = 0) -> TokenStore:
     return prepare_tokens(text, BYTES, cache, 0.1, shard_characters=SHARD, workers=workers)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(folder: Path) -> dict[str, str]:
+    """The digest of each file: pytest would print the bytes."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,23 @@ def test_an_interrupted_build_is_continued_after_its_last_whole_shard(
     assert contents(store.folder) == contents(whole.folder)
     if after == 2600:
         assert fractions[0] > 0.5, "it began again"
+
+
+@pytest.mark.parametrize("left", [f".{STATE}.tmp.1-0badc0de", "train-00099.bin", ".lock"])
+def test_what_a_killed_build_left_does_not_enter_the_store(
+    left: str, path: Path, whole: TokenStore, tmp_path: Path
+) -> None:
+    text = open_text(str(path), tmp_path, "\f")
+
+    def kill_later() -> None:
+        for folder in tmp_path.glob(".*.partial"):
+            if (folder / STATE).exists():
+                (folder / left).write_bytes(b"left")
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_tokens(text, BYTES, tmp_path, 0.1, shard_characters=SHARD, stop=kill_later)
+    assert contents(build(path, tmp_path).folder) == contents(whole.folder)
 
 
 KILLED = """
