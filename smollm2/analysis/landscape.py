@@ -31,7 +31,7 @@ from smollm2.inference.loading import load_source, read_config
 from smollm2.plan import arithmetic as plan
 from smollm2.runtime.sharding import lay_out_like, local
 from smollm2.storage.atomic import probe_folder, write_atomically
-from smollm2.storage.run_folder import find_checkpoint, is_checkpoint
+from smollm2.storage.run_folder import find_checkpoint, is_parted
 from smollm2.tracking.base import Landscape
 from smollm2.tracking.jsonl import landscape_json
 
@@ -184,8 +184,7 @@ def open_source(
         raise CheckpointError(
             path, "an exported model does not record its training text", "use a checkpoint or a run folder"
         )
-    is_run = path.is_dir() and not is_checkpoint(path)
-    path = find_checkpoint(path, state["step"]) if is_run else path
+    path = find_checkpoint(path, state["step"]) if path.is_dir() and not is_parted(path) else path
     config = read_config(state, path)
     stores = open_stores(config, state, tokenizer, input_file, spool)
     held_out = [validation_windows(config, tokenizer, store) for store in stores]

@@ -7,7 +7,7 @@ from smollm2.checkpoint.format import State
 from smollm2.checkpoint.reading import read_detached, read_own_step
 from smollm2.errors import CheckpointError, ResourceError, lay_out
 from smollm2.storage.atomic import IO_OPS, IoOps
-from smollm2.storage.run_folder import MANIFEST, is_checkpoint, step_of
+from smollm2.storage.run_folder import is_checkpoint, is_parted, step_of
 
 
 def list_checkpoints(folder: Path, io_ops: IoOps = IO_OPS) -> list[Path]:
@@ -28,7 +28,7 @@ def load_checkpoint(path: Path) -> State:
     Raise CheckpointError, which names the problem, if it is missing or not a valid checkpoint.
     """
     try:
-        absent = (path.is_dir() and not (path / MANIFEST).exists()) or not path.exists()
+        absent = not path.exists() or (path.is_dir() and not is_parted(path))
     except OSError:
         absent = False  # the read below reports why
     if absent:

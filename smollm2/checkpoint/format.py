@@ -1,5 +1,6 @@
 """The contents of a checkpoint `step_XXXX.pt`: a dictionary of plain values and tensors; ENTRIES lists its entries."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -75,18 +76,25 @@ def take_snapshot(state: State, buffers: dict[str, Tensor]) -> State:
     `buffers` keeps the copied tensors, so that the next snapshot can reuse them: allocating new memory costs ten times
     as much as copying. Raise TypeError, a bug in the caller, if the state is not made of plain values.
     """
+    model, tied = separate_ties(state["model"])
+    with copy_to_host(buffers) as copy:
+        content: State = to_plain({**state, "model": model, "tied": tied}, "state", copy)
+    return content
 
-    def copy_to_host(tensor: Tensor, name: str) -> Tensor:
+
+@contextlib.contextmanager
+def copy_to_host(buffers: dict[str, Tensor]) -> Iterator[Callable[[Tensor, str], Tensor]]:
+    """Yield a function that copies a tensor to a named buffer in host memory; the copies are complete on exit."""
+
+    def copy(tensor: Tensor, name: str) -> Tensor:
         buffer = buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return buffer.copy_(tensor, non_blocking=True)
 
-    model, tied = separate_ties(state["model"])
-    content: State = to_plain({**state, "model": model, "tied": tied}, "state", copy_to_host)
+    yield copy
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the copies from the device are asynchronous
-    return content
 
 
 def content_hash(state: Mapping[str, Any]) -> str:

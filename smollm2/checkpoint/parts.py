@@ -13,14 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch import distributed as dist
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
 
-from smollm2.checkpoint.format import State, to_plain
+from smollm2.checkpoint.format import State, copy_to_host, to_plain
+from smollm2.runtime.sharding import is_part, local
 
 SKELETON, METADATA = "state.pt", ".metadata"
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -28,18 +25,24 @@ MODEL, OPTIMIZER = "model", "optimizer"
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a tensor in host memory: `tensor` begins at `offsets` in a whole of `size`. DCP calls the method."""
+    """Rows of a tensor in host memory: `tensor` begins at `offsets` in a whole of `size`.
+
+    DCP calls the method; importing DCP takes half a second, which a run without such checkpoints need not spend.
+    """
 
     tensor: Tensor
     offsets: tuple[int, ...]
     size: tuple[int, ...]
 
-    def __create_write_items__(self, name: str, part: object) -> list[WriteItem]:
-        """Return what this rank has to write."""
+    def __create_write_items__(self, name: str, part: object) -> list[Any]:
+        """Return what this rank has to write, as WriteItems."""
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         if not self.tensor.numel():
             return []
-        chunk = ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
-        data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.tensor), torch.Size(self.size))
+        chunk = ChunkStorageMetadata(Size(self.offsets), self.tensor.size())
+        data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.tensor), Size(self.size))
         return [WriteItem(MetadataIndex(name, self.offsets), WriteItemType.SHARD, tensor_data=data)]
 
 
@@ -66,16 +69,8 @@ class PartedState:
 
     def copy(self, buffers: dict[str, Tensor]) -> "PartedState":
         """Return a copy in host memory; `buffers` keeps the copied tensors for the next one."""
-
-        def copy_to_host(tensor: Tensor, name: str) -> Tensor:
-            buffer = buffers.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-                buffer = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            return buffer.copy_(tensor, non_blocking=True)
-
-        parts = {n: replace(part, tensor=copy_to_host(part.tensor, n)) for n, part in self.parts.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies from the device are asynchronous
+        with copy_to_host(buffers) as copy:
+            parts = {name: replace(part, tensor=copy(part.tensor, name)) for name, part in self.parts.items()}
         return replace(self, skeleton=to_plain(self.skeleton, "state", lambda tensor, _: tensor.clone()), parts=parts)
 
 
@@ -99,11 +94,10 @@ def divide_state(state: State, *, tied: bool, group: Any = None) -> PartedState:
 
 def find_part(tensor: Tensor) -> Part:
     """Return this rank's part of a tensor; the whole of it if it is not a DTensor."""
-    if not isinstance(tensor, DTensor):
-        return Part(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
-    rows = tensor.to_local().detach()
-    chunks: list[ChunkStorageMetadata] = cast(Any, tensor).__create_chunk_list__()
-    offsets = tuple(chunks[0].offsets) if rows.numel() else (0,) * tensor.ndim
+    rows = local(tensor).detach()
+    offsets = (0,) * tensor.ndim
+    if is_part(tensor) and rows.numel():
+        offsets = tuple(cast(Any, tensor).__create_chunk_list__()[0].offsets)
     return Part(rows, offsets, tuple(tensor.shape))
 
 

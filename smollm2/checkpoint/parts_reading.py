@@ -41,10 +41,7 @@ def read_parts(path: Path) -> State:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror or error})") from None
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # given arbitrary bytes, the parsers can raise almost any exception
+    except (Exception, CheckpointException) as error:  # given arbitrary bytes, almost any exception is possible
         raise CheckpointError(f"is damaged, or is not a checkpoint of this program ({type(error).__name__})") from None
     for alias, kept in state.pop("tied_parts", []):
         state["model"][alias] = state["model"][kept]

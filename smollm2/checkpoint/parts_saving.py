@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from smollm2.checkpoint.parts import MODEL, SKELETON, Part, PartedState, describe_file, without_a_warning
+from smollm2.checkpoint.retention import to_json
 from smollm2.checkpoint.validation import find_wrong_weight, read_checked
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
@@ -119,8 +120,8 @@ def save_parts(folder: Path, state: PartedState, *, is_newest: bool = True, io_o
             if state.rank == 0:
                 publish(temporary, path, state, files, io_ops)
                 if is_newest:
-                    hint = {"file": path.name, "step": step}
-                    write_atomically(folder / LATEST, json.dumps(hint, indent=2).encode() + b"\n", io_ops=io_ops)
+                    hint: dict[str, str | int | float] = {"file": path.name, "step": step}
+                    write_atomically(folder / LATEST, to_json(hint), io_ops=io_ops)
     except BaseException:
         if state.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.checkpoint.format import State, estimate_size, separate_ties, take_snapshot, to_plain
 from smollm2.checkpoint.parts import PartedState
-from smollm2.checkpoint.parts_saving import save_parts
 from smollm2.checkpoint.retention import prune_checkpoints, record_best, to_json
 from smollm2.checkpoint.validation import find_wrong_entry, find_wrong_weight, read_checked
 from smollm2.config.schema import Config
@@ -132,6 +131,8 @@ class Saver:
 def save_state(folder: Path, state: State | PartedState, *, is_newest: bool = True, io_ops: IoOps = IO_OPS) -> Path:
     """Write a checkpoint: a folder if each rank has a part of the state, else a file; `latest.json` if it is the newest."""
     if isinstance(state, PartedState):
+        from smollm2.checkpoint.parts_saving import save_parts  # it imports DCP, which a file does not need
+
         return save_parts(folder, state, is_newest=is_newest, io_ops=io_ops)
     return save_checkpoint(folder, state, step=state["step"], is_newest=is_newest, io_ops=io_ops)
 

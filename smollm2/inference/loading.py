@@ -15,7 +15,7 @@ from smollm2.errors import CheckpointError
 from smollm2.inference.weight_files import open_weights
 from smollm2.inference.weights import build_model
 from smollm2.model.transformer import SmolLM2
-from smollm2.storage.run_folder import BEST, MANIFEST
+from smollm2.storage.run_folder import BEST, is_parted
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SmolLM2, Tokenizer]:
@@ -40,7 +40,7 @@ def load_source(
         path = path / read_best_name(path)
     if (path / "config.json").exists():
         return load_hugging_face_model(path).eval(), load_tokenizer(str(path)), None
-    if path.is_dir() and not (path / MANIFEST).exists():
+    if path.is_dir() and not is_parted(path):
         found = find_resumable(path, report)
         if found is None:
             raise CheckpointError(f"{describe_missing(path)} A Hugging Face folder should contain config.json.")

@@ -2,6 +2,9 @@
 
 torch's `fully_shard` is applied from outside, to each block and then to the rest of the model. Accelerate's own FSDP
 plugin is not used, because it ignores a CPU. A parameter keeps its name and becomes a DTensor, split by rows.
+
+torch's modules for this take a second to import, so only the functions that share a model out import them. A DTensor is
+recognized by its mesh.
 """
 
 import contextlib
@@ -13,9 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smollm2.model.transformer import SmolLM2
 
@@ -32,7 +32,7 @@ class Layout:
 
     replicas: int = 1
     shards: int = 1
-    mesh: DeviceMesh | None = None  # only if the model is shared out
+    mesh: Any = None  # a DeviceMesh, only if the model is shared out
     replica_group: Any = None
     shard_group: Any = None
     meeting_group: Any = None
@@ -46,6 +46,11 @@ class Layout:
     def is_sharded(self) -> bool:
         """Whether the parameters are DTensors."""
         return self.mesh is not None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one rank."""
+        return self.replicas * self.shards == 1
 
     def all_meet(self) -> bool:
         """Return whether every rank calls this within SECONDS_TO_MEET of one another. If not, the run must end."""
@@ -90,6 +95,8 @@ def make_layout(sharding: str, device: torch.device, world_size: int, machines: 
     """Return the layout of `none`, `full` or `hybrid`; all ranks must call this together."""
     if sharding == "none":
         return Layout(world_size, 1, replica_group=dist.group.WORLD if world_size > 1 else None)
+    from torch.distributed.device_mesh import init_device_mesh
+
     if not dist.is_initialized():  # one process: FSDP needs a process group all the same
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     replicas = machines if sharding == "hybrid" else 1
@@ -111,6 +118,8 @@ def share_out(model: SmolLM2, layout: Layout, dtype: torch.dtype) -> None:
     """
     if layout.mesh is None:
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype.itemsize == 2 else None,
         reduce_dtype=torch.float32,
@@ -125,7 +134,7 @@ def share_out(model: SmolLM2, layout: Layout, dtype: torch.dtype) -> None:
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Give this rank the whole model inside the `with` block, as plain tensors. All ranks must enter and leave together."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts: list[Any] = [module for module in model.modules() if is_shared_out(module)]
     blocks = parts[1:]
     with torch.no_grad():
         for part in parts:
@@ -141,27 +150,40 @@ def gathered(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def is_shared_out(module: nn.Module) -> bool:
+    """Return whether `fully_shard` was applied to a module."""
+    return hasattr(module, "unshard")
+
+
+def is_part(value: object) -> bool:
+    """Return whether a value is a DTensor."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
 def free_gathered(model: nn.Module) -> None:
     """Free the weights that a forward pass without a backward pass leaves gathered."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    if is_shared_out(model):
+        cast(Any, model).reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, which shares its memory; the tensor itself if it is not a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).to_local() if is_part(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor. For a DTensor this is a collective, which every rank must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).full_tensor() if is_part(tensor) else tensor
 
 
 def lay_out_like(full: Tensor, like: Tensor) -> Tensor:
     """Return `full`, which every rank has, split as `like` is; without communication."""
-    if not isinstance(like, DTensor):
+    if not is_part(like):
         return full
-    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    part = cast(Any, like)
+    return distribute_tensor(full.to(like.device), part.device_mesh, part.placements, src_data_rank=None)
 
 
 def gather_state(state: dict[str, Any], *, tied: bool) -> dict[str, Any]:
@@ -172,18 +194,18 @@ def gather_state(state: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
 
     def gather(value: Any) -> Any:
-        if isinstance(value, DTensor):
-            full = value.full_tensor()
+        if is_part(value):
+            full = whole(value)
             return full.cpu() if is_first else None
         if isinstance(value, dict):
             return {key: gather(child) for key, child in value.items()}
         return value
 
-    if not any(isinstance(tensor, DTensor) for tensor in state["model"].values()):
+    if not any(map(is_part, state["model"].values())):
         return state
     model = dict(state["model"])
     head = model.pop("lm_head.weight") if tied else None
-    found = {**gather({**state, "model": model})}
+    found: dict[str, Any] = gather({**state, "model": model})
     if head is not None:
         found["model"]["lm_head.weight"] = found["model"]["model.embed_tokens.weight"]
     return found if is_first else {}
@@ -195,6 +217,6 @@ def recover(model: nn.Module) -> None:
     An error drops the end of the backward pass, which autograd had planned: there FSDP sums what gradients there are,
     frees the gathered weights and resets its state. torch has no public name for it. It is a collective.
     """
-    if isinstance(model, FSDPModule):
+    if is_shared_out(model):
         cast(Any, model)._get_fsdp_state()._root_post_backward_final_callback()
     model.zero_grad(set_to_none=True)

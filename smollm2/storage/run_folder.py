@@ -48,6 +48,11 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_file() if path.suffix else path.is_dir()
 
 
+def is_parted(path: Path) -> bool:
+    """Return whether the path, of any name, is a checkpoint that is a folder. Raise OSError for an impossible name."""
+    return path.is_dir() and (path / MANIFEST).exists()
+
+
 def count_checkpoint_bytes(path: Path) -> int:
     """Return the size of a checkpoint. Raise OSError if it is gone."""
     return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size

@@ -10,6 +10,7 @@ from smollm2.errors import ConfigError, ResourceError
 from smollm2.formatting import format_bytes
 from smollm2.plan.arithmetic import estimate_memory
 from smollm2.plan.machine import memory_limit
+from smollm2.plan.scale import nearest_batches
 from smollm2.runtime.device import Runtime, environment
 
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
@@ -30,8 +31,7 @@ def micro_batch_size(global_batch: int, world_size: int, batch_size: int) -> int
     ConfigError, naming the nearest global batch that divides, if the ranks cannot share the global batch equally.
     """
     if global_batch % world_size:
-        lower = global_batch // world_size * world_size
-        nearest = " or ".join(str(size) for size in (lower, lower + world_size) if size)
+        nearest = " or ".join(map(str, sorted(nearest_batches(global_batch, world_size))))
         raise ConfigError(
             "training.batch_size",
             f"the global batch (batch_size x gradient_accumulation_steps) is {global_batch} sequences, which "

@@ -69,8 +69,7 @@ class Muon(Optimizer):
         """Update every parameter that has a gradient. `closure` exists only to match torch's signature."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            is_alone = self.layout.replicas * self.layout.shards == 1
-            for stack in stack_by_shape(params) if is_alone else share_by_shape(params):
+            for stack in stack_by_shape(params) if self.layout.is_alone else share_by_shape(params):
                 self._update(stack, group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -82,7 +81,7 @@ class Muon(Optimizer):
         weights = [local(p) for p in params]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-        if self.layout.replicas * self.layout.shards == 1:
+        if self.layout.is_alone:
             weights = [lay_wide(weight) for weight in weights]
             stacked = torch.stack([lay_wide(direction) for direction in directions])
             orthogonal = list(orthogonalize(stacked, self.dtype).to(weights[0].dtype).unbind())

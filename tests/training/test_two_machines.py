@@ -47,6 +47,14 @@ def start_both(pair: Pair, folder: Path, nodes: str = "2", restarts: int = 0) ->
     return [start(machine, pair[0], folder, nodes, restarts) for machine in pair]
 
 
+def train_to_step_70(pair: Pair, folder: Path, nodes: str = "2", restarts: int = 0) -> list[Launched]:
+    """A run that is past the checkpoint of step 50, and goes on."""
+    write_tiny(folder, config=CONFIG)
+    launched = start_both(pair, folder, nodes, restarts)
+    wait_until(lambda: steps_done(folder) >= 70, lambda: "\n".join(one.read()[-2000:] for one in launched))
+    return launched
+
+
 def steps_done(folder: Path) -> int:
     path = folder / "run" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -60,10 +68,6 @@ def count_ranks(folder: Path) -> int:
         with contextlib.suppress(OSError):
             found += b"\0-u\0" in (process / "cmdline").read_bytes() and (process / "cwd").readlink() == folder
     return found
-
-
-def wait_for_step(step: int, folder: Path, launched: list[Launched]) -> None:
-    wait_until(lambda: steps_done(folder) >= step, lambda: "\n".join(one.read()[-2000:] for one in launched))
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +92,7 @@ def test_the_gradients_go_over_the_cable_and_the_losses_are_those_of_one_process
 
 @pytest.mark.slow
 def test_a_cut_shorter_than_the_timeout_changes_no_bit(machines: Pair, whole: Path, tmp_path: Path) -> None:
-    write_tiny(tmp_path, config=CONFIG)
-    launched = start_both(machines, tmp_path)
-    wait_for_step(70, tmp_path, launched)
+    launched = train_to_step_70(machines, tmp_path)
     machines[1].plug("down")
     time.sleep(2)
     machines[1].plug("up")
@@ -102,9 +104,7 @@ def test_a_cut_shorter_than_the_timeout_changes_no_bit(machines: Pair, whole: Pa
 def test_a_cut_longer_than_the_timeout_ends_both_sides_and_the_resumed_run_has_the_same_bits(
     machines: Pair, whole: Path, tmp_path: Path
 ) -> None:
-    write_tiny(tmp_path, config=CONFIG)
-    launched = start_both(machines, tmp_path)
-    wait_for_step(70, tmp_path, launched)
+    launched = train_to_step_70(machines, tmp_path)
     assert count_ranks(tmp_path) == 2
     machines[1].plug("down")
 
@@ -126,9 +126,7 @@ def test_a_cut_longer_than_the_timeout_ends_both_sides_and_the_resumed_run_has_t
 def test_after_a_machine_dies_the_other_one_finishes_the_run_from_the_last_checkpoint(
     machines: Pair, whole: Path, tmp_path: Path
 ) -> None:
-    write_tiny(tmp_path, config=CONFIG)
-    launched = start_both(machines, tmp_path, "1:2", restarts=3)
-    wait_for_step(70, tmp_path, launched)
+    launched = train_to_step_70(machines, tmp_path, "1:2", restarts=3)
     machines[1].switch_off()
     assert launched[0].wait(150) == 0, launched[0].read()
     assert "not bit-exact, because of world_size 2 -> 1" in launched[0].read()
@@ -139,9 +137,7 @@ def test_after_a_machine_dies_the_other_one_finishes_the_run_from_the_last_check
 def test_a_machine_that_comes_back_restores_the_run_with_the_same_bits(
     machines: Pair, whole: Path, tmp_path: Path
 ) -> None:
-    write_tiny(tmp_path, config=CONFIG)
-    launched = start_both(machines, tmp_path)
-    wait_for_step(70, tmp_path, launched)
+    launched = train_to_step_70(machines, tmp_path)
     machines[1].switch_off()
     assert launched[0].wait(150) != 0
     again = start_both(machines, tmp_path)
