@@ -20,7 +20,7 @@ model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attent
   max_position_embeddings: 32, norm: rmsnorm}
 training: {train_steps: 12, batch_size: 4, gradient_accumulation_steps: 2, learning_rate: 1e-2, warmup_steps: 2,
   precision: float32, log_interval: 1, eval_interval: 5, eval_windows: 8, save_interval: 4, sample_interval: 6,
-  sample_tokens: 4, sample_prompts: [a]}
+  sample_tokens: 4, sample_prompts: [a], preflight: false}
 data: {tokenizer: bytes, validation_fraction: 0.1}
 """
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards quietly box, and nobody minds. "

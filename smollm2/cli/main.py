@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smollm2 import __version__
-from smollm2.cli import chat, convert, evaluate, export, generate, import_model, landscape, plan, prepare, report, train
+from smollm2.cli import (
+    chat,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_model,
+    landscape,
+    plan,
+    prepare,
+    report,
+    train,
+)
 from smollm2.cli.environment import clean_environment
 from smollm2.cli.flags import Parser
 from smollm2.cli.run_flags import describe_unknown, load_run_config
@@ -20,7 +33,20 @@ from smollm2.errors import (
     lay_out,
 )
 
-COMMANDS = (train, plan, prepare, generate, chat, evaluate, export, import_model, convert, landscape, report)
+COMMANDS = (
+    train,
+    plan,
+    doctor,
+    prepare,
+    generate,
+    chat,
+    evaluate,
+    export,
+    import_model,
+    convert,
+    landscape,
+    report,
+)
 
 
 def build_parser() -> Parser:
@@ -89,6 +115,7 @@ def dispatch(argv: Sequence[str] | None) -> int:
     if args.command not in (
         "train",
         "plan",
+        "doctor",
         "prepare",
     ):  # these report unknown flags with the other problems of their config
         refuse_unknown(args.parser, unknown)

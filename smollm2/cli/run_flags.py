@@ -51,6 +51,9 @@ def add_run_flags(parser: Parser) -> None:
     )
     run.add_argument("--checkpoint_path", metavar="FILE", type=path, help="resume from this checkpoint")
     run.add_argument("--disable_wandb", action="store_true", help="wandb.enabled: false; wandb is not imported")
+    run.add_argument(
+        "--skip_preflight", action="store_true", help="training.preflight: false; train without the checks before it"
+    )
     add_config_flags(parser)
 
 
@@ -89,6 +92,8 @@ def read_flags(args: argparse.Namespace, problems: list[str]) -> dict[str, tuple
     flags = {key: given for key, given in values.items() if given[1] is not None}
     if args.disable_wandb:
         flags["wandb.enabled"] = ("--disable_wandb", "false")
+    if args.skip_preflight:
+        flags["training.preflight"] = ("--skip_preflight", "false")
     for key, given in read_config_flags(args).items():
         if key in flags:
             problems.append(lay_out(flags[key][0], f"{given[0]} sets the same key", "use one of the two"))

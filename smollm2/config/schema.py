@@ -161,6 +161,8 @@ class TrainingConfig(Section):
     diagnostics_interval: int = key(50, "free", ge=0, le=10**9)
     """Steps between two diagnostics: norms, update ratios, activations (diagnostics.jsonl); 0: never, and no landscape."""
 
+    preflight: bool = key(True, "free")
+    """Check model, loss, step, data and machine before the first step, and do not train if a check fails."""
     sharding: Literal["none", "auto", "full", "hybrid"] = key("auto", "free")
     """Several devices: each holds the whole model (none), a share of it (full), or a share within each machine (hybrid); auto: none if it fits."""
     checkpoints: Literal["auto", "file", "folder"] = key("auto", "free")

@@ -140,6 +140,11 @@ class Tokenizer:
         """Return the ids of those `names` that are control tokens, such as `<|im_end|>`."""
         return frozenset(i for name in names if (i := self.id_of(name)) in self._controls and i is not None)
 
+    @property
+    def controls(self) -> frozenset[int]:
+        """The ids of the special tokens, without that of unknown text."""
+        return frozenset(self._controls)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; nothing is added."""
         return self.encode_counted(text)[0]

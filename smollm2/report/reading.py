@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from smollm2.errors import DataError, lay_out
+from smollm2.report.checks import Checks, read_checks
 from smollm2.report.json_files import Row, is_step, read_object, read_rows, to_list, to_number, to_numbers, to_text
 from smollm2.report.sources import SourceStatistics, read_sources
 from smollm2.storage.locks import is_held
@@ -21,6 +22,7 @@ from smollm2.storage.run_folder import (
     CONFIG,
     DATA,
     DIAGNOSTICS,
+    DOCTOR,
     EVENTS,
     LANDSCAPE,
     METRICS,
@@ -83,6 +85,7 @@ class RunFolder:
     diagnoses: Sequence[tuple[int, Diagnosis]] = ()
     landscape: tuple[int, Landscape] | None = None
     sources: Sequence[SourceStatistics] = ()
+    checks: Checks | None = None
     best: Row | None = None
     checkpoints: Sequence[tuple[int, Path, int]] = ()
     problems: Sequence[str] = ()
@@ -130,6 +133,7 @@ def read_run(path: Path) -> RunFolder:
         diagnoses=sorted(read_rows(path / DIAGNOSTICS, problems, parse_diagnosis), key=lambda row: row[0]),
         landscape=read_landscape(path / LANDSCAPE, problems),
         sources=read_sources(path / DATA, problems),
+        checks=read_checks(path / DOCTOR, problems),
         best=read_object(path / BEST, problems),
         checkpoints=list_checkpoints(path),
         problems=problems,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from smollm2.formatting import format_bytes, format_count, format_duration
+from smollm2.report.checks import checks_section
 from smollm2.report.curves import shorten
 from smollm2.report.data import data_section
 from smollm2.report.diagnostics import diagnostics_section
@@ -244,6 +245,7 @@ SECTIONS = (
     Section("diagnostics", "Diagnostics", diagnostics_section),
     Section("landscape", "Landscape", landscape_section),
     Section("data", "Data", data_section),
+    Section("checks", "Checks", lambda run: checks_section(run.checks, run.events), is_collapsed=True),
     Section("next", "Next", next_section),
     Section("config", "Configuration", config_section, is_collapsed=True),
     Section("machine", "Machine", machine_section, is_collapsed=True),

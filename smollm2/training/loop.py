@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from smollm2.data.batches import prefetched
 from smollm2.data.windows import Batch
 from smollm2.errors import DataError, Interrupted, ResourceError, Smollm2Error, TrainingError
 from smollm2.plan.throughput import Duration
-from smollm2.runtime.device import Runtime, environment, start_runtime
+from smollm2.runtime.device import environment, start_runtime
 from smollm2.runtime.random_state import restore_random_state
 from smollm2.storage.locks import HeldFolder, lock_folder
 from smollm2.storage.run_folder import REPORT, find_checkpoint
@@ -48,6 +49,7 @@ from smollm2.training.memory import (
 )
 from smollm2.training.optim import learning_rate_at
 from smollm2.training.pages import end_page, plan_run, report_end, report_start, start_page
+from smollm2.training.preflight import preflight, record_preflight
 from smollm2.training.progress import Progress
 from smollm2.training.resume import check_changes, count_compared_windows, find_start, restore
 from smollm2.training.setup import (
@@ -61,7 +63,7 @@ from smollm2.training.setup import (
     settle_compilation,
     settle_sharding,
 )
-from smollm2.training.step import MicroBatch, MicroBatchTooLarge, StepResult, rehearse, train_step
+from smollm2.training.step import MicroBatchTooLarge, StepResult, rehearse, split, train_step
 from smollm2.training.timing import (
     TIME_UP,
     Forecast,
@@ -103,6 +105,7 @@ class Prepared:
     run: Run
     progress: Progress
     micro_batch: MicroBatchChoice
+    checks: dict[str, Any] | None = None  # the content of doctor.json, if they were made
 
 
 def train(
@@ -135,7 +138,7 @@ def train(
         try:
             if runtime.world_size > 1:
                 watch.start()
-            prepared = prepare(setup, resume, checkpoint_path)
+            prepared = check_before(prepare(setup, resume, checkpoint_path))
         except Smollm2Error:
             watch.close(0)  # all ranks fail together here, and none may write to a folder that is being removed
             with contextlib.suppress(RuntimeError):
@@ -196,9 +199,17 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
     run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
     if runtime.world_size > 1 and runtime.device.type == "cuda" and not runtime.layout.is_sharded:
         micro_batch = rehearse(run.prepared, setup.config, runtime, micro_batch)
-    if number := runtime.stop_requested():
-        raise Interrupted(f"stopped by {signal_name(number)} before training began; nothing was lost", number)
     return Prepared(setup, run, progress, micro_batch)
+
+
+def check_before(prepared: Prepared) -> Prepared:
+    """Return the prepared run with the results of its preflight. Raise TrainingError if a check fails."""
+    run, setup, checks = prepared.run, prepared.setup, None
+    if run.config.training.preflight:
+        checks = preflight(run, setup.console)
+    if number := run.runtime.stop_requested():
+        raise Interrupted(f"stopped by {signal_name(number)} before training began; nothing was lost", number)
+    return dataclasses.replace(prepared, checks=checks)
 
 
 def run_prepared(prepared: Prepared, limit: TimeLimit, log: RunLog, on_step: OnStep | None) -> Progress:
@@ -244,6 +255,7 @@ def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duratio
             f"moved to {moved[0].parent}, because the run resumes before them: {', '.join(p.name for p in moved)}"
         )
     report_start(run, progress, setup.start)
+    record_preflight(run, prepared.checks)
     if prepared.micro_batch.reason:
         run.tracker.log_event("micro_batch", prepared.micro_batch.reason, progress.step)
     plan = plan_run(run)
@@ -344,13 +356,6 @@ def step_within_memory(
         size = smaller
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
-    """Return this rank's batch on the device, split into as few nearly equal micro-batches as `size` sequences allow."""
-    count = -(-len(batch.input_ids) // size)
-    parts = (torch.tensor_split(runtime.to_device(array), count) for array in batch if array is not None)
-    return list(zip(*parts, strict=True))
 
 
 def describe_step(run: Run, progress: Progress, result: StepResult, meter: Meter) -> dict[str, float | int]:

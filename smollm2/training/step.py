@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smollm2.config.schema import IGNORE_INDEX, Config
+from smollm2.data.windows import Batch
 from smollm2.errors import TrainingError
 from smollm2.runtime.device import Runtime
 from smollm2.runtime.sharding import recover, whole
@@ -85,6 +86,13 @@ def train_step(
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_value, norm_value, learning_rate, tokens, time.perf_counter() - started, not finite, clipped)
+
+
+def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:
+    """Return this rank's batch on the device, split into as few nearly equal micro-batches as `size` sequences allow."""
+    count = -(-len(batch.input_ids) // size)
+    parts = (torch.tensor_split(runtime.to_device(array), count) for array in batch if array is not None)
+    return list(zip(*parts, strict=True))
 
 
 def accumulate_gradients(

@@ -602,7 +602,7 @@ FREE = re.findall(
     training.time_limit training.diagnostics_interval training.rank_timeout training.sharding training.checkpoints
     training.keep_every data.cache_dir wandb.enabled wandb.mode wandb.project
     wandb.entity wandb.name wandb.tags wandb.log_checkpoints wandb.log_gradients wandb.log_code wandb.landscape_interval
-    training.tensorboard data.regression_input
+    training.tensorboard training.preflight data.regression_input
 """,
 )
 

@@ -267,9 +267,9 @@ def test_collapsed_sections_are_opened_by_their_links(visit: Visit) -> None:
     page.reload()
     visit.scroll_through()
     shown = "[...document.querySelectorAll('.collapsed')].map(one => [one.parentNode.id, one.open])"
-    assert page.evaluate(shown) == [["config", False], ["machine", False], ["events", False]]
+    assert page.evaluate(shown) == [["checks", False], ["config", False], ["machine", False], ["events", False]]
     page.locator("nav a[href='#machine']").click()
-    assert page.evaluate(shown) == [["config", False], ["machine", True], ["events", False]]
+    assert page.evaluate(shown) == [["checks", False], ["config", False], ["machine", True], ["events", False]]
 
 
 def test_the_contents_are_a_sidebar_on_a_wide_screen(visit: Visit) -> None:

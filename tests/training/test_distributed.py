@@ -169,13 +169,13 @@ def test_a_rank_that_the_others_wait_for_is_named_once_with_its_seconds(tmp_path
     write_tiny(tmp_path)
 
     def work(rank: int) -> int:
-        split = loop.split
+        from smollm2.training.step import split
 
         def slow(*arguments: Any) -> Any:
             time.sleep(0.1 * rank)
             return split(*arguments)
 
-        loop.split = slow  # type: ignore[assignment]
+        loop.split = slow  # type: ignore[assignment, attr-defined]
         return main(train_words())
 
     ended = run_ranks(work, tmp_path)

@@ -19,9 +19,10 @@ from smollm2.data.windows import Batch
 from smollm2.errors import ResourceError, TrainingError
 from smollm2.runtime.device import start_runtime
 from smollm2.training import actions
-from smollm2.training.loop import split, train
+from smollm2.training.loop import train
 from smollm2.training.optim import learning_rate_at
 from smollm2.training.pages import describe_warmup
+from smollm2.training.step import split
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,365 @@
+"""Checks of any causal language model that maps token ids (B, T) to logits (B, T, V).
+
+They change one thing in the input and look at what moves in the output, so they know nothing of the model's code.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from smollm2.analysis.checks import Check, Finding, judge, passed, skipped
+from smollm2.analysis.probe import ROUNDING, Probe, evaluating, largest
+
+TURNED = 1e-4
+"""The least relative change of an attention output, in float32, that counts as an effect of positions. Rounding gives
+2e-7, and rotary positions at initialization 0.11."""
+
+TURNED_IN_16_BITS = 2e-2
+
+STEP = 3e-3
+"""The relative change of a loss that a finite difference aims at: rounding of float32 is then 2e-4 of it, and curvature was at
+most 5e-3."""
+
+MOST_PARAMETERS = 40
+"""Parameters that are moved, spread over the model."""
+
+AGREEMENT = 3e-2
+"""The largest relative difference between a gradient and its finite difference; a wrong term gives tenths."""
+
+
+def check_causality(probe: Probe) -> Finding:
+    """Change one token: no logits before it may move, and those of its own position must."""
+    ids = probe.draw()
+    before, after = 0.0, math.inf
+    base = probe.read(ids)
+    for t in {1, probe.length // 2, probe.length - 1}:
+        changed = ids.clone()
+        changed[:, t] = probe.other(ids[:, t])
+        moved = (probe.read(changed) - base).abs()
+        before, after = max(before, largest(moved[:, :t])), min(after, largest(moved[:, t]))
+    evidence = {"logits before the changed token move by": before, "its own by": after}
+    if not after > 0:
+        return Finding("fail", evidence, "changing a token changes nothing", "look at how the embedding is used")
+    return judge(
+        before <= ROUNDING * after,
+        "a position reads tokens that come after it",
+        "look at the attention mask: row t may attend to columns 0 to t only",
+        evidence=evidence,
+    )
+
+
+def check_past(probe: Probe) -> Finding:
+    """Change the first token, and one in the middle: most of the later logits must move."""
+    ids = probe.draw()
+    base, shares = probe.read(ids), []
+    for t in {0, probe.length // 2}:
+        changed = ids.clone()
+        changed[:, t] = probe.other(ids[:, t])
+        moved = (probe.read(changed) - base).abs().amax(-1)[0, t + 1 :]
+        shares.append((moved > 0).float().mean().item())
+    return judge(
+        min(shares) > 0.5,
+        "a token does not reach the positions after it, so the model predicts from single tokens",
+        "look at the layout that attention gets: (batch, heads, positions, width), not positions before heads",
+        evidence={"share of later positions that move": min(shares)},
+    )
+
+
+def check_positions(probe: Probe) -> Finding:
+    """Shuffle the past: the first output that depends on it must move by more than rounding.
+
+    Later layers say nothing: a causal mask alone makes the order of tokens visible from the second layer on.
+    """
+    ids, last = probe.draw(), probe.length - 1
+    changed, shuffled = ids.clone(), ids.clone()
+    changed[:, 0] = probe.other(ids[:, 0])
+    order = torch.randperm(last, generator=torch.Generator().manual_seed(probe.seed))
+    shuffled[:, :last] = ids[:, order.to(ids.device)]
+    base, other, mixed = (record_outputs(probe, one, last) for one in (ids, changed, shuffled))
+    name = next((n for n, output in base.items() if n in other and not torch.equal(output, other[n])), None)
+    if name is None:
+        return skipped("no submodule has an output per position that depends on earlier tokens")
+    turned = (largest(mixed[name] - base[name])) / max(largest(base[name]), 1e-30)
+    limit = TURNED if base[name].dtype == torch.float32 else TURNED_IN_16_BITS
+    return judge(
+        turned > limit,
+        "the order of the past does not matter: positions are not applied",
+        "look at whether the rotary tables or position embeddings are used",
+        evidence={f"{name} moves by": turned},
+    )
+
+
+def record_outputs(probe: Probe, ids: Tensor, position: int) -> dict[str, Tensor]:
+    """Return the output at one position of every submodule that has one per position, in order of completion."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output: object) -> None:
+        first = next(iter(output), None) if isinstance(output, tuple | list) else output
+        if isinstance(first, Tensor) and first.ndim > 2 and first.shape[:2] == ids.shape:
+            found.setdefault(name, first[0, position].detach().clone())
+
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: keep(name, output))
+        for name, module in probe.module.named_modules()
+        if name
+    ]
+    try:
+        probe.read(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def check_batch(probe: Probe) -> Finding:
+    """Change one sequence of a batch: the logits of the other may not move."""
+    ids = probe.draw(2)
+    changed = ids.clone()
+    changed[1] = probe.other(ids[1])
+    base, other = probe.read(ids), probe.read(changed)
+    moved, own = largest(other[0] - base[0]), largest(other[1] - base[1])
+    return judge(
+        moved <= ROUNDING * own,
+        "a sequence sees another sequence of its batch",
+        "look for an operation over the batch dimension, or a wrong reshape",
+        evidence={"the other sequence moves by": moved, "the changed one by": own},
+    )
+
+
+def check_documents(probe: Probe) -> Finding:
+    """Change the first document of a window: the second may not move, and what comes later in the first must."""
+    if not probe.isolates:
+        return skipped("documents are not isolated in this run (data.document_mask)")
+    ids, middle = probe.draw(), probe.length // 2
+    documents = (torch.arange(probe.length, device=ids.device) >= middle).long().unsqueeze(0)
+    changed = ids.clone()
+    changed[:, 0] = probe.other(ids[:, 0])
+    moved = (probe.read(changed, documents) - probe.read(ids, documents)).abs()
+    other, own = largest(moved[:, middle:]), largest(moved[:, 1:middle])
+    return judge(
+        other <= ROUNDING * max(own, ROUNDING) and own > 0,
+        "documents of one window see each other" if own > 0 else "a document does not see its own past",
+        "look at the document mask and at the document ids of the batch",
+        evidence={"the other document moves by": other, "its own by": own},
+    )
+
+
+def check_evaluation(probe: Probe) -> Finding:
+    """Run the same input twice in evaluation mode: the logits must be the same."""
+    ids = probe.draw()
+    difference = largest(probe.read(ids) - probe.read(ids))
+    return judge(
+        difference <= ROUNDING * largest(probe.read(ids)),
+        "two evaluations of one input differ: something random is active",
+        "look for dropout that does not follow model.eval()",
+        evidence={"the logits differ by": difference},
+    )
+
+
+def check_modes(probe: Probe) -> Finding:
+    """Compare training and evaluation mode; they agree if the model has no dropout."""
+    if rate := find_dropout(probe.module):
+        return skipped(f"the model has dropout ({rate:g}), so the two modes are meant to differ")
+    ids = probe.draw()
+    evaluated, was_training = probe.read(ids), probe.module.training
+    try:
+        with evaluating(probe.module), torch.no_grad():
+            probe.module.train()
+            trained = probe.logits(ids, None).float()
+    finally:
+        probe.module.train(was_training)
+    difference = largest(trained - evaluated)
+    return judge(
+        difference <= ROUNDING * largest(evaluated),
+        "training and evaluation mode compute different logits",
+        "look for dropout or another layer that depends on the mode",
+        evidence={"the logits differ by": difference},
+    )
+
+
+def find_dropout(module: nn.Module) -> float:
+    """Return the highest dropout rate of a model: of a Dropout layer, or of an attribute with `drop` in its name."""
+    rates = [0.0]
+    for one in module.modules():
+        named = {name: value for name, value in vars(one).items() if "drop" in name or name == "p"}
+        rates += [value for value in named.values() if isinstance(value, float)]
+    return max(rates)
+
+
+def check_ties(probe: Probe) -> Finding:
+    """Compare weights of the embedding's shape: two that have equal values must share their storage."""
+    wide = {n: p for n, p in probe.module.named_parameters() if p.ndim == 2 and p.shape[0] == probe.vocab_size}
+    for (one, first), (other, second) in itertools.combinations(wide.items(), 2):
+        if first.shape == second.shape and torch.equal(first.detach(), second.detach()):
+            cause = f"{one} and {other} are equal, but two separate weights"
+            return Finding("fail", {"weights": len(wide)}, cause, "assign the same parameter to both")
+    return passed({"weights of the vocabulary's size": len(wide)})
+
+
+def check_gradients(probe: Probe) -> Finding:
+    """Run one backward pass: each parameter must get a gradient that is finite and not zero everywhere."""
+    ids = probe.draw(2)
+    kept = [(p, p.grad) for p in probe.module.parameters()]
+    try:
+        for p, _ in kept:
+            p.grad = None
+        with evaluating(probe.module):
+            loss_of(probe, ids).backward()  # type: ignore[no-untyped-call]
+        wrong = list(find_wrong_gradients(probe.module))
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
+    cause = f"{wrong[0] if wrong else ''}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}"
+    advice = "look for a part that is frozen, detached, or whose output is not used"
+    return judge(not wrong, cause, advice, evidence={"parameters": len(kept)})
+
+
+def find_wrong_gradients(module: nn.Module) -> Iterator[str]:
+    """Yield a phrase for each parameter whose gradient is missing, zero or not finite."""
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            yield f"{name} is frozen"
+        elif parameter.grad is None:
+            yield f"{name} gets no gradient"
+        elif not parameter.grad.isfinite().all():
+            yield f"{name} gets a gradient that is not finite"
+        elif not parameter.grad.any():
+            yield f"{name} gets a gradient of zero"
+
+
+def check_finite_differences(probe: Probe) -> Finding:
+    """Move each parameter along its own gradient: the loss must change by what the gradient says."""
+    ids = probe.draw()
+    every = [(name, p) for name, p in probe.module.named_parameters() if p.requires_grad]
+    chosen = every[:: -(-len(every) // MOST_PARAMETERS)]
+    probe.module.zero_grad(set_to_none=True)
+    with evaluating(probe.module):
+        base = loss_of(probe, ids)
+        base.backward()  # type: ignore[no-untyped-call]
+        errors = {name: compare_slope(probe, ids, p, base.item()) for name, p in chosen}
+    probe.module.zero_grad(set_to_none=True)
+    which = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    return judge(
+        errors[which] <= AGREEMENT,
+        f"the gradient of {which} is not the slope of the loss",
+        "look at the backward pass of the operations that use it",
+        evidence={"largest relative difference": errors[which], "parameters": len(chosen)},
+    )
+
+
+@torch.no_grad()
+def compare_slope(probe: Probe, ids: Tensor, parameter: nn.Parameter, loss: float) -> float:
+    """Return how far a parameter's gradient is from the slope that two losses around it show, relative to the gradient."""
+    gradient = parameter.grad
+    slope = 0.0 if gradient is None else gradient.double().square().sum().item()
+    if gradient is None or not slope:
+        return 0.0  # named by the check of gradients
+    size = STEP * abs(loss) / slope
+    size = min(size, STEP * max(largest(parameter), 0.1) / largest(gradient))  # where the loss is nearly linear
+    original, losses = parameter.detach().clone(), []
+    for sign in (1, -1):
+        parameter.copy_(original + sign * size * gradient)
+        losses.append(loss_of(probe, ids).item())
+    parameter.copy_(original)
+    noise = 4e-7 * abs(loss) / (size * slope)  # of the rounding of two losses
+    return max(0.0, abs((losses[0] - losses[1]) / (2 * size) / slope - 1) - noise)
+
+
+def loss_of(probe: Probe, ids: Tensor) -> Tensor:
+    """Return the sum of the next-token losses of ids (B, T), by the model's own loss function if there is one."""
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:]
+    if probe.loss is not None:
+        return probe.loss(ids, labels)
+    logits = probe.logits(ids, None).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+ANY_MODEL: list[Check[Probe]] = [
+    Check(
+        "causality",
+        "model",
+        "No position reads a token that comes after it.",
+        "One token is changed. The logits before it must not move, and its own must.",
+        "A leak that needs a longer input than the check's 64 tokens.",
+        check_causality,
+    ),
+    Check(
+        "past",
+        "model",
+        "Each position reads the tokens before it.",
+        "The first token and one in the middle are changed. More than half of the later positions must move.",
+        "Whether the past is used well.",
+        check_past,
+    ),
+    Check(
+        "positions",
+        "model",
+        "The order of tokens matters by more than the causal mask.",
+        "The past is shuffled. The first output that depends on earlier tokens must move by more than rounding.",
+        "Positions that are wrong but not constant; for SmolLM2 the check `reference` sees them.",
+        check_positions,
+    ),
+    Check(
+        "batch",
+        "model",
+        "Sequences of one batch do not see each other.",
+        "One sequence is changed. The logits of the other must not move.",
+        "A leak between ranks.",
+        check_batch,
+    ),
+    Check(
+        "documents",
+        "model",
+        "Documents of one window do not see each other, if they are isolated.",
+        "A token of the first of two documents is changed. The second must not move.",
+        "Document ids that are wrong in the data; the check `targets` looks at the data.",
+        check_documents,
+    ),
+    Check(
+        "ties",
+        "model",
+        "Weights that are equal are one weight.",
+        "Weights of the embedding's shape are compared by value and by storage.",
+        "A tie of two weights that already differ; for SmolLM2 the check `parameters` sees it.",
+        check_ties,
+    ),
+    Check(
+        "evaluation",
+        "model",
+        "An evaluation has one result.",
+        "The same input is evaluated twice.",
+        "Randomness that needs more than 64 tokens or more than one sequence.",
+        check_evaluation,
+    ),
+    Check(
+        "modes",
+        "model",
+        "Training and evaluation mode compute the same logits, if there is no dropout.",
+        "The same input is run in both modes.",
+        "A wrong dropout rate.",
+        check_modes,
+    ),
+    Check(
+        "gradients",
+        "model",
+        "Every parameter is trained.",
+        "One backward pass; each gradient must be there, finite and not zero everywhere.",
+        "A gradient that is wrong but not zero; the check `finite differences` sees it.",
+        check_gradients,
+    ),
+]
+"""Checks that read the model, and leave its weights and gradients as they are."""
+
+DIFFERENCES: Check[Probe] = Check(
+    "finite differences",
+    "model",
+    "Gradients are the slopes of the loss.",
+    "Each parameter of a small model is moved along its own gradient, forwards and back; the loss must change as the gradient says.",
+    "An error below 3 %, or in a direction other than the gradient's.",
+    check_finite_differences,
+)
+"""It moves the weights, so it is for a copy or a small model."""
