@@ -20,6 +20,7 @@ from smollm2.cli import (
     prepare,
     report,
     train,
+    verify,
 )
 from smollm2.cli.environment import clean_environment
 from smollm2.cli.flags import Parser
@@ -46,6 +47,7 @@ COMMANDS = (
     convert,
     landscape,
     report,
+    verify,
 )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import smollm2
 from smollm2.data.tokenizer import tokenizer_from_text
-from smollm2.errors import Smollm2Error
+from smollm2.errors import ConfigError, Smollm2Error
 from smollm2.inference.loading import load_model
 from smollm2.model.cache import KeyValueCache
 from smollm2.model.loss import next_token_loss
@@ -206,6 +206,22 @@ def load_with_transformers(transformers: Any, folder: str | Path) -> tuple[Any, 
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
     return model.eval(), info, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def open_with_transformers(folder: str, flag: str) -> Any:
+    """Return the model in a folder as transformers loads it, in float32. Raise ConfigError, which names `flag`, if it cannot."""
+    try:
+        import transformers
+
+        with without_messages(transformers):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32
+            )
+    except Exception as error:  # whatever transformers raises
+        what = f"transformers cannot load {folder} ({describe_error(error)})"
+        raise ConfigError(flag, what, "name the folder of a model that transformers loads") from None
+    found: Any = model
+    return found.eval()
 
 
 def find_own_fault(transformers: Any, folder: Path) -> str:
