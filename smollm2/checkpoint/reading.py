@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from smollm2.checkpoint.format import State
+from smollm2.checkpoint.parts import SKELETON
 from smollm2.checkpoint.validation import detach_from_disk, read_checked
 from smollm2.errors import CheckpointError
 from smollm2.storage.run_folder import step_of
@@ -32,7 +33,8 @@ def is_valid(path: Path) -> bool:
             from smollm2.checkpoint.parts_reading import read_manifest
 
             read_manifest(path)
-        elif read_checked(path)["step"] != step_of(path):
+        found = read_checked(path / SKELETON if path.is_dir() else path)
+        if found["step"] != step_of(path):
             return False
     except CheckpointError:
         return False

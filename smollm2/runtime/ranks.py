@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -141,7 +141,7 @@ class Watch:
         )
         error.exit_code = first.code or TrainingError.exit_code
         gone = {position.rank for position in ended}
-        error.rank = min(p.rank for p in self._everyone() if p.rank not in gone)
+        error.rank = self._find_reporter(gone)
         return error
 
     def _describe_stall(self, waited: float) -> Smollm2Error:
@@ -149,8 +149,16 @@ class Watch:
         late = find_late(everyone)
         error = TrainingError("the ranks", f"made no progress for {waited:.0f} s; {describe_late(late)}", ADVICE)
         behind = {position.rank for position in late}
-        error.rank = min((p.rank for p in everyone if p.rank not in behind), default=0)
+        error.rank = self._find_reporter(behind)
         return error
+
+    def _find_reporter(self, others: Collection[int]) -> int:
+        """Return the rank of this machine that reports an error: the lowest that is not one of the `others`.
+
+        Each machine has its own, because the machine of rank 0 may be the one that was lost.
+        """
+        here = [p.rank for p in self._everyone() if p.host == socket.gethostname()]
+        return min((rank for rank in here if rank not in others), default=min(here))
 
     def _everyone(self) -> list[Position]:
         return [self._position(None), *self.others()]
@@ -173,6 +181,13 @@ class Watch:
             self.folder.mkdir(exist_ok=True)
             temporary.write_text(json.dumps(asdict(self._position(code))))
             temporary.replace(path)
+
+
+def remove_positions(folder: Path) -> None:
+    """Remove the positions that an earlier, killed run left in its run folder: they would count as lost ranks."""
+    for path in (folder / RANKS).glob("rank_*.json"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def find_late(positions: Sequence[Position]) -> list[Position]:

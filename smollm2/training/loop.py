@@ -24,6 +24,7 @@ from smollm2.errors import DataError, Interrupted, ResourceError, Smollm2Error, 
 from smollm2.plan.throughput import Duration
 from smollm2.runtime.device import environment, start_runtime
 from smollm2.runtime.random_state import restore_random_state
+from smollm2.runtime.ranks import remove_positions
 from smollm2.storage.locks import HeldFolder, lock_folder
 from smollm2.storage.run_folder import REPORT, find_checkpoint
 from smollm2.tracking.console import ConsoleTracker, RunLog, find_secrets
@@ -171,6 +172,7 @@ def claim_folder(setup: Setup, stack: contextlib.ExitStack) -> HeldFolder | None
         micro_batch_size(config.global_batch_size, runtime.world_size, config.training.batch_size)
         if runtime.rank == 0:
             held = stack.enter_context(lock_folder(setup.folder))
+            remove_positions(setup.folder)
             if not held.is_exclusive:
                 setup.report(
                     f"{setup.folder}: this file system has no locks. Make sure that no other run writes there."

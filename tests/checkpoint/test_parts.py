@@ -22,6 +22,7 @@ from smollm2.checkpoint.discovery import find_resumable, list_checkpoints, load_
 from smollm2.checkpoint.format import State, content_hash
 from smollm2.checkpoint.parts import describe_file, divide_state
 from smollm2.checkpoint.parts_saving import save_parts
+from smollm2.checkpoint.reading import is_valid
 from smollm2.checkpoint.retention import prune_checkpoints
 from smollm2.cli.main import main
 from smollm2.errors import CheckpointError, ResourceError
@@ -276,6 +277,16 @@ def test_the_newest_valid_one_is_found_among_files_and_folders(tmp_path: Path) -
     assert found is not None
     assert found[0].name == "step_0002"
     assert "step_0010: skipped: lacks __0_0.distcp" in skipped[0]
+
+
+def test_a_folder_with_the_name_of_another_step_is_neither_resumed_from_nor_counted(tmp_path: Path) -> None:
+    save_folder(tmp_path, 1).rename(tmp_path / "step_0009")
+    save_folder(tmp_path, 2)
+    reports: list[str] = []
+    found = find_resumable(tmp_path, reports.append)
+    assert found and found[0].name == "step_0002"
+    assert "contains step 1, which does not match its name" in reports[0]
+    assert [is_valid(path) for path in list_checkpoints(tmp_path)] == [True, False]
 
 
 def test_folders_are_pruned_by_the_rules_of_files(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from smollm2.data.tokenizer import Tokenizer, train_tokenizer
 from smollm2.data.tokenizer_files import Files
 from smollm2.data.windows import Batch
 from smollm2.errors import DataError, ResourceError
-from smollm2.runtime.ranks import Position, find_disagreement, find_late, find_odd_replica
+from smollm2.runtime.ranks import Position, Watch, find_disagreement, find_late, find_odd_replica
 from smollm2.training import agreement, corpus, loop
 from smollm2.training.step import train_step
 
@@ -505,6 +507,34 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(receivers: list[int], t
 def test_the_rank_that_has_begun_least_is_late(counts: list[int], late: list[int]) -> None:
     positions = [Position(rank, count, "a place", 1, "here") for rank, count in enumerate(counts)]
     assert [position.rank for position in find_late(positions)] == late
+
+
+def test_positions_of_a_killed_larger_run_are_removed_before_the_ranks_watch_each_other(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    left = tmp_path / "checkpoints" / ".ranks"
+    left.mkdir(parents=True)
+    (left / "rank_0003.json").write_text(json.dumps(asdict(Position(3, 70, "step 9", 2**22 + 1, socket.gethostname()))))
+    ended = run_ranks(training_with("--train_steps", "2"), tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(("rank", "reporter"), [(1, 1), (2, 2), (3, 2)])
+def test_each_machine_reports_the_loss_of_a_rank(
+    rank: int, reporter: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0, on the first of two machines, has ended; its machine may be cut off, so the other one reports as well."""
+    hosts = ["a", "a", "b", "b"]
+    watches = []
+    for one, host in enumerate(hosts):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        watch = Watch(tmp_path, one, lambda: (7, "step 7", 0.0, True), 60, lambda error: None, lambda text: None)
+        watch._write(5 if one == 0 else None)
+        watches.append(watch)
+    monkeypatch.setattr(socket, "gethostname", lambda: hosts[rank])
+    error = watches[rank].explain_loss()
+    assert (error.rank, error.exit_code) == (reporter, 5)
+    assert "rank 0 ended with exit code 5" in str(error)
 
 
 @pytest.mark.parametrize(
