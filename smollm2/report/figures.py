@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from smollm2.formatting import format_number
+from smollm2.report.baselines import baseline_lines
 from smollm2.report.curves import (
     CURVES,
     POINTS,
@@ -43,7 +44,8 @@ def curve_figures(runs: Sequence[RunFolder]) -> list[Context]:
         if curves:
             summary = summarize(runs[0], metrics) if len(runs) == 1 else compare_ends(runs, metrics)
             marks = marks_of(runs[0]) if len(runs) == 1 else {}
-            data = {"title": title, "curves": curves, "marks": marks}
+            lines = baseline_lines(runs[0], title) if len(runs) == 1 else []
+            data = {"title": title, "curves": curves, "marks": marks, "baselines": lines}
             figures.append({"kind": "curves", "title": title.capitalize(), "summary": summary, "data": data})
     return figures
 

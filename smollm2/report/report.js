@@ -59,15 +59,16 @@
 
   const bar = document.querySelector("#curve-controls");
 
-  /** Annotations at the ends of curves, moved apart so that none covers another. */
+  /** Annotations at the ends of curves, moved apart so that none covers another or is below the axis. */
   function endLabels(plot, ends, [low, high], isLog) {
     const at = (value) => (isLog ? Math.log10(value) : value);
     const height = Math.max(60, plot.clientHeight - 64);
     const scale = height / (at(high) - at(low) || 1);
+    const sorted = [...ends].sort((a, b) => b.y - a.y);
     let last = -Infinity;
-    return [...ends].sort((a, b) => b.y - a.y).map((end) => {
+    return sorted.map((end, number) => {
       const pixel = (at(high) - at(end.y)) * scale;
-      last = Math.max(pixel, last + 15);
+      last = Math.min(Math.max(pixel, last + 15), height - 15 * (sorted.length - 1 - number));
       return { x: end.x, y: at(end.y), yshift: pixel - last, xanchor: "left", xshift: 6, align: "left", showarrow: false, text: plain(end.text), font: { color: end.color, size: 12 } };
     });
   }
@@ -118,15 +119,20 @@
       const words = runs.length > 1 ? (curve.name.length > 18 ? `${curve.name.slice(0, 17)}…` : curve.name) : data.curves.length > 1 ? `${curve.name.replace(" loss", "")} ${short(curve.y.at(-1))}` : short(curve.y.at(-1));
       ends.push({ x: curve[axis].at(-1), y: curve.y.at(-1), text: words, color: own });
     }
-    const all = data.curves.flatMap((curve) => curve.y).filter((value) => !isLog || value > 0);
+    const far = Math.max(...data.curves.map((curve) => curve[axis].at(-1)));
+    const lines = data.baselines || [];
+    for (const line of lines) {
+      traces.push({ type: "scatter", mode: "lines", name: line.name, x: [0, far], y: [line.y, line.y], hoverinfo: "skip", showlegend: !hasLabels, line: { color: color("muted"), width: 1, dash: "dot" } });
+      ends.push({ x: far, y: line.y, text: `${line.name} ${short(line.y)}`, color: color("muted") });
+    }
+    const all = [...data.curves.flatMap((curve) => curve.y), ...lines.map((line) => line.y)].filter((value) => !isLog || value > 0);
     const range = [all.reduce((a, b) => Math.min(a, b)), all.reduce((a, b) => Math.max(a, b))];
     const marks = drawMarks(data, axis, range[0]);
     const noted = marks.annotations.map(({ isValue, ...one }) => (isValue && isLog ? { ...one, y: Math.log10(one.y) } : one));
-    const far = Math.max(...data.curves.map((curve) => curve[axis].at(-1)));
     const right = hasLabels ? 14 + 7 * Math.max(...ends.map((end) => end.text.length)) : 12;
     draw(plot, [...traces, ...marks.traces], layout(data.title, {
       uirevision: `${axis} ${isLog} ${views}`, hovermode: "x unified", margin: { l: 8, r: right, t: 8, b: 8 },
-      showlegend: !hasLabels && data.curves.length > 1, shapes: marks.shapes,
+      showlegend: !hasLabels && data.curves.length + lines.length > 1, shapes: marks.shapes,
       annotations: [...(hasLabels ? endLabels(plot, ends, range, isLog) : []), ...noted],
       xaxis: { title: { text: AXES[axis] }, hoverformat: ",.6~g", range: [0, far * 1.01], tickformat: axis === "tokens" ? "~s" : "" },
       yaxis: { type: isLog ? "log" : "linear", tickformat: data.title === "tokens per second" ? "~s" : "" },

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from smollm2.formatting import format_bytes, format_count, format_duration
+from smollm2.report.baselines import baseline_table
 from smollm2.report.checks import checks_section
 from smollm2.report.curves import shorten
 from smollm2.report.data import data_section
@@ -80,7 +81,8 @@ def curves_section(run: RunFolder) -> Context:
     if not run.last_step:
         return {"note": "Nothing has been reported yet."}
     figures = [figure for figure in curve_figures([run]) if figure["data"]["title"] != "loss"]
-    return {"figures": figures, "tables": [number_table(run)], "smoothing": None}
+    tables = [table for table in (number_table(run), baseline_table(run)) if table]
+    return {"figures": figures, "tables": tables, "smoothing": None}
 
 
 def landscape_section(run: RunFolder) -> Context:
@@ -144,7 +146,7 @@ def newest_checkpoint(run: RunFolder) -> str:
 
 def events_section(run: RunFolder) -> Context:
     """Return the events other than training steps; if there are too many, old checkpoint events are omitted first."""
-    events = [event for event in run.events if event["kind"] != "data"]
+    events = [event for event in run.events if event["kind"] not in ("data", "baselines")]
     if not events:
         return {"note": "No events were recorded."}
     kinds: dict[str, int] = {}

@@ -12,6 +12,9 @@ from typing import Any
 
 from smollm2.tracking.base import Diagnosis, Landscape
 
+BASELINES = ("uniform", "unigram", "bigram", "trigram", "5-gram")
+"""The n-gram models of a run's own text, with whose losses its validation loss is compared; each reads more tokens."""
+
 Figure = dict[str, Any]
 """A plotly figure as JSON: `data` and `layout`."""
 
@@ -34,6 +37,11 @@ def group_metrics(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
         f"validation/{name.removeprefix('validation_')}" if name.startswith("validation_") else f"train/{name}": value
         for name, value in metrics.items()
     }
+
+
+def baseline_metrics(details: Mapping[str, Any]) -> dict[str, float]:
+    """Return the losses of the event `baselines` as metrics of the group of the validation loss."""
+    return {f"validation/baseline/{name}": details["losses"][name] for name in BASELINES}
 
 
 def layer_of(parameter: str) -> str:

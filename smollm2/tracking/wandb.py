@@ -28,6 +28,7 @@ from smollm2.plan.arithmetic import estimate_disk
 from smollm2.storage.run_folder import CONFIG, TOKENIZER
 from smollm2.tracking.base import (
     Diagnosis,
+    Event,
     Fence,
     Landscape,
     Message,
@@ -39,7 +40,14 @@ from smollm2.tracking.base import (
     Tracker,
     describe,
 )
-from smollm2.tracking.charts import Figure, diagnosis_metrics, flow_figure, group_metrics, landscape_figures
+from smollm2.tracking.charts import (
+    Figure,
+    baseline_metrics,
+    diagnosis_metrics,
+    flow_figure,
+    group_metrics,
+    landscape_figures,
+)
 from smollm2.tracking.wandb_environment import Mode, WandbEnvironment, decide_mode
 from smollm2.tracking.wandb_links import CheckpointLinks, remove_links
 
@@ -191,6 +199,7 @@ class WandbTracker(Tracker):
     def __init__(self, run: "wandb.Run", config: Config, folder: Path, report: Report) -> None:
         self.run, self.config, self.folder, self.report = run, config, folder.absolute(), report
         self.table: Any = None
+        self.baselines: dict[str, float] = {}
         self.is_closing, self.has_reported_pruning = False, False
 
     def log_files(self) -> None:
@@ -201,10 +210,14 @@ class WandbTracker(Tracker):
             self._log_artifact("code", "code", list_code())
 
     def on(self, message: Message) -> None:
-        """Send the message. Events are not sent, because their texts may contain paths on this machine."""
+        """Send the message. Of the events, only the numbers of the baselines are sent, as lines beside the validation loss:
+        their texts may contain paths on this machine."""
         match message.content:
             case Metrics(values):
-                self._log_row(message.step, group_metrics(values))
+                lines = self.baselines if "validation_loss" in values else {}
+                self._log_row(message.step, {**group_metrics(values), **lines})
+            case Event("baselines", _, details):
+                self.baselines = baseline_metrics(details)
             case Samples(samples):
                 self._log_samples(message.step, samples)
             case Diagnosis() as diagnosis if self.config.wandb.log_gradients:

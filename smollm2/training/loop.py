@@ -49,7 +49,7 @@ from smollm2.training.memory import (
     smaller_micro_batch,
 )
 from smollm2.training.optim import learning_rate_at
-from smollm2.training.pages import end_page, plan_run, report_end, report_start, start_page
+from smollm2.training.pages import end_page, plan_run, report_baselines, report_end, report_start, start_page
 from smollm2.training.preflight import preflight, record_preflight
 from smollm2.training.progress import Progress
 from smollm2.training.resume import check_changes, count_compared_windows, find_start, restore
@@ -261,7 +261,8 @@ def begin(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Run, Duratio
     if prepared.micro_batch.reason:
         run.tracker.log_event("micro_batch", prepared.micro_batch.reason, progress.step)
     plan = plan_run(run)
-    setup.console.show_page("SmolLM2 Training", start_page(run, progress, plan))
+    baselines = report_baselines(run, progress.step)
+    setup.console.show_page("SmolLM2 Training", start_page(run, progress, plan, baselines))
     if setup.start:  # last: nothing may draw a random number between this and the first step
         restore_random_state(setup.start.state["rng"])
     return run, plan.duration

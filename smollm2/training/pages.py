@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from smollm2.analysis.baselines import find_baselines
 from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.config.schema import TrainingConfig
 from smollm2.data.corpus import MANY_EPOCHS
@@ -20,10 +21,11 @@ from smollm2.runtime.commands import shown_path, smollm2_command
 from smollm2.runtime.device import machine_facts
 from smollm2.runtime.throughput import cluster_of, machine_of, measure_if_long
 from smollm2.storage.run_folder import METRICS, REPORT, SAMPLES, find_checkpoint, step_of
+from smollm2.tracking.base import describe
 from smollm2.tracking.jsonl import read_values
 from smollm2.training.optim import learning_rate_at
 from smollm2.training.progress import Progress
-from smollm2.training.resume import count_compared_windows, describe_resume
+from smollm2.training.resume import count_compared_windows, describe_resume, list_compared_windows
 from smollm2.training.setup import Run, Start
 
 Rows = list[tuple[str, str]]
@@ -40,7 +42,7 @@ def plan_run(run: Run) -> Plan:
     return make_plan(config, machine, measure_if_long(run.runtime, machine, plan.duration.total))
 
 
-def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
+def start_page(run: Run, progress: Progress, plan: Plan, baselines: str) -> Rows:
     """Return the rows of the start page: what is trained, on which data, and which resources it will take."""
     t, m, runtime = run.config.training, run.config.model, run.runtime
     seconds = plan.duration.of(t.train_steps - progress.step)
@@ -62,6 +64,7 @@ def start_page(run: Run, progress: Progress, plan: Plan) -> Rows:
             f"{', '.join(run.config.data.inputs)}: {len(run.batches.windows):,} windows of {length:,} tokens{isolated}",
         ),
         ("validation", describe_validation(run)),
+        ("baselines", baselines),
         ("batch", f"{batch} sequences = {batch * length:,} tokens per step"),
         ("steps", f"{progress.step:,} of {t.train_steps:,} done; {describe_epochs(run)}"),
         (
@@ -161,6 +164,21 @@ def report_start(run: Run, progress: Progress, start: Start | None) -> None:
     )
     facts = {"system": f"{platform.system()} {platform.machine()}", **machine_facts(run.runtime)}
     run.tracker.log_event("start", "", progress.step, **facts)
+
+
+def report_baselines(run: Run, step: int) -> str:
+    """Record the losses of n-gram models of the run's own text; return the line of the start page. Only rank 0 counts."""
+    if run.runtime.rank:
+        return ""
+    if run.validation is None:
+        return "none, because there is no validation text"
+    compared = list_compared_windows(run.config, run.validation)
+    try:
+        found = find_baselines(run.config, run.corpus, run.batches.windows, run.validation, compared)
+    except Exception as error:  # they are optional: the run continues without them
+        return f"not measured ({describe(error)})"
+    run.tracker.log_event("baselines", "", step, **dataclasses.asdict(found))
+    return found.describe()
 
 
 def report_end(run: Run, error: Exception) -> None:

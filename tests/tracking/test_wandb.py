@@ -23,6 +23,7 @@ from wandb_server import WandbServer, wandb_server
 from smollm2.config.schema import Config, WandbConfig
 from smollm2.tracking import wandb as tracker_module
 from smollm2.tracking.base import Fanout, Landscape, Sample
+from smollm2.tracking.charts import BASELINES
 from smollm2.tracking.wandb import describe_upload, list_code, start_wandb
 from smollm2.tracking.wandb_environment import (
     DEFAULT_HOST,
@@ -184,6 +185,7 @@ def send_everything(tracker: Fanout, folder: Path) -> None:
     """Send each kind of message once or twice."""
     tracker.log({"loss": 2.5, "learning_rate": 1e-4}, 10)
     tracker.log({"validation_loss": 2.0, "validation_bpb": math.inf}, 10)
+    tracker.log_event("baselines", "", 10, losses={name: float(n) for n, name in enumerate(BASELINES)}, counted=7)
     tracker.log({"loss": 3.5, "learning_rate": 2e-4}, 20)
     tracker.log({"validation_loss": 2.25, "validation_bpb": 1.5}, 20)
     tracker.log_text([Sample("<i>", "x & <script>"), Sample("", "y\ud800")], 10)
@@ -254,11 +256,12 @@ def test_the_name_of_the_run_is_that_of_its_folder_by_default(other: Record) -> 
 
 
 def test_metrics_are_in_groups_against_our_own_step(offline: Record) -> None:
+    baselines = {f"validation/baseline/{name}": n for n, name in enumerate(BASELINES)}
     assert history(offline.found)[:4] == [
         {"train/step": 10, "train/loss": 2.5, "train/learning_rate": 1e-4},
         {"train/step": 10, "validation/loss": 2, "validation/bpb": "Infinity"},
         {"train/step": 20, "train/loss": 3.5, "train/learning_rate": 2e-4},
-        {"train/step": 20, "validation/loss": 2.25, "validation/bpb": 1.5},
+        {"train/step": 20, "validation/loss": 2.25, "validation/bpb": 1.5, **baselines},
     ]
     metrics = select(offline.found, "metric")
     assert {metric.get("glob_name"): metric.get("step_metric") for metric in metrics}["*"] == "train/step"
