@@ -47,14 +47,14 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
         layout: Layout = ALONE,
     ) -> None:
         """`counted()` measures the time of all work. Histograms are optional because they cost the most time."""
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = dict(model.named_parameters())
         self.counted, self.histograms, self.layout = counted, histograms, layout
         self.diagnosis = Diagnosis({}, {}, {}, {}, math.nan)
 
     @torch.no_grad()
     def __enter__(self) -> "StepDiagnostics":
         with self.counted():
-            gradients = {name: local(cast(Tensor, p.grad)) for name, p in self.weights.items()}
+            gradients = {name: local(gradient_of(p)) for name, p in self.weights.items()}
             self.gradient_norms = self.layout.combine_norms(torch._foreach_norm(list(gradients.values())))
             self.gradient_histograms = make_histograms(gradients, self.layout) if self.histograms else {}
             self.before = [local(p.detach()).clone() for p in self.weights.values()]
@@ -83,6 +83,11 @@ class StepDiagnostics(contextlib.AbstractContextManager["StepDiagnostics"]):
                 gradient_histograms=self.gradient_histograms,
                 weight_histograms=make_histograms(parts, self.layout) if self.histograms else {},
             )
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter; zeros if it is frozen or unused."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def make_histograms(tensors: Mapping[str, Tensor], layout: Layout = ALONE) -> dict[str, Histogram]:

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from smollm2.analysis.verdicts import RISE
 from smollm2.report.curves import tail_mean
 from smollm2.report.reading import LIFE, RunFolder
-
-RISE = 1.01
-"""A validation loss above this multiple of the lowest one has risen; a smaller rise is noise from a few windows."""
 
 GAP = 0.1
 """A training loss more than this fraction below the validation loss is noted; similar texts differ by less."""
@@ -41,13 +39,16 @@ def verdict_of(run: RunFolder) -> list[str]:
 
 
 def notes_of(run: RunFolder) -> list[str]:
-    """Return what deserves attention besides the verdict, with advice: overfitting, skipped steps, loss spikes."""
+    """Return what deserves attention besides the verdict, with advice: overfitting, skipped steps, loss spikes, and the
+    problems that were reported during the run, each as it was last."""
     notes = [note] if (note := advise_on_fit(run)) else []
     skips, spikes = (sum(event["kind"] == kind for event in run.events) for kind in ("skip", "spike"))
     if skips:
         notes.append(f"{count_of(skips, 'step')} skipped, because the loss or the gradient was not finite.")
     if change := describe_regression(run):
         notes.append(change)
+    problems = {str(event.get("name")): event for event in run.events if event["kind"] == "verdict"}
+    notes += [begin_sentence(event["message"]) for event in problems.values() if event.get("is_problem") is True]
     if spikes:
         notes.append(f"{count_of(spikes, 'loss spike')}: far above the losses before.")
     return notes

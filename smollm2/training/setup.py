@@ -48,6 +48,7 @@ from smollm2.tracking.wandb import start_wandb
 from smollm2.tracking.wandb_environment import make_run_id, prepare_environment
 from smollm2.training.initial_model import load_initial_model
 from smollm2.training.optim import build_optimizers
+from smollm2.training.verdicts import VerdictTracker, facts_of, read_records
 
 LONGEST_FILE, DISK_SPEED = 30.0, 250e6
 """The seconds that one file may take, and the bytes per second that one process writes: a disk of a cloud machine."""
@@ -317,6 +318,8 @@ def open_trackers(run: Run, setup: Setup, stack: contextlib.ExitStack) -> Run:
         tensorboard = start_tensorboard(folder, step, setup.report)
         trackers += [tensorboard] if tensorboard else []
     trackers.append(Fence(REPORT, lambda: ReportTracker(folder), setup.report))
+    facts, records = facts_of(config, run.corpus, overlaps), read_records(folder) if step else []
+    trackers.append(VerdictTracker(facts, Fanout(trackers), setup.report, records))
     tracker = Fanout(trackers)
     stack.callback(tracker.close)
     for name, overlap in zip(run.corpus.names, overlaps, strict=True):
