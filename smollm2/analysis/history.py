@@ -1,5 +1,6 @@
 """What is known of a run while it trains: the records that the verdicts of `verdicts.py` are rules over."""
 
+import bisect
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,13 @@ from smollm2.tracking.charts import BASELINES
 
 TRAINING = ("loss", "learning_rate", "grad_norm")
 """The metrics of a reported training step that the rules read."""
+
+
+MEAN = 5
+"""The reports over which the training loss at a validation is averaged."""
+
+KEPT = 500
+"""The training reports that are kept: of a run that reports every step, more than a rule reads."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,15 @@ class TrainingReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """One validation. `windows` is how many windows it was measured on: losses on others are not comparable."""
+    """One validation, and the mean training loss of the last reports before it.
+
+    `windows` is how many windows it was measured on: losses on others are not comparable.
+    """
 
     step: int
     loss: float
     windows: float
+    training_loss: float
 
 
 @dataclass
@@ -57,11 +69,12 @@ class Lowest:
 class History:
     """The records of a run up to now. It depends only on the messages, in order, so a resumed run rebuilds it from its files.
 
-    Records with a number that is missing or not finite are left out.
+    Records with a number that is missing or not finite are left out, and so are training reports that no rule reads again.
     """
 
     facts: Facts
     baselines: Mapping[str, float] = field(default_factory=dict)
+    first_loss: float = math.nan
     training: list[TrainingReport] = field(default_factory=list)
     validation: list[ValidationReport] = field(default_factory=list)
     samples: list[tuple[int, Sequence[str]]] = field(default_factory=list)
@@ -90,12 +103,9 @@ class History:
 
     def recent(self, steps: int, reports: int) -> list[TrainingReport]:
         """Return the reports of the last `steps` steps, at least `reports` of them; none if there are not so many."""
-        count = 0
-        while count < len(self.training) and (
-            count < reports or self.training[-1 - count].step > self.training[-1].step - steps
-        ):
-            count += 1
-        is_enough = count >= reports and self.step - self.training[-count].step >= steps - self.interval
+        first = bisect.bisect_right(self.training, self.step - steps, key=lambda report: report.step)
+        count = max(reports, len(self.training) - first)
+        is_enough = count <= len(self.training) and self.step - self.training[-count].step >= steps - self.interval
         return self.training[-count:] if is_enough else []
 
     @property
@@ -108,12 +118,16 @@ class History:
             epoch = values.get("epoch", self.training[-1].epoch if self.training else 0.0)
             loss, rate, norm = (float(values[name]) for name in TRAINING)
             self.training.append(TrainingReport(step, loss, rate, norm, epoch))
+            self.first_loss = loss if math.isnan(self.first_loss) else self.first_loss
+            if len(self.training) > 2 * KEPT:
+                del self.training[:-KEPT]
             self._update_lowest()
             return True
         if is_finite(values.get("validation_loss")):
             windows = values.get("validation_windows", 0)
             if not self.validation or windows == self.validation[0].windows:
-                self.validation.append(ValidationReport(step, values["validation_loss"], windows))
+                trained = statistics.fmean(one.loss for one in self.training[-MEAN:]) if self.training else math.nan
+                self.validation.append(ValidationReport(step, values["validation_loss"], windows, trained))
                 return True
         return False
 

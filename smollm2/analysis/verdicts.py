@@ -155,9 +155,10 @@ def find_divergence(history: History) -> Verdict | None:
     facts = history.facts
     if not last or not lowest or not facts.is_from_scratch or facts.is_mixed_in_stages:
         return None
-    first, least = history.training[0].loss, min(report.loss for report in last)
+    first, least = history.first_loss, min(report.loss for report in last)
     learned = first - lowest.loss
-    has_lost = learned > LEARNED * first and least > lowest.loss + max(LOST * learned, NOISE * noise_of(last))
+    has_lost = learned > LEARNED * first and least > lowest.loss + LOST * learned
+    has_lost = has_lost and least > lowest.loss + NOISE * noise_of(last)
     guess = history.baselines.get("uniform", first)
     if not has_lost and least < (1 + FLOOR_WIDTH) * max(first, guess):
         return None
@@ -227,9 +228,7 @@ def find_overfitting(history: History) -> Verdict | None:
     epoch = history.training[-1].epoch
     if before.step <= lowest.step or not RISE * lowest.loss < before.loss < last.loss or epoch <= 1:
         return None
-    then = [report for report in history.training if report.step <= lowest.step][-REPORTS:]
-    now = [report for report in history.training if report.step > lowest.step][-REPORTS:]
-    if not then or not now or mean_loss(now) >= mean_loss(then):
+    if not last.training_loss < lowest.training_loss:
         return None
     return Verdict(
         "overfitting",
@@ -284,7 +283,7 @@ def note_warmup(history: History) -> Verdict | None:
 
 def mean_loss(reports: Sequence[TrainingReport]) -> float:
     """Return the mean training loss of some reports."""
-    return statistics.fmean(report.loss for report in reports)
+    return sum(report.loss for report in reports) / len(reports)
 
 
 def noise_of(reports: Sequence[TrainingReport]) -> float:
