@@ -283,6 +283,7 @@ READING = {
             "training.anomalies.report_skip",  # what is reported about a step with a problem
             "training.anomalies.report_spike",
             "training.anomalies.report_out_of_memory",
+            "training.first_step",  # the step after a save, and after a resume
             "training.timing.Forecast",
             "training.timing.Stragglers",
             "training.timing.own_seconds",

@@ -1,5 +1,6 @@
 """Which checkpoints of a run are kept, which is the best, and which are moved aside when an older one is resumed."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from smollm2.checkpoint.discovery import list_checkpoints
 from smollm2.checkpoint.reading import is_valid
 from smollm2.errors import ResourceError
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
-from smollm2.storage.run_folder import BEST, CHECKPOINT, METRICS, SUPERSEDED, is_checkpoint, step_of
+from smollm2.storage.run_folder import BEST, CHECKPOINT, METRICS, SUPERSEDED, is_checkpoint, next_step_path, step_of
 
 
 def prune_checkpoints(
@@ -58,7 +59,10 @@ def prune_checkpoints(
 
 
 def remove_checkpoint(path: Path, io_ops: IoOps) -> None:
-    """Remove a checkpoint; a folder first gets a name under which it is no checkpoint, because its files go one by one."""
+    """Remove a checkpoint and the record of its next step; a folder first gets a name under which it is no checkpoint,
+    because its files go one by one."""
+    if next_step_path(path).exists():
+        io_ops.unlink(next_step_path(path))
     if not path.is_dir():
         io_ops.unlink(path)
         return
@@ -117,6 +121,8 @@ def move_superseded(folder: Path, step: int, io_ops: IoOps = IO_OPS) -> list[Pat
         target.mkdir(exist_ok=True)
         moved = [_free_name(target, path) for path in later]
         for path, new_path in zip(later, moved, strict=True):
+            with contextlib.suppress(FileNotFoundError):
+                io_ops.replace(next_step_path(path), next_step_path(new_path))
             io_ops.replace(path, new_path)
         io_ops.fsync_dir(target)
         io_ops.fsync_dir(folder)
@@ -168,6 +174,6 @@ def _read_best(folder: Path) -> dict[str, Any] | None:
     return best if is_sound and type(best.get("validation_loss")) is float else None
 
 
-def to_json(value: Mapping[str, str | int | float]) -> bytes:
+def to_json(value: Mapping[str, object]) -> bytes:
     """Return `value` as the bytes of a small, indented JSON file."""
     return json.dumps(value, indent=2).encode() + b"\n"

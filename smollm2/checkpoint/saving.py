@@ -4,9 +4,11 @@ The main thread reports the outcome after the first step at which the save has e
 If there is too little memory to copy the state, or if the save must succeed, the run waits for it.
 """
 
+import contextlib
 import hashlib
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +21,17 @@ from smollm2.checkpoint.parts import PartedState
 from smollm2.checkpoint.retention import prune_checkpoints, record_best, to_json
 from smollm2.checkpoint.validation import find_wrong_entry, find_wrong_weight, read_checked
 from smollm2.config.schema import Config
-from smollm2.errors import CheckpointError, ResourceError, TrainingError
+from smollm2.errors import CheckpointError, ResourceError, Smollm2Error, TrainingError
 from smollm2.plan.machine import available_memory
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
-from smollm2.storage.run_folder import LATEST, checkpoint_path, step_of
+from smollm2.storage.run_folder import (
+    LATEST,
+    checkpoint_path,
+    find_checkpoint,
+    is_checkpoint,
+    next_step_path,
+    step_of,
+)
 from smollm2.tracking.base import Fanout
 from smollm2.tracking.jsonl import JsonlTracker
 
@@ -48,7 +57,8 @@ class Saver:
         self.config, self.folder, self.rows, self.tracker = config, Path(config.training.save_dir), rows, tracker
         self.buffers: dict[str, Tensor] = {}
         self.pending: Future[Saved] | None = None
-        self.step, self.failures, self.seconds = 0, 0, 0.0
+        self.next_step: Future[None] | None = None  # writes the record of the step after the checkpoint
+        self.step, self.failures, self.seconds = -1, 0, 0.0
 
     def save(
         self,
@@ -88,11 +98,33 @@ class Saver:
 
     def report_finished(self) -> None:
         """Report the outcome of the pending save if it has ended, without waiting for it."""
-        if self.pending and self.pending.done():
+        if self.pending and self.pending.done() and (self.next_step is None or self.next_step.done()):
             self.finish()
+
+    def record_next_step(self, step: int, describe: Callable[[], Mapping[str, object]]) -> None:
+        """Write what `describe` returns, about the step after the checkpoint of `step`, beside it, once it is saved.
+
+        A thread calls `describe` and writes the file. Without it the checkpoint is as good, so a failure is not reported.
+        """
+        pending = self.pending
+
+        def write() -> None:
+            if pending:
+                wait([pending])
+            path = find_checkpoint(self.folder, step)
+            if is_checkpoint(path):
+                with contextlib.suppress(Smollm2Error):
+                    write_atomically(next_step_path(path), to_json(describe()))
+
+        thread = ThreadPoolExecutor(1, THREAD_NAME)
+        self.next_step = thread.submit(write)
+        thread.shutdown(wait=False)
 
     def finish(self, *, must_succeed: bool = False) -> None:
         """Wait for the pending save and report its outcome. With `must_succeed`, raise ResourceError if it failed."""
+        if self.next_step:  # else the next save could remove the checkpoint before its record is written
+            wait([self.next_step])
+            self.next_step = None
         if self.pending is None:
             return
         work, self.pending = self.pending, None

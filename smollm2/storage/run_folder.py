@@ -42,6 +42,11 @@ def find_checkpoint(folder: Path, step: int) -> Path:
     return parts if parts.is_dir() else checkpoint_path(folder, step)
 
 
+def next_step_path(path: Path) -> Path:
+    """Return the path of the record of the step after a checkpoint: `step_0500.next.json` beside `step_0500.pt`."""
+    return path.with_name(f"{path.stem}.next.json")
+
+
 def is_checkpoint(path: Path) -> bool:
     """Return whether the path is named like a checkpoint and is a file or folder, as its name says; no links."""
     if not CHECKPOINT.fullmatch(path.name) or path.is_symlink():

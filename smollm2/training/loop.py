@@ -40,6 +40,7 @@ from smollm2.training.actions import (
 from smollm2.training.agreement import config_facts, fingerprint_code, refuse_disagreement, start_facts, watch_ranks
 from smollm2.training.anomalies import report_anomaly, report_out_of_memory
 from smollm2.training.corpus import share_corpus
+from smollm2.training.first_step import check_first_step
 from smollm2.training.memory import (
     MicroBatchChoice,
     choose_micro_batch,
@@ -306,6 +307,7 @@ def run_steps(
                 if correction := forecast.add(result.seconds, t.train_steps - progress.step):
                     run.tracker.log_event("estimate", correction, progress.step)
                 report_anomaly(run, progress, result)
+                check_first_step(run, progress.step, result, size)
                 if progress.step == 1 or is_due(progress.step, t.log_interval, is_last=progress.step == t.train_steps):
                     row = describe_step(run, progress, result, meter) | stragglers.compare(run, meter)
                     run.tracker.log(row, progress.step)

@@ -108,6 +108,7 @@ class Run:
     wandb_run_id: str
     resumed_step: int
     saves_folders: bool = False
+    resumed_from: Path | None = None
     save_group: Any = None  # of all ranks, if they write a checkpoint together
 
     @property
@@ -215,6 +216,7 @@ def build_run(setup: Setup, corpus: Corpus) -> Run:
         saver=None,
         wandb_run_id=start.state["wandb_run_id"] if start else "",
         resumed_step=start.step if start else 0,
+        resumed_from=start.path if start else None,
         saves_folders=saves_folders(config, runtime),
     )
 
