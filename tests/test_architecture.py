@@ -283,6 +283,9 @@ READING = {
             "training.anomalies.report_skip",  # what is reported about a step with a problem
             "training.anomalies.report_spike",
             "training.anomalies.report_out_of_memory",
+            "training.examiner",  # what happens to a step whose numbers are unusual
+            "training.autopsy.SpikeExaminer",
+            "training.anomalies.rewind_or_stop",
             "training.first_step",  # the step after a save, and after a resume
             "training.timing.Forecast",
             "training.timing.Stragglers",

@@ -60,6 +60,9 @@ loading: it lists pairs of names in `model` that share one tensor, which is stor
 
 LATER_ENTRIES: dict[str, tuple[type, ...]] = {
     "stability.clipped": (list,),
+    "stability.norms": (list,),
+    "stability.rates": (list,),
+    "stability.skips": (list,),
     "optimizer.muon.arithmetic": (int,),
     "tokenizer.files": (dict,),
 }

@@ -18,6 +18,7 @@ from smollm2.cli import (
     landscape,
     plan,
     prepare,
+    replay,
     report,
     train,
     verify,
@@ -46,6 +47,7 @@ COMMANDS = (
     import_model,
     convert,
     landscape,
+    replay,
     report,
     verify,
 )

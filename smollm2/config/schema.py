@@ -128,8 +128,10 @@ class TrainingConfig(Section):
     """Gradients are clipped to this global norm; 0: no clipping."""
     z_loss: float = key(0.0, "noted", ge=0, le=1)
     """Weight of the squared log-normalizer of the logits; 0: off."""
-    on_nonfinite: Literal["skip", "stop"] = key("skip", "free")
-    """If the loss or the gradient of a step is not finite: skip the step (10 in a row or 1 % of the last 1000 stop the run), or stop at once."""
+    on_nonfinite: Literal["skip", "stop", "rewind"] = key("skip", "free")
+    """If the loss or the gradient of a step is not finite: skip the step (10 in a row or 1 % of the last 1000 stop the run), stop, or rewind."""
+    on_spike: Literal["keep", "skip", "stop", "rewind"] = key("keep", "noted")
+    """If the loss or gradient norm exceeds the last 128 by 6 deviations: keep or skip the update, stop, or rewind and leave out the batches."""
 
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = key("auto", "noted")
     """Number format of the matrix products; auto: bf16 if the hardware supports it."""

@@ -5,6 +5,7 @@ and never stored. Six rounds of a Feistel network permute the next even power of
 permuted again until it falls inside (cycle walking), at most 4 times on average. World size only affects slicing.
 """
 
+import copy
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,10 +47,22 @@ class Batches:
             global_batch_size,
             mixture,
         )
+        self.skips: tuple[int, ...] = ()
+
+    def skipping(self, skips: Sequence[int]) -> "Batches":
+        """Return these batches with some left out: `skips` are pairs (n, count), one after the other, in which batch n
+        and all after it are each replaced by the one that comes `count` batches later."""
+        batches = copy.copy(self)
+        batches.skips = tuple(skips)
+        return batches
+
+    def place(self, n: int) -> int:
+        """Return the place of batch n in the order without skips."""
+        return n + sum(count for first, count in zip(self.skips[::2], self.skips[1::2], strict=True) if n >= first)
 
     def window_ids(self, n: int) -> Ints:
         """Return the windows of batch n, in order, shape (global_batch_size,)."""
-        positions = n * self.global_batch_size + np.arange(self.global_batch_size)
+        positions = self.place(n) * self.global_batch_size + np.arange(self.global_batch_size)
         sources, ordinals = self.mixture.draw(positions)
         ids = np.zeros_like(positions)
         for source in np.unique(sources):
@@ -65,7 +78,7 @@ class Batches:
 
     def epochs_of(self, n: int) -> list[float]:
         """Return how many times each source has been read when batch n begins."""
-        drawn = self.mixture.count(n * self.global_batch_size)
+        drawn = self.mixture.count(self.place(n) * self.global_batch_size)
         return [int(count) / len(source) for count, source in zip(drawn, self.windows.sources, strict=True)]
 
     def epoch_of(self, n: int) -> float:

@@ -19,6 +19,8 @@ SUPERSEDED = "superseded"
 TOKENIZER = "tokenizer"
 LOCK = ".lock"
 RANKS = ".ranks"
+EVENT_FOLDERS = "events"
+EVENT = "event.json"
 
 MANIFEST = "manifest.json"
 
@@ -45,6 +47,11 @@ def find_checkpoint(folder: Path, step: int) -> Path:
 def next_step_path(path: Path) -> Path:
     """Return the path of the record of the step after a checkpoint: `step_0500.next.json` beside `step_0500.pt`."""
     return path.with_name(f"{path.stem}.next.json")
+
+
+def event_path(folder: Path, step: int) -> Path:
+    """Return the folder with the autopsy of a step, such as `folder/events/step_0500`."""
+    return folder / EVENT_FOLDERS / f"step_{step:04d}"
 
 
 def is_checkpoint(path: Path) -> bool:

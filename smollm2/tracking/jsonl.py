@@ -39,8 +39,7 @@ class JsonlTracker(Tracker):
         try:
             for name in FILES:
                 repair_rows(folder / name, resumed_step, report)
-            # Unbuffered: what write() accepts is passed to the operating system and survives a kill of this process.
-            self.files = {name: FileIO(folder / name, "ab") for name in FILES}
+            self.files = open_rows(folder)
         except OSError as error:
             raise ResourceError(
                 error.filename or folder,
@@ -82,6 +81,18 @@ class JsonlTracker(Tracker):
             except OSError as error:
                 self._report_full(name, error)
 
+    def rewind(self, step: int) -> None:
+        """Remove the rows after `step`, as a resume does; if the disk is full, they stay, and this is reported."""
+        self.sync()
+        for name in FILES:
+            try:
+                repair_rows(self.folder / name, step, self.report)
+            except ResourceError as error:
+                self.report(str(error))
+        old, self.files = self.files, open_rows(self.folder)
+        for file in old.values():
+            file.close()
+
     def close(self) -> None:
         """Write the rows that are still in memory and close the files; report how many rows could not be written."""
         self.sync()
@@ -121,6 +132,12 @@ class JsonlTracker(Tracker):
                     "free some disk space",
                 )
             )
+
+
+def open_rows(folder: Path) -> dict[str, FileIO]:
+    """Open the files for appending, unbuffered: what write() accepts is passed to the operating system and survives a
+    kill of this process."""
+    return {name: FileIO(folder / name, "ab") for name in FILES}
 
 
 def diagnosis_row(diagnosis: Diagnosis) -> dict[str, object]:

@@ -39,6 +39,7 @@ from smollm2.training.actions import (
 )
 from smollm2.training.agreement import config_facts, fingerprint_code, refuse_disagreement, start_facts, watch_ranks
 from smollm2.training.anomalies import report_anomaly, report_out_of_memory
+from smollm2.training.autopsy import SpikeExaminer
 from smollm2.training.corpus import share_corpus
 from smollm2.training.first_step import check_first_step
 from smollm2.training.memory import (
@@ -54,6 +55,7 @@ from smollm2.training.pages import end_page, plan_run, report_baselines, report_
 from smollm2.training.preflight import preflight, record_preflight
 from smollm2.training.progress import Progress
 from smollm2.training.resume import check_changes, count_compared_windows, find_start, restore
+from smollm2.training.rewind import Rewind, rewind
 from smollm2.training.setup import (
     Run,
     Setup,
@@ -198,6 +200,7 @@ def prepare(setup: Setup, resume: str, checkpoint_path: str | Path | None) -> Pr
             check_disk(setup.config, setup.folder)
         run = build_run(setup, corpus)
         progress = restore(run, setup.start) if setup.start else Progress()
+        run = dataclasses.replace(run, batches=run.batches.skipping(progress.skips))
         micro_batch = choose_micro_batch(setup.config, runtime)
     run = dataclasses.replace(run, prepared=runtime.prepare_model(run.model))
     if runtime.world_size > 1 and runtime.device.type == "cuda" and not runtime.layout.is_sharded:
@@ -224,7 +227,7 @@ def run_prepared(prepared: Prepared, limit: TimeLimit, log: RunLog, on_step: OnS
             started = time.perf_counter()
             try:
                 evaluate_before(run, prepared.progress, prepared.micro_batch.size)
-                progress = run_steps(run, prepared.progress, prepared.micro_batch.size, limit, announced, on_step)
+                progress = run_all_steps(run, prepared.progress, prepared.micro_batch.size, limit, announced, on_step)
             except Exception as error:
                 report_end(run, error)
                 raise
@@ -285,6 +288,17 @@ def explain_failure(error: Exception, setup: Setup, log: RunLog) -> Exception:
     return error
 
 
+def run_all_steps(
+    run: Run, progress: Progress, size: int, limit: TimeLimit, announced: Duration, on_step: OnStep | None
+) -> Progress:
+    """Call `run_steps` until the last step is done; after a rewind, again from the checkpoint."""
+    while True:
+        try:
+            return run_steps(run, progress, size, limit, announced, on_step)
+        except Rewind as request:
+            run, progress = rewind(run, request)
+
+
 def run_steps(
     run: Run, progress: Progress, size: int, limit: TimeLimit, announced: Duration, on_step: OnStep | None
 ) -> Progress:
@@ -324,7 +338,7 @@ def make_step(run: Run, progress: Progress, batch: Batch, size: int) -> tuple[St
     """Take one step, with diagnostics if due; return its result, the new progress and the micro-batch size used."""
     step = progress.step + 1
     diagnostics = scheduled_diagnostics(run, step)
-    result, size = step_within_memory(run, step, batch, size, diagnostics)
+    result, size = step_within_memory(run, progress, batch, size, diagnostics)
     progress = progress.after(result)
     if diagnostics:
         diagnostics.log(progress, split(batch, size, run.runtime)[0])
@@ -333,13 +347,13 @@ def make_step(run: Run, progress: Progress, batch: Batch, size: int) -> tuple[St
 
 
 def step_within_memory(
-    run: Run, step: int, batch: Batch, size: int, diagnostics: contextlib.AbstractContextManager[object] | None
+    run: Run, progress: Progress, batch: Batch, size: int, diagnostics: contextlib.AbstractContextManager[object] | None
 ) -> tuple[StepResult, int]:
-    """Take step `step` in micro-batches of up to `size` sequences, or smaller ones if memory runs out.
+    """Take the next step in micro-batches of up to `size` sequences, or smaller ones if memory runs out.
 
     Return its result and the size that was used. Raise ResourceError if not even one sequence fits.
     """
-    t, runtime = run.config.training, run.runtime
+    t, runtime, step = run.config.training, run.runtime, progress.step + 1
     while True:
         micro_batches = split(batch, size, runtime)
         with contextlib.suppress(MicroBatchTooLarge):
@@ -352,6 +366,7 @@ def step_within_memory(
                 max_grad_norm=t.max_grad_norm,
                 z_loss=t.z_loss,
                 diagnostics=diagnostics,
+                examiner=SpikeExaminer(run, progress, micro_batches, size),
             )
             return result, size
         smaller = smaller_micro_batch(len(batch.input_ids), size)

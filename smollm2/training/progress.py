@@ -23,9 +23,11 @@ TOP_LEVEL = ("step", "tokens", "loss")
 class Progress:
     """The complete state of the training loop. A new field needs a default, because older checkpoints do not have it.
 
-    `loss` is the loss of the last step, `losses` are the last 128 finite losses. `skipped` are the steps whose loss or
-    gradient was not finite, `spikes` the steps with a loss spike, `pending` the actions of this step that are still to
-    be run. `clipped` has two counts of the steps since the last diagnostics: those whose gradient was clipped, and all.
+    `loss` is the loss of the last step; `losses`, `norms` and `rates` are the loss, gradient norm and learning rate of
+    the last 128 steps that were not skipped. `skipped` are the steps without an update, `spikes` the steps with a spike,
+    `pending` the actions of this step that are still to be run. `clipped` has two counts of the steps since the last
+    diagnostics: those whose gradient was clipped, and all. `skips` are pairs (a step, how many batches are left out
+    after it), one after the other: see `Batches.skipping`.
     """
 
     step: int = 0
@@ -37,27 +39,33 @@ class Progress:
     spikes: tuple[int, ...] = ()
     pending: tuple[str, ...] = ()
     clipped: tuple[int, int] = (0, 0)
+    norms: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
+    skips: tuple[int, ...] = ()
 
     def after(self, result: StepResult) -> "Progress":
         """Return the progress after one more step; a skipped step counts too."""
-        step = self.step + 1
-        skipped, losses, spikes = self.skipped, self.losses, self.spikes
-        if result.skipped:
-            skipped = (*skipped, step)
-        else:  # one NaN would spoil the statistics for 128 steps
-            spikes = (*spikes, step) if is_spike(losses, result.loss) else spikes
-            losses = (*losses, result.loss)[-SPIKE_WINDOW:]
+        step, before, last = self.step + 1, self, slice(-SPIKE_WINDOW, None)
+        if not result.skipped:  # one NaN would spoil the statistics for 128 steps
+            losses, norms = (*self.losses, result.loss)[last], (*self.norms, result.grad_norm)[last]
+            rates = (*self.rates, result.learning_rate)[last]
+            before = dataclasses.replace(self, losses=losses, norms=norms, rates=rates)
         return dataclasses.replace(
-            self,
+            before,
             step=step,
             tokens=self.tokens + result.tokens,
             loss=result.loss,
-            skipped=skipped,
-            losses=losses,
-            spikes=spikes,
+            skipped=(*self.skipped, step) if result.skipped else self.skipped,
+            spikes=(*self.spikes, step) if result.spike else self.spikes,
             pending=(),
             clipped=(self.clipped[0] + int(result.clipped), self.clipped[1] + 1),
         )
+
+    def find_spike(self, loss: float, grad_norm: float) -> str:
+        """Return which number of the next step is a spike, "loss" or "gradient norm", or "" if neither is."""
+        if is_spike(self.losses, loss):
+            return "loss"
+        return "gradient norm" if is_spike(self.norms, grad_norm) else ""
 
     def to_state(self) -> dict[str, Any]:
         """Return the checkpoint entries that `from_state` reads: plain values, with tuples as lists."""
@@ -74,11 +82,16 @@ class Progress:
         return cls(**values)
 
 
-def is_spike(losses: Sequence[float], loss: float) -> bool:
-    """Return whether `loss` exceeds the mean of the last 128 finite losses by more than 6 standard deviations."""
-    if len(losses) < SPIKE_WINDOW:
-        return False
-    return loss > statistics.fmean(losses) + SPIKE_SIGMAS * statistics.pstdev(losses)
+def is_spike(values: Sequence[float], value: float) -> bool:
+    """Return whether `value` exceeds the mean of the last 128 finite values by more than 6 standard deviations."""
+    return len(values) >= SPIKE_WINDOW and value > spike_limit(values)
+
+
+def spike_limit(values: Sequence[float]) -> float:
+    """Return the mean of the values plus 6 standard deviations."""
+    mean = statistics.fmean(values)
+    # Not statistics.pstdev, which computes with fractions: 10 times slower, and this runs in each step.
+    return mean + SPIKE_SIGMAS * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
 def too_many_skips(skipped: Sequence[int], step: int, *, fp16: bool) -> str | None:

@@ -5,7 +5,6 @@ micro-batch is divided by the number of targets in the whole batch, which is kno
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from smollm2.data.windows import Batch
 from smollm2.errors import TrainingError
 from smollm2.runtime.device import Runtime
 from smollm2.runtime.sharding import recover, whole
+from smollm2.training.examiner import ONLY_FINITE, Decision, Examiner
 from smollm2.training.memory import (
     MicroBatchChoice,
     describe_smaller,
@@ -39,7 +39,8 @@ class MicroBatchTooLarge(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one step: `loss` is the global mean without z-loss, `grad_norm` the norm before clipping."""
+    """The result of one step: `loss` is the global mean without z-loss, `grad_norm` the norm before clipping; `spike` names
+    the one of them that is far above those of the last steps."""
 
     loss: float
     grad_norm: float
@@ -48,6 +49,7 @@ class StepResult:
     seconds: float
     skipped: bool
     clipped: bool = False
+    spike: str = ""
 
 
 def train_step(
@@ -60,32 +62,44 @@ def train_step(
     max_grad_norm: float,
     z_loss: float = 0.0,
     diagnostics: contextlib.AbstractContextManager[object] | None = None,
+    examiner: Examiner = ONLY_FINITE,
 ) -> StepResult:
     """Take one optimizer step with this rank's micro-batches.
 
-    Weights and moments change only if the loss and the gradient norm are finite on every rank. `diagnostics` is a
-    context manager that encloses the update. Raise MicroBatchTooLarge as `accumulate_gradients` does.
+    Weights and moments change only if the loss and the gradient norm are finite on every rank; about unusual numbers the
+    `examiner` decides. `diagnostics` encloses the update. Raise MicroBatchTooLarge as `accumulate_gradients` does.
     """
     started = time.perf_counter()
     set_learning_rate(optimizers, learning_rate)
     loss, tokens = accumulate_gradients(model, micro_batches, runtime, z_loss=z_loss)
     for optimizer in optimizers.values():
         runtime.scaler.unscale_(optimizer)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
-    loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()  # the only synchronization with the device
-    finite = runtime.all_agree(math.isfinite(loss_value) and math.isfinite(norm_value))
-    clipped = finite and 0 < max_grad_norm < norm_value
+    found = Decision(*read_numbers(model, loss))
+    if not runtime.all_agree(examiner.is_usual(found.loss, found.grad_norm)):
+        found = examiner.examine(found.loss, found.grad_norm)
+    clipped = found.updates and 0 < max_grad_norm < found.grad_norm
     with diagnostics or contextlib.nullcontext():
         if clipped:
-            torch._foreach_mul_(gradients, max_grad_norm / (norm_value + 1e-6))
-        if finite:
+            torch._foreach_mul_(gradients_of(model), max_grad_norm / (found.grad_norm + 1e-6))
+        if found.updates:
             for optimizer in optimizers.values():
                 optimizer.step()
     adjust_loss_scale(runtime.scaler)
-    for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, norm_value, learning_rate, tokens, time.perf_counter() - started, not finite, clipped)
+    model.zero_grad(set_to_none=True)
+    seconds, skipped = time.perf_counter() - started, not found.updates
+    return StepResult(found.loss, found.grad_norm, learning_rate, tokens, seconds, skipped, clipped, found.spike)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """Return the gradients of the parameters that have one."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def read_numbers(model: nn.Module, loss: Tensor) -> tuple[float, float]:
+    """Return the loss and the norm of all gradients: the only synchronization with the device in a step."""
+    norm = whole(torch.nn.utils.get_total_norm(gradients_of(model)))
+    loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
+    return loss_value, norm_value
 
 
 def split(batch: Batch, size: int, runtime: Runtime) -> list[MicroBatch]:

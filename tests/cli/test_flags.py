@@ -98,6 +98,7 @@ PATH_FLAGS = {
     "export": ["model", "folder", "--input_file"],
     "convert": ["checkpoint", "target"],
     "landscape": ["model", "--input_file", "--output"],
+    "replay": ["event"],
     "report": ["runs", "--output"],
 }
 

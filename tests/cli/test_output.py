@@ -40,6 +40,7 @@ COMMANDS = {
     "export": (["export", f"runs-{SNOW}", f"runs-{SNOW}"], 4),
     "convert": (["convert", f"absent-{SNOW}", "step_0001"], 4),
     "landscape": (["landscape", f"absent-{SNOW}"], 4),
+    "replay": (["replay", f"absent-{SNOW}"], 4),
     "plan": (["plan", "--save_dir", f"runs-{SNOW}"], 0),
     "train": (["train", "--save_dir", f"new-{SNOW}", "--train_steps", "1", "--resume", "auto"], 0),
     "an error": (["evaluate", f"absent-{SNOW}", "--input_file", "input.txt"], 4),

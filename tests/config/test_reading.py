@@ -589,7 +589,7 @@ NOTED = re.findall(
     r"\S+",
     """
     training.train_steps training.learning_rate training.min_learning_rate training.warmup_steps training.schedule
-    training.decay_steps training.weight_decay training.betas training.eps training.max_grad_norm training.z_loss
+    training.decay_steps training.weight_decay training.betas training.eps training.max_grad_norm training.z_loss training.on_spike
     training.deterministic training.precision training.attention training.gradient_checkpointing training.compile data.input
     data.include data.exclude data.text_field data.on_bad_line data.mixture data.stages
 """,

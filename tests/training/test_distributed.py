@@ -32,6 +32,7 @@ from smollm2.data.windows import Batch
 from smollm2.errors import DataError, ResourceError
 from smollm2.runtime.ranks import Position, Watch, find_disagreement, find_late, find_odd_replica
 from smollm2.training import agreement, corpus, loop
+from smollm2.training import step as training_step
 from smollm2.training.step import train_step
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
@@ -171,13 +172,13 @@ def test_a_rank_that_the_others_wait_for_is_named_once_with_its_seconds(tmp_path
     write_tiny(tmp_path)
 
     def work(rank: int) -> int:
-        from smollm2.training.step import split
+        split = training_step.split
 
         def slow(*arguments: Any) -> Any:
             time.sleep(0.1 * rank)
             return split(*arguments)
 
-        loop.split = slow  # type: ignore[assignment, attr-defined]
+        training_step.split = slow  # type: ignore[assignment]
         return main(train_words())
 
     ended = run_ranks(work, tmp_path)
@@ -336,23 +337,39 @@ def on_rank_1_before_step(step: int, act: Callable[[torch.nn.Module], object], w
     return acting
 
 
-def spoil_one_gradient(model: torch.nn.Module) -> None:
-    """The next gradient of one parameter is not finite on this rank, before the ranks share it."""
+def spoil_one_gradient(model: torch.nn.Module, times: int = 1) -> None:
+    """The next gradients of one parameter are not finite on this rank, before the ranks share them."""
     parameter = next(model.parameters())
+    left = [times]
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        handle.remove()
+        left[0] -= 1
+        if not left[0]:
+            handle.remove()
         return gradient * float("nan")
 
     handle: RemovableHandle = parameter.register_hook(spoil)  # type: ignore[no-untyped-call]
 
 
+def spoil_the_step_and_its_rerun(model: torch.nn.Module) -> None:
+    """Spoil both of the micro-batches, in the step and in the rerun of its autopsy."""
+    spoil_one_gradient(model, times=4)
+
+
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
     """Promise C2."""
     write_tiny(tmp_path)
-    ended = run_ranks(on_rank_1_before_step(3, spoil_one_gradient, training_with()), tmp_path)
+    ended = run_ranks(on_rank_1_before_step(3, spoil_the_step_and_its_rerun, training_with()), tmp_path)
     assert [rank.code for rank in ended] == [0, 0]
     assert [row["skipped"] for row in metrics(tmp_path / "checkpoints") if "loss" in row] == [0, 0] + [1] * 10
+
+
+def test_a_gradient_that_was_not_finite_once_on_one_rank_is_computed_again_by_all(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    ended = run_ranks(training_with("--save_dir", "sound"), tmp_path)
+    ended += run_ranks(on_rank_1_before_step(3, spoil_one_gradient, training_with()), tmp_path)
+    assert [rank.code for rank in ended] == [0, 0, 0, 0]
+    assert outcome(tmp_path / "checkpoints", 12) == outcome(tmp_path / "sound", 12)
 
 
 def flip_a_bit(model: torch.nn.Module) -> None:
