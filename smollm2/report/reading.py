@@ -6,7 +6,7 @@ in `problems`, and no error is raised. Metrics are stored in columns of 8 bytes 
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from smollm2.storage.run_folder import (
     DATA,
     DIAGNOSTICS,
     DOCTOR,
+    EVENT,
+    EVENT_FOLDERS,
     EVENTS,
     LANDSCAPE,
     METRICS,
@@ -53,6 +55,7 @@ BY_SOURCE = ("validation_loss/", "validation_bpb/")
 """What the columns of the sources of a mixture begin with; the name of the source follows."""
 
 MOST_COLUMNS = 150
+MOST_AUTOPSIES = 100
 
 CONFIG_BYTES = 2**20
 LIFE = ("start", "stopped", "failed", "done")
@@ -123,12 +126,14 @@ def read_run(path: Path) -> RunFolder:
         what = f"has neither {METRICS} nor {CONFIG}" if path.is_dir() else "is not a folder"
         raise DataError(path, what, "specify the --save_dir of a run")
     problems: list[str] = []
+    events = read_rows(path / EVENTS, problems, parse_event)
+    events += read_autopsies(path, {event["step"] for event in events if event["kind"] == "autopsy"}, problems)
     return RunFolder(
         path=path,
         name=path.resolve().name or str(path),
         settings=read_settings(path / CONFIG, problems),
         metrics=read_metrics(path / METRICS, problems),
-        events=sorted(read_rows(path / EVENTS, problems, parse_event), key=lambda row: row["step"]),
+        events=sorted(events, key=lambda row: row["step"]),
         samples=sorted(read_rows(path / SAMPLES, problems, parse_sample), key=lambda row: row["step"]),
         diagnoses=sorted(read_rows(path / DIAGNOSTICS, problems, parse_diagnosis), key=lambda row: row[0]),
         landscape=read_landscape(path / LANDSCAPE, problems),
@@ -175,6 +180,16 @@ def read_metrics(path: Path, problems: list[str]) -> "dict[str, array[float]]":
 def parse_event(row: Row) -> Row:
     """Return an event after checking its kind, its message and its time."""
     return {**row, "kind": to_text(row["kind"]), "message": to_text(row["message"]), "time": to_number(row.get("time"))}
+
+
+def read_autopsies(folder: Path, known: Collection[int], problems: list[str]) -> list[Row]:
+    """Return an event for each autopsy that events.jsonl does not have: a rewind removes its row, but not its folder."""
+    found: list[Row] = []
+    for path in sorted((folder / EVENT_FOLDERS).glob(f"step_*/{EVENT}"))[:MOST_AUTOPSIES]:
+        row = read_object(path, problems)
+        if row and is_step(row.get("step")) and row["step"] not in known and isinstance(row.get("verdict"), str):
+            found.append({"step": row["step"], "kind": "autopsy", "message": row["verdict"], "time": math.nan})
+    return found
 
 
 def parse_sample(row: Row) -> Row:

@@ -1,7 +1,7 @@
 """A spike is examined before the update: its cause is named, it can be replayed, and the run follows training.on_spike."""
 
 import json
-import random
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,69 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, WORDS, metrics, outcome, tiny_config, weights, write_tiny
+from runs import metrics, outcome, weights
+from spikes import LAST, SPIKE, config_of, event_of, write_text
 
 from smollm2.checkpoint.discovery import load_checkpoint
 from smollm2.checkpoint.saving import save_checkpoint
 from smollm2.cli.main import main
-from smollm2.config.schema import Config
-from smollm2.data.batches import Batches
 from smollm2.errors import TrainingError
+from smollm2.report.reading import read_run
 from smollm2.training import autopsy, loop
+from smollm2.training.causes import Evidence, Numbers, describe_verdict, find_jump, weigh
 from smollm2.training.loop import train
-
-SPIKE, LAST = 145, 150
-"""The step whose batch is garbage, and the last one."""
-
-FLAGS = {
-    "training__train_steps": LAST,
-    "training__gradient_accumulation_steps": 1,
-    "training__schedule": "wsd",
-    "training__decay_steps": 1,
-    "training__save_interval": 20,
-    "training__log_interval": 1,
-    "training__eval_interval": 0,
-    "training__diagnostics_interval": 0,
-    "training__sample_interval": 0,
-    "data__validation_fraction": 0,
-}
-
-
-def config_of(folder: Path, **flags: object) -> Config:
-    return tiny_config(folder, **(FLAGS | flags))
-
-
-def write_text(folder: Path, *, with_garbage: bool) -> Path:
-    """A text that is read once; with garbage in all windows of the batch of step SPIKE."""
-    text = bytearray((WORDS * 250).encode())
-    if with_garbage:
-        noise = random.Random(1)
-        count = (len(text) - 1) // 32
-        for window in Batches([Windows(count)], 1337, 4).window_ids(SPIKE - 1).tolist():
-            text[32 * window : 32 * window + 32] = bytes(noise.choice(b"~^|{}@#$%&*<>=_") for _ in range(32))
-    write_tiny(folder, text=text.decode(), config=TINY)
-    return folder
-
-
-class Windows:
-    """As many windows as the text has; only their order is asked for."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    length = 32
-    tokens_used = 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, i: int) -> Any:
-        raise NotImplementedError
-
-
-def event_of(folder: Path, step: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "checkpoints/events" / f"step_{step:04d}/event.json").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +212,69 @@ def test_a_run_that_has_rewound_three_times_stops(spoiled: Path, tmp_path: Path)
     save_checkpoint(copy / "checkpoints", state, step=140)
     with pytest.raises(TrainingError, match="it has a problem again after 3 rewinds"):
         train(config_of(copy, training__on_spike="rewind"), checkpoint_path=copy / "checkpoints/step_0140.pt")
+
+
+def test_the_report_has_the_verdict_of_a_step_that_was_rewound(rewound: Path) -> None:
+    found = [event["message"] for event in read_run(rewound / "checkpoints").events if event["kind"] == "autopsy"]
+    assert found == [event_of(rewound, SPIKE)["verdict"]]
+
+
+def test_an_autopsy_that_cannot_be_written_does_not_end_the_run(spoiled: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(spoiled, tmp_path / "run", ignore=shutil.ignore_patterns("events")))
+    (copy / "checkpoints/events").write_text("a file where the folder should be")
+    train(config_of(copy), checkpoint_path=copy / "checkpoints/step_0140.pt")
+    assert outcome(copy / "checkpoints", LAST) == outcome(spoiled / "checkpoints", LAST)
+    assert "step_0145 could not be written (" in (copy / "checkpoints/run.log").read_text()
+
+
+def test_only_the_first_events_keep_the_weights(spoiled: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(spoiled, tmp_path / "run", ignore=shutil.ignore_patterns("events")))
+    for step in (1, 2, 3):
+        (copy / f"checkpoints/events/step_000{step}").mkdir(parents=True)
+        (copy / f"checkpoints/events/step_000{step}/step_000{step}.pt").write_bytes(b"weights")
+    train(config_of(copy), checkpoint_path=copy / "checkpoints/step_0140.pt")
+    assert event_of(copy, SPIKE)["weights"] == "the weights are not kept, because 3 events have theirs"
+
+
+def evidence(**found: Any) -> Evidence:
+    """A step whose loss of 9 stands out from 128 near 1, in bf16, at a steady rate."""
+    usual = [1.0 + 0.01 * (-1) ** i for i in range(128)]
+    bad = Numbers(9.0, 1.0)
+    known: dict[str, Any] = {"step": 200, "problem": "loss", "recorded": bad, "again": bad, "float32": bad}
+    known |= {"before": Numbers(1.0, 1.0), "losses": usual, "norms": usual, "rates": [1e-3] * 128, "precision": "bf16"}
+    return Evidence(**(known | {"is_transient": False} | found))
+
+
+BAD, NAN = Numbers(8.0, 1.0), Numbers(math.nan, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("found", "cause"),
+    [
+        ({}, "data"),
+        ({"float32": Numbers(1.1, 1.0)}, "precision"),
+        ({"float32": None}, "data"),
+        ({"before": BAD}, "weights"),
+        ({"before": BAD, "rates": [1e-3] * 126 + [1e-2] * 2}, "rate"),
+        ({"before": BAD, "rates": [1e-3] * 100 + [1e-2] * 28}, "weights"),
+        ({"before": Numbers(1.0, 1.0), "rates": [1e-3] * 126 + [1e-2] * 2}, "data"),
+        ({"is_transient": True, "again": Numbers(1.0, 1.0)}, "transient"),
+        (
+            {"before": None, "losses": [], "rates": [], "problem": "not finite", "recorded": NAN, "float32": NAN},
+            "unknown",
+        ),
+        ({"problem": "not finite", "recorded": NAN, "float32": BAD}, "precision"),
+        ({"problem": "not finite", "recorded": NAN, "float32": NAN, "before": NAN}, "weights"),
+        ({"problem": "not finite", "recorded": NAN, "float32": NAN}, "data"),
+        ({"problem": "gradient norm", "recorded": Numbers(1.0, 50.0), "float32": Numbers(1.0, 49.0)}, "data"),
+        ({"problem": "gradient norm", "recorded": Numbers(1.0, 50.0), "float32": Numbers(1.0, 2.0)}, "precision"),
+    ],
+)
+def test_the_causes_are_weighed(found: dict[str, Any], cause: str) -> None:
+    weighed = weigh(evidence(**found))
+    assert weighed.cause == cause
+    assert describe_verdict(weighed).startswith("step 200: loss ")
+
+
+def test_the_warmup_of_a_run_is_no_jump_of_the_rate() -> None:
+    assert find_jump([1e-3 * (step + 1) / 200 for step in range(128)], 129) is None
