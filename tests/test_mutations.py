@@ -47,9 +47,9 @@ SABOTAGES = [
     Sabotage(
         "older checkpoints go before the new one is saved",
         "checkpoint/saving.py",
-        "        path = save_checkpoint",
+        "        path = save_state",
         "        if t.keep_last is not None:\n"
-        "            prune_checkpoints(self.folder, t.keep_last)\n        path = save_checkpoint",
+        "            prune_checkpoints(self.folder, t.keep_last)\n        path = save_state",
         "training/test_faults.py::test_a_spike_is_reported_and_the_checkpoint_from_before_it_outlives_keep_last",
     ),
     Sabotage(
@@ -118,9 +118,16 @@ SABOTAGES = [
     Sabotage(
         "a step that is not finite is made",
         "training/step.py",
-        "    if finite:\n",
-        "    if True:\n",
+        "        if found.updates:\n",
+        "        if True:\n",
         "training/test_step.py::test_a_step_that_is_not_finite_moves_neither_weights_nor_moments",
+    ),
+    Sabotage(
+        "a checkpoint forgets which batches a rewind left out",
+        "training/resume.py",
+        "**progress.to_state(),",
+        "**dataclasses.replace(progress, skips=()).to_state(),",
+        "training/test_autopsy.py::test_a_rewound_run_that_is_resumed_ends_with_the_same_bits",
     ),
     Sabotage(
         "a resume begins with empty moments",
@@ -139,7 +146,7 @@ SABOTAGES = [
     Sabotage(
         "a step that ran out of memory keeps half of its gradients",
         "training/step.py",
-        "        model.zero_grad(set_to_none=True)\n        raise MicroBatchTooLarge",
+        "        recover(model)\n        raise MicroBatchTooLarge",
         "        raise MicroBatchTooLarge",
         "training/test_faults.py::test_out_of_memory_begins_the_step_anew_in_smaller_parts_with_the_bits_of_a_run_that_began_so",
     ),
