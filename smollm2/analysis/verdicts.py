@@ -50,14 +50,21 @@ ONE_TOKEN = 0.05
 RISE = 1.01
 """A validation loss above this multiple of the lowest one has risen; a smaller rise is noise from a few windows."""
 
+RISEN = 0.05
+"""A rise of the validation loss in nats that is worth a line, where 1 % of it is next to nothing."""
+
+RISES = 3
+"""The validations in a row that must be above the lowest."""
+
 REPEATS = 4
 """How often a sample must repeat its end to count as a loop; once or twice is a figure of speech."""
 
 NATURAL = 0.5
 """A loss of the 5-gram baseline, in nats, below which the text itself repeats: a loop would be a good sample of it."""
 
-LEAST_RATE = 1e-5
-"""A smaller learning rate can leave a weight near 1 unchanged in float32, whose steps there are 6e-8 to 1.2e-7."""
+LEAST_RATE = 1e-4
+"""A much smaller learning rate can leave weights near 1 unchanged in float32, whose steps there are 6e-8 to 1.2e-7: an update
+is the rate times a factor that is far below 1 where gradients are mostly noise."""
 
 CONTEXT = {
     "unigram": "it uses the order of the tokens",
@@ -220,19 +227,18 @@ def find_untrained(history: History) -> Verdict | None:
 
 
 def find_overfitting(history: History) -> Verdict | None:
-    """The validation loss rises twice in a row above its lowest, while the training loss falls and text is read again."""
-    if len(history.validation) < 3 or not history.training:
+    """The last validations are all above the lowest, the last one most, while the training loss fell and text is read again."""
+    last = history.validation[-RISES:]
+    if len(last) < RISES or not history.training or history.training[-1].epoch <= 1:
         return None
-    lowest = min(history.validation, key=lambda report: report.loss)
-    *_, before, last = history.validation
-    epoch = history.training[-1].epoch
-    if before.step <= lowest.step or not RISE * lowest.loss < before.loss < last.loss or epoch <= 1:
-        return None
-    if not last.training_loss < lowest.training_loss:
+    lowest, epoch = min(history.validation, key=lambda report: report.loss), history.training[-1].epoch
+    losses = [report.loss for report in last]
+    is_risen = min(losses) > RISE * lowest.loss and losses[-1] == max(losses) > lowest.loss + RISEN
+    if not is_risen or not last[-1].training_loss < lowest.training_loss:
         return None
     return Verdict(
         "overfitting",
-        f"validation rises since step {lowest.step:,} ({lowest.loss:.2f} -> {last.loss:.2f}) while the training loss falls: "
+        f"validation rises since step {lowest.step:,} ({lowest.loss:.2f} -> {losses[-1]:.2f}) while the training loss falls: "
         f"{epoch:.1f} epochs over {history.facts.text}. Use more text, fewer steps or the best checkpoint",
     )
 

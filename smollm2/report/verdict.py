@@ -48,7 +48,11 @@ def notes_of(run: RunFolder) -> list[str]:
     if change := describe_regression(run):
         notes.append(change)
     problems = {str(event.get("name")): event for event in run.events if event["kind"] == "verdict"}
-    notes += [begin_sentence(event["message"]) for event in problems.values() if event.get("is_problem") is True]
+    notes += [
+        begin_sentence(event["message"])
+        for event in problems.values()
+        if event.get("is_problem") is True and event["message"]
+    ]
     if spikes:
         notes.append(f"{count_of(spikes, 'loss spike')}: far above the losses before.")
     return notes

@@ -18,12 +18,7 @@ from smollm2.training.verdicts import QUIET, VerdictTracker, read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = {
-    "model__hidden_size": 32,
-    "model__intermediate_size": 64,
-    "training__batch_size": 4,
-    "training__log_interval": 5,
-}
+SMALL = {"training__batch_size": 4, "training__log_interval": 5, "training__sample_tokens": 0}
 SHORT = {"all zeros": 10, "no shift": 120, "adamw": 60}
 """Those that take two seconds each, and their steps; the others are slow."""
 
@@ -65,14 +60,14 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_resumed_run_reports_what_an_uninterrupted_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed after the verdict, and before it."""
-    steps = {"training__train_steps": 120, "training__save_interval": 55, "training__keep_last": 9}
+    steps = {"training__train_steps": 120, "training__save_interval": 40, "training__keep_last": 9}
     run_case(CASES["no shift"], tmp_path, monkeypatch, **steps, is_long=False, **SMALL)
     folder = tmp_path / "checkpoints"
     whole = events(folder)
     assert [row["name"] for row in whole if row["is_problem"]] == ["leak"] and len(whole) > 1
     (step,) = [row["step"] for row in whole if row["is_problem"]]
-    assert 55 < step < 110
-    for left in (110, 55):
+    assert 40 < step < 80
+    for left in (80, 40):
         for path in folder.glob("step_*.pt"):
             if int(path.stem[5:]) > left:
                 path.unlink()
