@@ -21,6 +21,7 @@ from smollm2.data.corpus import Corpus, Listener, open_corpus
 from smollm2.data.sample import write_sample_corpus
 from smollm2.data.windows import Batch, JoinedWindows
 from smollm2.tracking.charts import BASELINES
+from smollm2.training.loop import train
 from smollm2.training.resume import list_compared_windows
 from smollm2.training.setup import open_validation
 
@@ -271,3 +272,26 @@ def test_the_cache_is_read_again_and_a_damaged_one_is_replaced(tmp_path: Path) -
         assert path.read_text() == written
     other = tiny_config(tmp_path, data__cache_dir=tmp_path / "cache", training__eval_windows=3)
     assert find_baselines(other, *open_all(other)).targets == 3 * 32
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    config = tiny_config(tmp_path, data__cache_dir=tmp_path / "cache")
+    arguments = open_all(config)
+    first = find_baselines(config, *arguments)
+    (path,) = (tmp_path / "cache").glob("baselines-*.json")
+    path.unlink()
+    path.mkdir()
+    assert find_baselines(config, *arguments) == first
+
+
+@pytest.mark.parametrize(
+    ("fraction", "row"), [(0.0, "none, because there is no validation text"), (0.1, "uniform 5.55, ")]
+)
+def test_the_start_page_has_a_row(
+    fraction: float, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path)
+    train(tiny_config(tmp_path, data__validation_fraction=fraction, training__train_steps=1))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  baselines ")]
+    assert line.split(maxsplit=1)[1].startswith(row)

@@ -81,6 +81,14 @@ def test_a_skipped_step_has_its_diagnostics_too(runtime: Runtime) -> None:
     assert bad not in diagnostics.diagnosis.gradient_histograms
 
 
+def test_a_frozen_parameter_has_a_gradient_and_an_update_of_0(runtime: Runtime) -> None:
+    model = small_model()
+    model.model.norm.weight.requires_grad_(False)
+    diagnosis = step_with_diagnostics(runtime, model, histograms=True)[0].diagnosis
+    assert diagnosis.gradient_norms["model.norm.weight"] == diagnosis.update_ratios["model.norm.weight"] == 0
+    assert [name for name, ratio in diagnosis.update_ratios.items() if ratio == 0] == ["model.norm.weight"]
+
+
 def test_diagnostics_hold_no_copy_afterwards(runtime: Runtime) -> None:
     diagnostics, _ = step_with_diagnostics(runtime, small_model())
     assert diagnostics.before == []
