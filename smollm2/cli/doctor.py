@@ -59,4 +59,5 @@ def run(args: argparse.Namespace) -> None:
         with runtime.together():
             refuse_failures(results)
             if args.strict and (warned := worst_of(results, "warn")):
-                raise TrainingError("--strict", f"{len(warned)} checks warn: {', '.join(one.name for one in warned)}")
+                names = ", ".join(one.name for one in warned)
+                raise TrainingError("--strict", f"{len(warned)} checks warn: {names}", "the table says what to do")

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
         if found := worst_of(results, verdict):
             names = ", ".join(one.name for one in found)
             count = "a check" if len(found) == 1 else f"{len(found)} checks"
-            raise TrainingError(args.model, f"{count} {'warned' if verdict == 'warn' else 'failed'}: {names}")
+            what = f"{count} {'warned' if verdict == 'warn' else 'failed'}: {names}"
+            raise TrainingError(args.model, what, "the table says what to do")
 
 
 def compare(where: str, foreign: "Foreign") -> "list[Result]":

@@ -28,6 +28,7 @@ def test_the_page_has_every_section_in_order(run: Path) -> None:
         "diagnostics",
         "landscape",
         "data",
+        "checks",
         "events",
         "config",
         "machine",
