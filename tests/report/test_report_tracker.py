@@ -94,7 +94,7 @@ def timeless(run: Path) -> tuple[object, ...]:
     events = [
         {name: value for name, value in event.items() if name not in ("time", "seconds")}
         for event in found.events
-        if event["kind"] not in ("data", "baselines", "preflight", "start", "stopped", "resume")
+        if event["kind"] not in ("data", "baselines", "preflight", "start", "stopped", "resume", "first_step")
     ]
     data = {key: value for key, value in (found.latest("data") or {}).items() if key not in ("time", "step")}
     others = [data for data in page.data if "curves" not in data]
