@@ -33,7 +33,10 @@ ADVICE = "check that process or machine, then resume with --resume auto"
 
 @dataclass(frozen=True)
 class Position:
-    """A rank's position in the run: `count` increases with each operation it begins; `code` is None until it ends."""
+    """A rank's position in the run: `count` increases with each operation it begins; `code` is None until it ends.
+
+    `reporter` is set if the rank gives up because of the others: it is the rank of its machine that reports why.
+    """
 
     rank: int
     count: int
@@ -41,6 +44,7 @@ class Position:
     pid: int
     host: str
     code: int | None = None
+    reporter: int | None = None
 
     def has_ended(self) -> bool:
         """Return whether the rank wrote an exit code or its process is gone.
@@ -57,6 +61,7 @@ class Watch:
         self,
         folder: Path,
         rank: int,
+        world_size: int,
         position: Callable[[], tuple[int, str, float, bool]],
         timeout: float,
         end: Callable[[Smollm2Error], None],
@@ -66,8 +71,10 @@ class Watch:
 
         `report` receives a message about a wait that may legitimately be long, as when rank 0 reads the text or saves.
         """
-        self.folder, self.rank, self.position, self.timeout, self.end = folder / RANKS, rank, position, timeout, end
+        self.folder, self.rank, self.world_size = folder / RANKS, rank, world_size
+        self.position, self.timeout, self.end = position, timeout, end
         self.report, self.reported = report, -1
+        self.reporter: int | None = None
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -92,11 +99,13 @@ class Watch:
     def explain_loss(self) -> Smollm2Error:
         """Return an error that says which rank was lost, after waiting briefly for that rank's exit code."""
         for _ in range(10):
-            if ended := [position for position in self.others() if position.has_ended()]:
-                return self._describe_loss(ended)
+            ended = self._find_ended()
+            if ended and ended[0].reporter is None:
+                break
             time.sleep(0.2)
-        late = find_late(self._everyone())
-        return TrainingError("the ranks", f"lost contact with each other; {describe_late(late)}", ADVICE)
+        error = self._describe_loss(ended) if ended else self._describe_silence("lost contact with each other")
+        self.reporter = error.rank
+        return error
 
     def others(self) -> list[Position]:
         """Return the positions last written by the other ranks; a rank that has written none is left out."""
@@ -104,23 +113,34 @@ class Watch:
         for path in self.folder.glob("rank_*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError):  # being written at this moment
                 found.append(Position(**json.loads(path.read_bytes())))
-        return sorted((p for p in found if p.rank != self.rank), key=lambda p: p.rank)
+        return sorted((p for p in found if p.rank != self.rank and p.rank < self.world_size), key=lambda p: p.rank)
+
+    def _find_ended(self) -> list[Position]:
+        """Return the positions of the ranks that have ended, those that ended because of others last."""
+        ended = (position for position in self.others() if position.has_ended())
+        return sorted(ended, key=lambda p: (p.reporter is not None, p.rank))
 
     def _watch(self) -> None:
         while not self.closed.wait(SECONDS_BETWEEN_CHECKS):
             self._write(None)
             count, _, since, waits = self.position()
             waited = time.monotonic() - since
-            ended = [position for position in self.others() if position.has_ended()]
+            ended = self._find_ended()
             if ended and waited > SECONDS_AFTER_A_LOSS:
-                self.end(self._describe_loss(ended))
+                self._give_up(self._describe_loss(ended))
             elif waits and waited > self.timeout:
                 self.closed.wait(2 * SECONDS_BETWEEN_CHECKS)  # until all have written their positions
                 if self.position()[0] == count and not self.closed.is_set():
-                    self.end(self._describe_stall(waited))
+                    self._give_up(self._describe_silence(f"made no progress for {waited:.0f} s"))
             elif waited > self.timeout and self.reported != count:
                 self.reported = count
                 self._report_wait(waited)
+
+    def _give_up(self, error: Smollm2Error) -> None:
+        """End this process, whose position then says that another rank is the reason."""
+        self.reporter = error.rank
+        self._write(error.exit_code)
+        self.end(error)
 
     def _report_wait(self, waited: float) -> None:
         """Report a long wait once, and from only one of the waiting ranks."""
@@ -130,6 +150,7 @@ class Watch:
             self.report(f"waiting for {waited:.0f} s: {describe_late(late)}")
 
     def _describe_loss(self, ended: Sequence[Position]) -> Smollm2Error:
+        """Return the error that names the first of the ended ranks."""
         first = ended[0]
         how = (
             "was killed or crashed"
@@ -140,32 +161,33 @@ class Watch:
             "the ranks", f"rank {first.rank} {how}, at {first.place}; the run cannot continue without it", ADVICE
         )
         error.exit_code = first.code or TrainingError.exit_code
-        gone = {position.rank for position in ended}
-        error.rank = self._find_reporter(gone)
+        error.rank = self._find_reporter({position.rank for position in ended if position.reporter is None})
         return error
 
-    def _describe_stall(self, waited: float) -> Smollm2Error:
-        everyone = self._everyone()
-        late = find_late(everyone)
-        error = TrainingError("the ranks", f"made no progress for {waited:.0f} s; {describe_late(late)}", ADVICE)
-        behind = {position.rank for position in late}
-        error.rank = self._find_reporter(behind)
+    def _describe_silence(self, what: str) -> Smollm2Error:
+        """Return the error for ranks that do not hear from each other although none is known to have ended."""
+        late = find_late(self._everyone())
+        error = TrainingError("the ranks", f"{what}; {describe_late(late)}", ADVICE)
+        error.rank = self._find_reporter({position.rank for position in late})
         return error
 
     def _find_reporter(self, others: Collection[int]) -> int:
         """Return the rank of this machine that reports an error: the lowest that is not one of the `others`.
 
-        Each machine has its own, because the machine of rank 0 may be the one that was lost.
+        Each machine has its own, because the machine of rank 0 may be the one that was lost. The first rank of a
+        machine that gives up decides, because the ranks after it see it as ended.
         """
-        here = [p.rank for p in self._everyone() if p.host == socket.gethostname()]
-        return min((rank for rank in here if rank not in others), default=min(here))
+        here = [p for p in self._everyone() if p.host == socket.gethostname()]
+        decided = [p.reporter for p in here if p.reporter is not None]
+        left = [p.rank for p in here if p.rank not in others]
+        return min(decided or left or [p.rank for p in here])
 
     def _everyone(self) -> list[Position]:
         return [self._position(None), *self.others()]
 
     def _position(self, code: int | None) -> Position:
         count, place, _, _ = self.position()
-        return Position(self.rank, count, place, os.getpid(), socket.gethostname(), code)
+        return Position(self.rank, count, place, os.getpid(), socket.gethostname(), code, self.reporter)
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:04d}.json"

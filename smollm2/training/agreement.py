@@ -88,7 +88,7 @@ def watch_ranks(config: Config, runtime: Runtime, log: RunLog) -> Iterator[Watch
         runtime.leave(error.exit_code)
 
     folder, timeout = Path(config.training.save_dir), config.training.rank_timeout
-    watch = Watch(folder, runtime.rank, runtime.pulse.read, timeout, end, report)
+    watch = Watch(folder, runtime.rank, runtime.world_size, runtime.pulse.read, timeout, end, report)
     code = 1
     try:
         try:

@@ -465,6 +465,27 @@ def test_a_rank_that_ends_ends_the_run_and_is_named(
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
 
 
+@pytest.mark.parametrize("victim", [0, 2])
+def test_one_of_the_ranks_that_are_left_names_the_lost_one(victim: int, tmp_path: Path) -> None:
+    """Promise F1. The ranks notice one after another, and each sees those before it as ended."""
+    write_tiny(tmp_path)
+    done: list[int] = []
+
+    def work(rank: int) -> int:
+        def step_or_end(model: torch.nn.Module, *arguments: Any, **named: Any) -> object:
+            done.append(rank)
+            if len(done) == 6:
+                kill_itself(model) if rank == victim else time.sleep(0.25 * rank)
+            return train_step(model, *arguments, **named)
+
+        loop.train_step = step_or_end  # type: ignore[assignment, attr-defined]
+        return main(train_words())
+
+    ended = run_ranks(work, tmp_path, 4)
+    assert [rank.code for rank in ended] == [-9 if rank == victim else 5 for rank in range(4)], ended
+    assert reported_once(ended, f"rank {victim} was killed or crashed, at step 6, ")
+
+
 def test_a_rank_that_stalls_is_named_and_the_run_ends(tmp_path: Path) -> None:
     """Promise F2."""
     write_tiny(tmp_path)
@@ -536,22 +557,29 @@ def test_positions_of_a_killed_larger_run_are_removed_before_the_ranks_watch_eac
     assert not left.exists()
 
 
-@pytest.mark.parametrize(("rank", "reporter"), [(1, 1), (2, 2), (3, 2)])
+def watch_of(folder: Path, rank: int, world_size: int) -> Watch:
+    return Watch(folder, rank, world_size, lambda: (7, "step 7", 0.0, True), 60, lambda error: None, lambda text: None)
+
+
+def test_a_position_of_a_rank_that_this_run_does_not_have_is_ignored(tmp_path: Path) -> None:
+    for rank in (1, 2):
+        watch_of(tmp_path, rank, 3)._write(5)
+    assert [position.rank for position in watch_of(tmp_path, 0, 2).others()] == [1]
+
+
+@pytest.mark.parametrize(("rank", "code", "reporter"), [(1, 5, 1), (2, 5, 2), (3, 5, 2), (2, None, 2), (3, None, 2)])
 def test_each_machine_reports_the_loss_of_a_rank(
-    rank: int, reporter: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int, code: int | None, reporter: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0, on the first of two machines, has ended; its machine may be cut off, so the other one reports as well."""
     hosts = ["a", "a", "b", "b"]
-    watches = []
     for one, host in enumerate(hosts):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
-        watch = Watch(tmp_path, one, lambda: (7, "step 7", 0.0, True), 60, lambda error: None, lambda text: None)
-        watch._write(5 if one == 0 else None)
-        watches.append(watch)
+        watch_of(tmp_path, one, 4)._write(code if one == 0 else None)
     monkeypatch.setattr(socket, "gethostname", lambda: hosts[rank])
-    error = watches[rank].explain_loss()
+    error = watch_of(tmp_path, rank, 4).explain_loss()
     assert (error.rank, error.exit_code) == (reporter, 5)
-    assert "rank 0 ended with exit code 5" in str(error)
+    assert ("rank 0 ended with exit code 5" if code else "lost contact with each other") in str(error)
 
 
 @pytest.mark.parametrize(
