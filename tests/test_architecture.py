@@ -188,6 +188,19 @@ def test_no_file_that_we_load_can_run_code(module: str) -> None:
     assert not given & FORBIDDEN_ARGUMENTS
 
 
+def test_the_names_of_the_tied_matrices_are_written_in_one_place() -> None:
+    """The two checks that share nothing with the code that they check write them again."""
+    apart = {"model.transformer", "analysis.reference", "exporting.gguf_contents"}
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    found = {
+        module
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == apart
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_config_key_is_read_by_some_code(section: str) -> None:
     """A key that no code reads is a promise that nobody keeps: drop it, or write the code that reads it."""

@@ -17,6 +17,7 @@ from torch import Size, Tensor
 from torch import distributed as dist
 
 from smollm2.checkpoint.format import State, copy_to_host, to_plain
+from smollm2.model.transformer import EMBEDDING, HEAD
 from smollm2.runtime.sharding import is_part, local
 
 SKELETON, METADATA = "state.pt", ".metadata"
@@ -76,8 +77,7 @@ class PartedState:
 
 def divide_state(state: State, *, tied: bool, group: Any = None) -> PartedState:
     """Return the state as this rank's parts and the rest. `tied` says that the output head is the embedding."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    model = {name: tensor for name, tensor in state["model"].items() if not (tied and name == head)}
+    model = {name: tensor for name, tensor in state["model"].items() if not (tied and name == HEAD)}
     parts = {f"{MODEL}/{name}": find_part(tensor) for name, tensor in model.items()}
     optimizers: dict[str, Any] = {}
     for name, optimizer in state["optimizer"].items():
@@ -88,7 +88,7 @@ def divide_state(state: State, *, tied: bool, group: Any = None) -> PartedState:
             moments[index] = {key: value for key, value in values.items() if key not in large}
         optimizers[name] = {**optimizer, "state": {**optimizer["state"], "state": moments}}
     skeleton = {**state, "model": {}, "optimizer": optimizers, "tied": []}
-    skeleton = to_plain({**skeleton, "tied_parts": [[head, embedding]] if tied else []}, "state")
+    skeleton = to_plain({**skeleton, "tied_parts": [[HEAD, EMBEDDING]] if tied else []}, "state")
     return PartedState(skeleton, parts, group)
 
 

@@ -20,7 +20,7 @@ from smollm2.exporting.modelfile import write_modelfile
 from smollm2.exporting.source import Source, check_range, check_shape, exported_weights
 from smollm2.exporting.target import gguf_name
 from smollm2.model.functional import scale_frequencies
-from smollm2.model.transformer import SmolLM2
+from smollm2.model.transformer import HEAD, SmolLM2
 from smollm2.storage.atomic import IO_OPS, IoOps, write_atomically
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -165,7 +165,7 @@ def list_tensors(model: SmolLM2) -> dict[str, Tensor]:
     c = model.config
     weights = exported_weights(model)
     if architecture(c) == "stablelm":  # llama.cpp requires its head even if it is tied
-        weights["lm_head.weight"] = model.lm_head.weight.detach()
+        weights[HEAD] = model.lm_head.weight.detach()
     heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads} if architecture(c) == "llama" else {}
     tensors = {}
     for name, tensor in weights.items():

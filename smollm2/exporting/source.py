@@ -10,7 +10,7 @@ from torch import Tensor
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.errors import CheckpointError
 from smollm2.inference.loading import load_source, read_config
-from smollm2.model.transformer import SmolLM2
+from smollm2.model.transformer import HEAD, SmolLM2
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ def exported_weights(model: SmolLM2) -> dict[str, Tensor]:
     """Return the weights by name, without a tied head, which shares the tensor of the embedding."""
     weights = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+        del weights[HEAD]
     return weights

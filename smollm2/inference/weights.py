@@ -12,9 +12,7 @@ from smollm2.config.model_folder import NOT_QUANTIZED
 from smollm2.config.schema import ModelConfig
 from smollm2.errors import CheckpointError
 from smollm2.inference.weight_files import DTYPES, WeightFiles
-from smollm2.model.transformer import SmolLM2
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from smollm2.model.transformer import EMBEDDING, HEAD, SmolLM2
 
 ROTARY_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Buffers that old Llama folders contain. They are computed from rope_theta, so stored ones are ignored."""

@@ -18,6 +18,9 @@ from smollm2.model.cache import KeyValueCache, Slot, attend_cached
 from smollm2.model.functional import layer_norm, rms_norm, rotary_tables, rotate, swiglu
 from smollm2.model.loss import next_token_loss
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""The names of the two matrices that are one tensor if the embeddings are tied."""
+
 Seen = Layout | Slot
 """What each position attends to: the layout for an attention backend, or one layer's slot of a key-value cache."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from smollm2.model.transformer import SmolLM2
+from smollm2.model.transformer import EMBEDDING, HEAD, SmolLM2
 
 SECONDS_TO_MEET = 30
 
@@ -204,10 +204,10 @@ def gather_state(state: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     if not any(map(is_part, state["model"].values())):
         return state
     model = dict(state["model"])
-    head = model.pop("lm_head.weight") if tied else None
+    head = model.pop(HEAD) if tied else None
     found: dict[str, Any] = gather({**state, "model": model})
     if head is not None:
-        found["model"]["lm_head.weight"] = found["model"]["model.embed_tokens.weight"]
+        found["model"][HEAD] = found["model"][EMBEDDING]
     return found if is_first else {}
 
 
