@@ -31,6 +31,25 @@ SHORT_FLAGS = {
 SETTLED = ("model.vocab_size", "data.pack", "data.document_mask")
 """Keys that a run may have set by itself: by its tokenizer, or because its text is conversations."""
 
+TORCHRUN_OPTIONS = [
+    "nnodes",
+    "nproc_per_node",
+    "node_rank",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
+    "rdzv_conf",
+    "standalone",
+    "max_restarts",
+    "monitor_interval",
+    "start_method",
+    "master_addr",
+    "master_port",
+    "local_addr",
+    "signals_to_handle",
+]
+"""Options of torchrun that say how processes are started; torchrun accepts them with dashes as well."""
+
 
 def add_run_flags(parser: Parser) -> None:
     """Add the flags of the run itself, then one for each config key."""
@@ -127,6 +146,9 @@ def describe_unknown(parser: Parser, words: Sequence[str]) -> list[tuple[str, st
     """Return (where, what, advice) for each argument that is an unknown flag, or a value with no flag before it."""
     problems: list[tuple[str, str, str]] = []
     after_flag = False
+    if parser.prog.endswith(" train"):
+        of_torchrun, words = separate_torchrun_options(words)
+        problems += describe_torchrun_options(of_torchrun)
     for word in words:
         if word.startswith("-") and len(word) > 1:
             flag = word.split("=")[0]
@@ -137,6 +159,29 @@ def describe_unknown(parser: Parser, words: Sequence[str]) -> list[tuple[str, st
         else:
             problems.append((word, "unexpected argument", advise_on_argument(parser, word)))
     return problems
+
+
+def separate_torchrun_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options of torchrun with their values, and the other words."""
+    found: list[str] = []
+    others: list[str] = []
+    takes_value = False
+    for word in words:
+        is_flag = word.startswith("-") and len(word) > 1
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        is_found = name in TORCHRUN_OPTIONS if is_flag else takes_value
+        (found if is_found else others).append(word)
+        takes_value = is_found and is_flag and "=" not in word and name != "standalone"
+    return found, others
+
+
+def describe_torchrun_options(words: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return (where, what, advice) for options that torchrun should have had, or an empty list if there are none."""
+    names = [word.split("=")[0] for word in words if word.startswith("-")]
+    if not names:
+        return []
+    what = "an option of torchrun, not of train.py" if len(names) == 1 else "options of torchrun, not of train.py"
+    return [(", ".join(names), what, f"start the run with torchrun {shlex.join(words)} train.py ...")]
 
 
 def advise_on_argument(parser: Parser, word: str) -> str:

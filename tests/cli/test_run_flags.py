@@ -6,7 +6,7 @@ import pytest
 from runs import TINY, write_tiny
 
 from smollm2.cli.main import build_parser, main
-from smollm2.cli.run_flags import load_run_config
+from smollm2.cli.run_flags import TORCHRUN_OPTIONS, load_run_config
 from smollm2.config.reading import EFFECTIVE_HEADERS
 from smollm2.config.schema import Config
 from smollm2.storage.run_folder import CONFIG
@@ -33,6 +33,41 @@ def test_an_unknown_flag_is_reported_although_there_is_no_config(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--confg", "my.yaml"]) == 2
     assert "--confg: unknown option. Did you mean --config?\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--nnodes", "2", "--nproc-per-node=8", "--standalone"],
+            "error: --nnodes, --nproc-per-node, --standalone: options of torchrun, not of train.py. "
+            "Start the run with torchrun --nnodes 2 --nproc-per-node=8 --standalone train.py ...\n",
+        ),
+        (
+            ["--rdzv_endpoint", "host:29400"],
+            "error: --rdzv_endpoint: an option of torchrun, not of train.py. "
+            "Start the run with torchrun --rdzv_endpoint host:29400 train.py ...\n",
+        ),
+        (
+            ["--trian_steps", "3", "--nnodes", "2", "x"],
+            "--nnodes: an option of torchrun, not of train.py. Start the run with torchrun --nnodes 2 train.py ...\n"
+            "--trian_steps: unknown option. Did you mean --train_steps?\n"
+            "x: unexpected argument. See smollm2 train --help.\n",
+        ),
+    ],
+)
+def test_options_of_torchrun_are_sent_back_to_it_in_one_sentence(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--preset", "nano", *words]) == 2
+    assert capsys.readouterr().err == message
+
+
+def test_torchrun_has_these_options() -> None:
+    from torch.distributed.run import get_args_parser
+
+    known = {name.lstrip("-") for action in get_args_parser()._actions for name in action.option_strings}
+    assert set(TORCHRUN_OPTIONS) <= known
 
 
 @pytest.mark.parametrize(
