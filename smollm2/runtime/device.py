@@ -9,8 +9,11 @@ import datetime
 import os
 import platform
 import random
+import shutil
 import signal
-from collections.abc import Iterator, MutableMapping
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,12 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import smollm2
 from smollm2.config.schema import TrainingConfig
-from smollm2.errors import EXIT_CODE_FILE, ConfigError, Interrupted, Smollm2Error
+from smollm2.errors import EXIT_CODE_FILE, ConfigError, Interrupted, Smollm2Error, TrainingError
 from smollm2.runtime.memory import keep_freed_memory
 from smollm2.runtime.precision import Precision, choose_precision, device_features
-from smollm2.runtime.ranks import Pulse
+from smollm2.runtime.ranks import Pulse, is_lost_rank
 from smollm2.runtime.sharding import ALONE, Layout
 from smollm2.runtime.signals import StopSignal
+
+SECONDS_AFTER_THE_WATCH = 30
+"""How much longer than rank_timeout torch waits: the watch names the rank that is late, and torch's error does not."""
 
 
 @dataclass(frozen=True)
@@ -166,18 +172,14 @@ class Runtime:
 def start_runtime(config: TrainingConfig) -> Runtime:
     """Detect the device and ranks, choose the precision, and seed every random number generator.
 
-    Raise ConfigError if the device does not support the precision.
+    Raise ConfigError if the device does not support the precision, and TrainingError if the other ranks are not found.
     """
-    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-    handlers = [
-        # Longer than the watcher's timeout, because the watcher names the rank that is late and torch's error does not.
-        InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.rank_timeout + 30)),
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-    ]
-    accelerator = Accelerator(mixed_precision="no", cpu=not accelerated, kwargs_handlers=handlers)
-    patient_group = None
-    if accelerator.num_processes > 1:
-        patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    try:
+        accelerator, patient_group = join_ranks(config.rank_timeout + SECONDS_AFTER_THE_WATCH)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise describe_absence(error, os.environ) from None
     device = accelerator.device
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     runtime = Runtime(accelerator, Precision("float32", "not chosen yet"), scaler, patient_group=patient_group)
@@ -196,6 +198,66 @@ def start_runtime(config: TrainingConfig) -> Runtime:
     torch.manual_seed(config.seed)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
     return replace(runtime, precision=precision, scaler=scaler)
+
+
+def join_ranks(seconds: float) -> tuple[Accelerator, Any]:
+    """Find the device and the other ranks; return the accelerator, and a process group for long waits if there are any.
+
+    `seconds` limits the search, and each collective. Raise RuntimeError if it ends without them.
+    """
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    handlers = [
+        InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=seconds)),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
+    with without_stack_frames() if os.environ.get("WORLD_SIZE", "1") != "1" else contextlib.nullcontext():
+        accelerator = Accelerator(mixed_precision="no", cpu=not accelerated, kwargs_handlers=handlers)
+        if accelerator.num_processes == 1:
+            return accelerator, None
+        return accelerator, dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+@contextlib.contextmanager
+def without_stack_frames() -> Iterator[None]:
+    """Hold back standard error: if the block raises, torch's C++ code has written its stack frames there, once a try."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except RuntimeError as error:
+            if is_lost_rank(error):
+                held.truncate(0)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            held.seek(0)
+            with os.fdopen(stderr, "wb") as stream:
+                shutil.copyfileobj(held, stream)
+
+
+def describe_absence(error: RuntimeError, environment: Mapping[str, str]) -> TrainingError:
+    """Return the error of a rank that has not found the others; under torchrun, one rank of each machine reports it."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, world_size, host, port = (environment.get(name, "0") for name in names)
+    reason = str(error).splitlines()[0].rstrip(".")
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as unknown:
+        reason = f"{host}: {unknown.strerror}"
+    absence = TrainingError(
+        "the ranks",
+        f"rank {rank} of {world_size} did not find the others through {host}:{port} ({reason})",
+        f"start all {world_size} processes with the same MASTER_ADDR and MASTER_PORT, which torchrun does, or unset "
+        "RANK and WORLD_SIZE to train in one process",
+    )
+    is_reporter = not dist.is_torchelastic_launched() or environment.get("LOCAL_RANK", "0") == "0"
+    absence.rank = int(rank) if is_reporter else -1
+    return absence
 
 
 def leave_exit_code(code: int) -> None:

@@ -30,6 +30,7 @@ from smollm2.data.tokenizer import Tokenizer, train_tokenizer
 from smollm2.data.tokenizer_files import Files
 from smollm2.data.windows import Batch
 from smollm2.errors import DataError, ResourceError
+from smollm2.runtime import device
 from smollm2.runtime.ranks import Position, Watch, find_disagreement, find_late, find_odd_replica
 from smollm2.training import agreement, corpus, loop
 from smollm2.training import step as training_step
@@ -463,6 +464,21 @@ def test_a_rank_that_ends_ends_the_run_and_is_named(
     assert ended[0].seconds - ended[1].seconds < 10
     assert all(sentence in ended[0].err + ended[1].err for sentence in reported), ended
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_0004.pt"]
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_finds_no_other_ends_with_one_sentence(absent: int, tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+
+    def work(rank: int) -> int:
+        device.SECONDS_AFTER_THE_WATCH = -3
+        return 0 if rank == absent else main(train_words("--training.rank_timeout", "5"))
+
+    ended = run_ranks(work, tmp_path)
+    assert ended[1 - absent].code == 5, ended
+    assert reported_once(ended, f"rank {1 - absent} of 2 did not find the others through 127.0.0.1:")
+    assert ended[1 - absent].err.count("\n") == 1
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 2])
