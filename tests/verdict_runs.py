@@ -24,7 +24,7 @@ model: {hidden_size: 64, intermediate_size: 160, num_hidden_layers: 2, num_atten
   max_position_embeddings: 64, norm: rmsnorm}
 training: {train_steps: 300, batch_size: 8, gradient_accumulation_steps: 1, learning_rate: 3e-3, warmup_steps: 30,
   precision: float32, log_interval: 10, eval_interval: 50, eval_windows: 16, save_interval: 0, sample_interval: 100,
-  sample_tokens: 32, sample_prompts: [The]}
+  sample_tokens: 32, sample_prompts: [The], preflight: false}
 data: {tokenizer: bytes, validation_fraction: 0.1}
 """
 
