@@ -20,7 +20,7 @@ from smollm2.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "configs" / "cluster"
-SBATCH = "job-name nodes ntasks-per-node gpus-per-node cpus-per-task time requeue open-mode signal"
+SBATCH = "job-name nodes ntasks-per-node exclusive gpus-per-node cpus-per-task time requeue open-mode signal"
 
 
 def read(name: str) -> dict[str, Any]:
