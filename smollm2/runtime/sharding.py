@@ -146,6 +146,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for block in blocks:
             block.set_reshard_after_forward(True, recurse=False)
+        end_passes(model)
         for part in parts:
             part.reshard()
 
@@ -163,6 +164,7 @@ def is_part(value: object) -> bool:
 def free_gathered(model: nn.Module) -> None:
     """Free the weights that a forward pass without a backward pass leaves gathered."""
     if is_shared_out(model):
+        end_passes(model)
         cast(Any, model).reshard()
 
 
@@ -214,9 +216,18 @@ def gather_state(state: dict[str, Any], *, tied: bool) -> dict[str, Any]:
 def recover(model: nn.Module) -> None:
     """Drop all gradients; make a shared-out model usable after an error at the same place of a pass on every rank.
 
-    An error drops the end of the backward pass, which autograd had planned: there FSDP sums what gradients there are,
-    frees the gathered weights and resets its state. torch has no public name for it. It is a collective.
+    An error drops the end of the backward pass, which autograd had planned. It is a collective.
+    """
+    end_passes(model)
+    model.zero_grad(set_to_none=True)
+
+
+def end_passes(model: nn.Module) -> None:
+    """Do what FSDP does at the end of a backward pass, after passes that have none; torch has no public name for it.
+
+    FSDP sums what gradients there are, frees the gathered weights and forgets the order of the forward passes. By that
+    order a backward pass gathers weights ahead of their use: if it had the passes of one rank alone, as of a sample, the
+    ranks would gather different weights and wait for one another.
     """
     if is_shared_out(model):
         cast(Any, model)._get_fsdp_state()._root_post_backward_final_callback()
-    model.zero_grad(set_to_none=True)

@@ -17,12 +17,13 @@ from smollm2.model.attention import choose_backend
 from smollm2.runtime.device import Runtime
 from smollm2.runtime.precision import Precision, device_features
 from smollm2.runtime.random_state import random_state, restore_random_state
+from smollm2.runtime.sharding import gathered
 from smollm2.tracking.base import describe
 from smollm2.training.causes import NOT_FINITE, TRANSIENT, Evidence, Numbers, weigh
 from smollm2.training.examiner import Decision, Examiner
 from smollm2.training.progress import Progress
 from smollm2.training.setup import Run
-from smollm2.training.spike_events import count_events, write_event
+from smollm2.training.spike_events import count_events, gather_facts, write_event
 from smollm2.training.step import (
     MicroBatch,
     MicroBatchTooLarge,
@@ -78,9 +79,6 @@ class SpikeExaminer(Examiner):
         If it is not possible, report why.
         """
         run, runtime, step = self.run, self.run.runtime, self.progress.step + 1
-        if runtime.layout.is_sharded:
-            run.tracker.log_event("autopsy", f"step {step}: no autopsy, because the model is shared out", step)
-            return None
         if runtime.gather(count_events(run.folder))[0] >= MAX_EVENTS:
             return None
         model, random = run.prepared, random_state()
@@ -94,9 +92,11 @@ class SpikeExaminer(Examiner):
             if runtime.highest(is_clean):
                 kept, result = clean, evidence.again
             put_back(model, original)
-            with runtime.together():  # rank 0 may be long; an error there is reported, and does not end the run
+            shared = gather_facts(run, self.progress)
+            # Rank 0 may be long. An error there is reported, and does not end the run.
+            with gathered(run.model), runtime.together():
                 if runtime.rank == 0:
-                    write_event(run, self.progress, self.size, evidence, takes_rerun=result is not None)
+                    write_event(run, self.progress, self.size, evidence, shared, takes_rerun=result is not None)
         except MicroBatchTooLarge:
             run.tracker.log_event("autopsy", f"step {step}: no autopsy, because there is too little memory", step)
         except Exception as error:
@@ -115,7 +115,7 @@ class SpikeExaminer(Examiner):
         again = rerun(run.prepared, self.micro_batches, runtime, z_loss=z_loss)
         clean = take_gradients(run.prepared)
         full = None
-        if runtime.precision.name != "float32":
+        if runtime.precision.name != "float32" and not runtime.layout.is_sharded:  # FSDP gathers the weights in 16 bits
             with in_float32(run) as exact:
                 full = rerun(run.prepared, self.micro_batches, exact, z_loss=z_loss)
         before = None

@@ -142,10 +142,11 @@ def describe_verdict(e: Evidence) -> str:
     if e.cause == TRANSIENT:
         return text
     others = ["a rerun gives the same numbers"]
-    if e.cause != PRECISION:
-        others.append(
-            f"in float32 the {e.name} is {e.pick(e.float32):.6g}" if e.float32 else f"the precision is {e.precision}"
-        )
+    if e.float32 and e.cause != PRECISION:
+        others.append(f"in float32 the {e.name} is {e.pick(e.float32):.6g}")
+    elif not e.float32:
+        why = "" if e.precision == "float32" else ", and a model that is shared out is not rerun in float32"
+        others.append(f"the precision is {e.precision}{why}")
     if e.cause != RATE and e.rates:
         jump = find_jump(e.rates, e.step)
         others.append(f"the learning rate {'rose' if jump else 'did not jump'} ({e.rates[-1]:.3g})")

@@ -8,6 +8,8 @@ step_XXXX.pt    the checkpoint before the step, of the first events of a run
 
 import io
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from torch.nn import functional as F
 
 from smollm2.analysis.diagnostics import measure_activations
 from smollm2.checkpoint.discovery import load_checkpoint
+from smollm2.checkpoint.format import State
 from smollm2.checkpoint.saving import save_state
 from smollm2.config.schema import IGNORE_INDEX
 from smollm2.data.windows import Batch, number_documents
 from smollm2.errors import Smollm2Error
 from smollm2.runtime.device import machine_facts
+from smollm2.runtime.sharding import ALONE, Layout, gather_state, is_part, local
 from smollm2.storage.atomic import write_atomically
 from smollm2.storage.run_folder import EVENT, EVENT_FOLDERS, checkpoint_path, event_path
 from smollm2.tracking.base import CONTROLS, describe
@@ -52,8 +56,37 @@ def count_events(folder: Path) -> int:
     return len(list((folder / EVENT_FOLDERS).glob(f"*/{EVENT}")))
 
 
-def write_event(run: Run, progress: Progress, size: int, evidence: Evidence, *, takes_rerun: bool) -> None:
-    """Write the folder of the step after `progress`, and report the verdict. A failure is reported; the run continues."""
+@dataclass(frozen=True)
+class SharedFacts:
+    """What an event has from all ranks: norms by parameter, and the state before the step, or why it is not kept."""
+
+    norms: Mapping[str, object]
+    state: State
+    problem: str = ""
+
+
+def gather_facts(run: Run, progress: Progress) -> SharedFacts:
+    """Return what the event of the step after `progress` has from all ranks. All ranks call this; rank 0 gets the state."""
+    layout = run.runtime.layout
+    norms = {
+        "gradient_norms": {n: norm(p.grad, layout) for n, p in run.model.named_parameters() if p.grad is not None},
+        "weight_norms": {name: norm(p, layout) for name, p in run.model.named_parameters()},
+        "optimizer_norms": optimizer_norms(run),
+    }
+    if run.runtime.gather(len(list((run.folder / EVENT_FOLDERS).glob("*/step_*.pt"))))[0] >= MAX_WEIGHTS:
+        return SharedFacts(norms, {}, f"the weights are not kept, because {MAX_WEIGHTS} events have theirs")
+    if run.saves_folders:
+        return SharedFacts(norms, {}, "the weights are not kept, because one file of them takes long to write")
+    return SharedFacts(norms, gather_state(state_of(run, progress), tied=run.config.model.tie_word_embeddings))
+
+
+def write_event(
+    run: Run, progress: Progress, size: int, evidence: Evidence, shared: SharedFacts, *, takes_rerun: bool
+) -> None:
+    """Write the folder of the step after `progress`, and report the verdict. A failure is reported; the run continues.
+
+    The model must be whole on this rank.
+    """
     step = progress.step + 1
     folder, text = event_path(run.folder, step), f"{describe_verdict(evidence)}. {decision(run, evidence, takes_rerun)}"
     kept = f"{folder} has the batch"
@@ -61,9 +94,10 @@ def write_event(run: Run, progress: Progress, size: int, evidence: Evidence, *, 
         folder.mkdir(parents=True, exist_ok=True)
         batch = run.batches.read(progress.step, 0, run.config.global_batch_size)
         documents = rank_documents(run, batch, run.batches.window_ids(progress.step).tolist())
-        weights = save_weights(run, progress, folder)
+        weights = save_weights(shared, folder)
         content = {
             **facts(run, progress, size, evidence),
+            **shared.norms,
             "verdict": text,
             "weights": weights,
             "documents": [{**one, "text": one["text"][:200]} for one in documents[:MAX_DOCUMENTS]],
@@ -90,12 +124,12 @@ def decision(run: Run, evidence: Evidence, takes_rerun: bool) -> str:
     return f"{DECISIONS[run.config.training.on_spike]} (training.on_spike {run.config.training.on_spike})"
 
 
-def save_weights(run: Run, progress: Progress, folder: Path) -> str:
+def save_weights(shared: SharedFacts, folder: Path) -> str:
     """Write the checkpoint before the step into `folder`; return its name, or why it was not written."""
-    if len(list(folder.parent.glob("*/step_*.pt"))) >= MAX_WEIGHTS:
-        return f"the weights are not kept, because {MAX_WEIGHTS} events have theirs"
+    if shared.problem:
+        return shared.problem
     try:
-        return save_state(folder, state_of(run, progress), is_newest=False).name
+        return save_state(folder, shared.state, is_newest=False).name
     except Smollm2Error as error:
         return f"the weights are not kept ({error})"
 
@@ -120,24 +154,24 @@ def facts(run: Run, progress: Progress, size: int, e: Evidence) -> dict[str, Any
         "norms": list(progress.norms),
         "windows": run.batches.window_ids(progress.step).tolist(),
         "micro_batch": size,
-        "gradient_norms": {n: norm(p.grad) for n, p in run.model.named_parameters() if p.grad is not None},
-        "weight_norms": {name: norm(p) for name, p in run.model.named_parameters()},
-        "optimizer_norms": optimizer_norms(run),
         "activations": activations,
         "env": machine_facts(run.runtime),
     }
 
 
-def norm(tensor: Tensor) -> float:
-    """Return the norm of a tensor."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
+def norm(tensor: Tensor, layout: Layout = ALONE) -> float:
+    """Return the norm of a tensor. For a DTensor this is a collective."""
+    own = torch.linalg.vector_norm(local(tensor.detach()), dtype=torch.float32)
+    return float(layout.combine_norms([own])[0] if is_part(tensor) else own)
 
 
 def optimizer_norms(run: Run) -> dict[str, dict[str, float]]:
     """Return the norm of each tensor of the optimizers' state by parameter."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in run.model.named_parameters()}
     return {
-        names[parameter]: {key: norm(value) for key, value in state.items() if isinstance(value, Tensor)}
+        names[parameter]: {
+            key: norm(value, run.runtime.layout) for key, value in state.items() if isinstance(value, Tensor)
+        }
         for optimizer in run.optimizers.values()
         for parameter, state in optimizer.state.items()
     }
@@ -188,11 +222,14 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 
 def add_update_norms(run: Run, step: int) -> None:
-    """Add the norm of each parameter's update to the event of a step, now that it is made, if the weights are kept."""
+    """Add the norm of each parameter's update to the event of a step, now that it is made, if the weights are kept.
+
+    If the model is shared out, no rank has all of an update, and the event is left as it is.
+    """
     folder = event_path(run.folder, step)
     weights = checkpoint_path(folder, step - 1)
     try:
-        if not weights.is_file():
+        if not weights.is_file() or run.runtime.layout.is_sharded:
             return
         before, content = load_checkpoint(weights)["model"], json.loads((folder / EVENT).read_bytes())
         changes = {name: norm(p.detach().cpu() - before[name]) for name, p in run.model.named_parameters()}

@@ -1,7 +1,10 @@
 """Two ranks examine a spike together and decide alike."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from spikes import FLAGS, LAST, SPIKE, write_text
 from two_ranks import run_ranks
 
 from smollm2.cli.main import main
+from smollm2.training.replay import replay_event
 
 pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU"), pytest.mark.slow]
 
@@ -24,6 +28,15 @@ def train_on_two_ranks(folder: Path, **flags: object) -> list[str]:
     assert [rank.code for rank in ended] == [0, 0], ended
     rows = (folder / str(flags.get("training__save_dir", "checkpoints")) / "events.jsonl").read_text().splitlines()
     return [json.loads(row)["message"] for row in rows]
+
+
+def flatten(value: Any) -> Iterator[float]:
+    """The numbers of nested dictionaries, in the order of their keys."""
+    if isinstance(value, dict):
+        for key in sorted(value):
+            yield from flatten(value[key])
+    else:
+        yield value
 
 
 def test_two_ranks_name_the_data_and_rewind_alike_twice_and_after_a_resume(tmp_path: Path) -> None:
@@ -43,10 +56,28 @@ def test_two_ranks_name_the_data_and_rewind_alike_twice_and_after_a_resume(tmp_p
     assert outcome(tmp_path / "first", LAST) == ends[0]
 
 
-def test_a_model_that_is_shared_out_has_no_autopsy_but_follows_the_policy(tmp_path: Path) -> None:
+def test_the_autopsy_of_a_model_that_is_shared_out_is_that_of_one_that_is_not(tmp_path: Path) -> None:
+    """Both layouts continue from one checkpoint: over 140 steps, their rounding would grow to different spikes."""
     write_text(tmp_path, with_garbage=True)
-    events = train_on_two_ranks(tmp_path, training__on_spike="rewind", training__sharding="full")
-    assert any(f"step {SPIKE}: rewound to step_0140" in event for event in events)
-    assert not (tmp_path / "checkpoints/events").exists()
-    log = (tmp_path / "checkpoints/run.log").read_text()
-    assert f"step {SPIKE}: no autopsy, because the model is shared out" in log
+    train_on_two_ranks(tmp_path, training__save_dir="none", training__train_steps=140)
+    shutil.rmtree(tmp_path / "none/events", ignore_errors=True)
+    shutil.copytree(tmp_path / "none", tmp_path / "full")
+    found = {}
+    for sharding in ("none", "full"):
+        train_on_two_ranks(tmp_path, training__save_dir=sharding, training__sharding=sharding, resume="auto")
+        found[sharding] = json.loads((tmp_path / sharding / f"events/step_{SPIKE:04d}/event.json").read_text())
+    one, other = found["none"], found["full"]
+    assert (one["cause"], one["windows"], one["weights"]) == (other["cause"], other["windows"], other["weights"])
+    assert [document["text"] for document in one["documents"]] == [document["text"] for document in other["documents"]]
+    for name in ("gradient_norms", "weight_norms", "optimizer_norms", "activations"):
+        numbers = [list(flatten(event[name])) for event in (one, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6), name  # some gradients are nearly zero
+
+
+def test_the_event_of_a_model_that_is_shared_out_is_replayed_by_one_process(tmp_path: Path) -> None:
+    write_text(tmp_path, with_garbage=True)
+    train_on_two_ranks(tmp_path, training__sharding="full")
+    replay = replay_event(tmp_path / "checkpoints/events" / f"step_{SPIKE:04d}")
+    assert replay.replayed.loss == pytest.approx(replay.recorded.loss, rel=1e-5)
+    assert replay.replayed.grad_norm == pytest.approx(replay.recorded.grad_norm, rel=1e-5)
+    assert "world_size 2 -> 1" in replay.changed
