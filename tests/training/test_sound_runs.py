@@ -60,6 +60,7 @@ SOUND = {
         "model.rope_scaling": "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position_embeddings: 16}"
     },
     "small weights": {"model.initializer_range": "0.005"},
+    "tiny weights": {"model.initializer_range": "1e-6"},
     "large weights": {"model.initializer_range": "0.1"},
     "short context": {"model.max_position_embeddings": "8"},
     "long context": {"model.max_position_embeddings": "512"},
@@ -90,7 +91,7 @@ SOUND = {
 """Configs by what is special about them."""
 
 
-@pytest.mark.parametrize("name", ["as it is", "packed and isolated", "muon"])
+@pytest.mark.parametrize("name", ["as it is", "packed and isolated", "muon", "tiny weights"])
 def test_a_sound_run_raises_no_alarm(name: str, folder: Path) -> None:
     assert alarms(prepare_run(folder, SOUND[name])) == []
 
