@@ -172,11 +172,11 @@ def test_a_fault_is_not_taken_for_a_kind_of_model(build: Callable[[], nn.Module]
 def test_a_wrong_derivative_is_not_taken_for_a_kink() -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: Any, x: Tensor) -> Tensor:
             return x * 1.0
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return gradient * 1.1
 
     model = Changed(lambda model, x: Wrong.apply(x))  # type: ignore[no-untyped-call]

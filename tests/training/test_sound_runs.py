@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from preparing import prepare_config, prepare_run
-from runs import write_tiny
+from runs import ROOT, write_tiny
 from twins import small_model, write_hugging_face_folder
 
 from smollm2.analysis.checks import describe_result
@@ -188,6 +188,13 @@ def test_imported_weights_raise_no_alarm(changes: dict[str, object], folder: Pat
     text = config.read_text().splitlines()
     at = next(n for n, line in enumerate(text) if line.startswith("training:"))
     config.write_text("\n".join([f"model: {{init_from: {source}}}", *text[at:]]).replace("tokenizer: bytes, ", ""))
+    assert alarms(prepare_run(folder)) == []
+
+
+@pytest.mark.slow
+def test_source_code_raises_no_alarm(folder: Path) -> None:
+    """In bytes, a quarter of its 13-grams are known from elsewhere in it, and half of that from a half of it."""
+    (folder / "input.txt").write_text((ROOT / "smollm2" / "training" / "loop.py").read_text())
     assert alarms(prepare_run(folder)) == []
 
 
