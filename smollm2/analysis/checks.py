@@ -6,7 +6,7 @@ cannot be made on this run returns a finding with the verdict `skip` and the rea
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from smollm2.errors import Interrupted
@@ -74,6 +74,11 @@ def passed(evidence: Evidence) -> Finding:
 def skipped(reason: str) -> Finding:
     """Return a finding of a check that cannot be made here."""
     return Finding("skip", {}, reason)
+
+
+def skip_check(check: Check[Any], reason: str) -> Check[Any]:
+    """Return a check of the same name that is skipped for a reason."""
+    return replace(check, run=lambda subject: skipped(reason))
 
 
 def judge(is_right: bool, cause: str, advice: str, *, evidence: Evidence, warns: bool = False) -> Finding:

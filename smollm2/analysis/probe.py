@@ -21,7 +21,8 @@ class Probe:
 
     `logits` maps token ids (B, T), and document ids (B, T) or None, to logits (B, T, V). `loss` maps token ids and labels
     (B, T), where labels[t] is the token after input_ids[t] or -100, to the sum of the losses of the targets; None if the
-    model has no loss function. `length` is the number of positions of the small inputs.
+    model has no loss function. `length` is the number of positions of the small inputs. `may_freeze` says whether a frozen
+    parameter may be meant. `padding_id` is an id whose embedding gets no gradient on purpose, and is not drawn.
     """
 
     module: nn.Module
@@ -32,20 +33,25 @@ class Probe:
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     isolates: bool = False
     seed: int = 0
+    may_freeze: bool = False
+    padding_id: int | None = None
 
     def draw(self, count: int = 1, salt: int = 0) -> Tensor:
         """Return random token ids, (count, T)."""
         generator = torch.Generator().manual_seed(self.seed + salt)
-        return torch.randint(self.vocab_size, (count, self.length), generator=generator).to(self.device)
+        ids = torch.randint(self.vocab_size, (count, self.length), generator=generator)
+        if self.padding_id is not None:
+            ids[ids == self.padding_id] = (self.padding_id + 1) % self.vocab_size
+        return ids.to(self.device)
 
     def other(self, ids: Tensor) -> Tensor:
-        """Return, for each id, another one of the vocabulary."""
-        return (ids + 1 + self.vocab_size // 2) % self.vocab_size
+        """Return, for each id, another one of the vocabulary, which must have two."""
+        return (ids + (self.vocab_size + 1) // 2) % self.vocab_size
 
     def read(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, V) in float32, of the model in evaluation mode."""
+        """Return the logits (B, T, V) in float32, of the model in evaluation mode. Raise FloatingPointError as finite does."""
         with evaluating(self.module), torch.no_grad():
-            return self.logits(ids, documents).float()
+            return finite(self.logits(ids, documents).float())
 
 
 @contextlib.contextmanager
@@ -59,6 +65,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for one, mode in modes.items():
             one.training = mode
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Return the logits with 0 for minus infinity, by which models exclude ids that no token has.
+
+    Raise FloatingPointError if any other is not finite, because no difference to it says anything.
+    """
+    found = logits.masked_fill(logits == -torch.inf, 0.0)
+    if wrong := int((~found.isfinite()).sum()):
+        raise FloatingPointError(f"{wrong:,} of {found.numel():,} logits are not finite")
+    return found
 
 
 def largest(tensor: Tensor) -> float:

@@ -34,12 +34,12 @@ def add_parser(commands: "Commands[Parser]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Make the checks, and print the table or the JSON."""
     from smollm2.analysis.checks import as_json, describe_counts, list_rows, run_checks, worst_of
-    from smollm2.analysis.foreign import build_model, list_foreign_checks, load_object, make_foreign
+    from smollm2.analysis.foreign import build_model, list_foreign_checks, load_object, make_foreign, open_data
     from smollm2.tracking.console import ConsoleTracker
 
     loss = load_object(args.loss, "--loss") if args.loss else None
-    data = load_object(args.data, "--data") if args.data else None
-    foreign = make_foreign(build_model(args.model), loss, data() if callable(data) else data)
+    data = open_data(args.data) if args.data else None
+    foreign = make_foreign(build_model(args.model), loss, data)
     console = ConsoleTracker(0, 0, sys.stderr)
     checks = list_foreign_checks(foreign)
     results = run_checks(checks, show=lambda part: console.show_progress("checking", part))

@@ -25,9 +25,9 @@ OVERLAP_TOKENS = 500_000
 COPIED = 0.9
 """From this share of common 13-grams on, the validation text is a part of the training text."""
 
-LIKE_ITSELF = 1.5
-"""How much more of the validation text than of the training text may be known from the training text. Where a token is a
-character, much of any text is."""
+LIKE_ITSELF = 2.5
+"""How much more of the validation text than of a half of the training text may be known from the training text. Where a token
+is a character, much of any text is; and a whole training text knows up to twice as much as its other half."""
 
 DUPLICATES = 0.3
 """From this share of tokens in repeated documents on, the text is said to repeat itself."""

@@ -4,7 +4,6 @@ The run's own objects are checked: its model, tokens, optimizers and functions. 
 the random state are put back, and what steps, saves or moves weights does so on a small twin of the model.
 """
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +17,7 @@ from smollm2.analysis.checks import (
     describe_counts,
     describe_result,
     run_checks,
-    skipped,
+    skip_check,
     worst_of,
 )
 from smollm2.analysis.model_checks import ANY_MODEL, DIFFERENCES
@@ -66,8 +65,11 @@ def list_checks(run: Run) -> Pairs:
     probe, is_new = make_probe(run), run.resumed_step == 0 and m.init_from is None
     own = Own(m, run.model, probe, twin.model, twin.probe, run.runtime.precision.dtype, is_new)
     needs_16_bits = run.model.model.attention_backend == "varlen"
-    wide = probe if needs_16_bits else make_probe(run, in_float32=True)  # the effect of positions may be small
-    model: Pairs = [(check, wide if check.name == "positions" else probe) for check in ANY_MODEL]
+    # Attention in weights that are drawn this small is uniform to the last bit; the twin's are not.
+    seen = twin.run if is_new and m.initializer_range < 0.1 * m.hidden_size**-0.5 else run
+    wide = make_probe(seen, in_float32=not needs_16_bits)  # the effect of positions may be small
+    of_the_past = {"past": make_probe(seen), "positions": wide}
+    model: Pairs = [(check, of_the_past.get(check.name, probe)) for check in ANY_MODEL]
     model += [(check, own) for check in OWN_MODEL]
     model.append((DIFFERENCES, make_probe(make_twin(run).run, in_float32=True)))
     if run.runtime.layout.is_sharded:
@@ -82,10 +84,7 @@ def list_checks(run: Run) -> Pairs:
 
 def skip(pairs: Pairs, reason: str, but: Collection[str] = ()) -> Pairs:
     """Return the checks with all but some skipped, for a reason."""
-    return [
-        (check if check.name in but else dataclasses.replace(check, run=lambda subject: skipped(reason)), subject)
-        for check, subject in pairs
-    ]
+    return [(check if check.name in but else skip_check(check, reason), subject) for check, subject in pairs]
 
 
 def preflight(run: Run, console: ConsoleTracker) -> dict[str, Any]:

@@ -94,6 +94,12 @@ def test_a_sound_model_passes_every_check(capsys: pytest.CaptureFixture[str]) ->
         (["model.py:hidden"], "returns (1, 256)"),
         (["model.py:empty"], "has no parameters"),
         (["model.py:picky"], "cannot be called with ids"),
+        (["model.py:leaves"], "ended with SystemExit: 3"),
+        (["leaves.txt:build"], "leaves.txt cannot be imported (SystemExit: 4)"),
+        (["model.py:one"], "the model has 1 ids"),
+        (["model.py:last"], "returns torch.float32 (1, 1, 5) for ids of shape (1, 64)"),
+        (["model.py:right", "--data", "model.py:fails"], "--data: model.py:fails ended with RuntimeError: no"),
+        (["model.py:right", "--data", "model.py:number"], "--data: model.py:number returned int"),
         (["model.py:right", "--against", "keras:x"], "keras:x is not known"),
         (["model.py:right", "--against", "transformers:absent"], "transformers cannot load absent"),
     ],
@@ -103,6 +109,7 @@ def test_what_cannot_be_verified_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.py").write_text("1 / 0\n")
+    Path("leaves.txt").write_text("raise SystemExit(4)\n")
     Path("model.py").write_text(MODELS)
     assert main(["verify", *words]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -119,6 +126,11 @@ def empty(): return nn.Identity()
 def hidden(): return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(1))
 def right(): return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
 def picky(): return nn.Linear(3, 5)
+def leaves(): raise SystemExit(3)
+def one(): return nn.Sequential(nn.Embedding(1, 4), nn.Linear(4, 1))
+class Last(nn.Sequential):
+    def forward(self, ids): return super().forward(ids)[:, -1:]
+def last(): return Last(nn.Embedding(5, 4), nn.Linear(4, 5))
 """
 
 

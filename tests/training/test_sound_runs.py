@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from preparing import prepare_config, prepare_run
-from runs import write_tiny
+from runs import ROOT, write_tiny
 from twins import small_model, write_hugging_face_folder
 
 from smollm2.analysis.checks import describe_result
@@ -60,6 +60,7 @@ SOUND = {
         "model.rope_scaling": "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position_embeddings: 16}"
     },
     "small weights": {"model.initializer_range": "0.005"},
+    "tiny weights": {"model.initializer_range": "1e-6"},
     "large weights": {"model.initializer_range": "0.1"},
     "short context": {"model.max_position_embeddings": "8"},
     "long context": {"model.max_position_embeddings": "512"},
@@ -90,7 +91,7 @@ SOUND = {
 """Configs by what is special about them."""
 
 
-@pytest.mark.parametrize("name", ["as it is", "packed and isolated", "muon"])
+@pytest.mark.parametrize("name", ["as it is", "packed and isolated", "muon", "tiny weights"])
 def test_a_sound_run_raises_no_alarm(name: str, folder: Path) -> None:
     assert alarms(prepare_run(folder, SOUND[name])) == []
 
@@ -187,6 +188,13 @@ def test_imported_weights_raise_no_alarm(changes: dict[str, object], folder: Pat
     text = config.read_text().splitlines()
     at = next(n for n, line in enumerate(text) if line.startswith("training:"))
     config.write_text("\n".join([f"model: {{init_from: {source}}}", *text[at:]]).replace("tokenizer: bytes, ", ""))
+    assert alarms(prepare_run(folder)) == []
+
+
+@pytest.mark.slow
+def test_source_code_raises_no_alarm(folder: Path) -> None:
+    """In bytes, a quarter of its 13-grams are known from elsewhere in it, and half of that from a half of it."""
+    (folder / "input.txt").write_text((ROOT / "smollm2" / "training" / "loop.py").read_text())
     assert alarms(prepare_run(folder)) == []
 
 
