@@ -10,7 +10,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from sabotages import SABOTAGES  # noqa: E402
 
 from smollm2.analysis.checks import GROUPS, Check  # noqa: E402
-from smollm2.analysis.model_checks import ANY_MODEL, DIFFERENCES  # noqa: E402
+from smollm2.analysis.gradient_checks import DIFFERENCES  # noqa: E402
+from smollm2.analysis.model_checks import ANY_MODEL  # noqa: E402
 from smollm2.analysis.own_checks import OWN_MODEL  # noqa: E402
 from smollm2.training.checklist import DATA, MACHINE, STEP  # noqa: E402
 

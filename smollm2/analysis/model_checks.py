@@ -5,37 +5,20 @@ They change one thing in the input and look at what moves in the output, so they
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smollm2.analysis.checks import Check, Finding, judge, passed, skipped
-from smollm2.analysis.probe import ROUNDING, Probe, evaluating, finite, largest
+from smollm2.analysis.gradient_checks import check_gradients
+from smollm2.analysis.probe import IN_16_BITS, ROUNDING, Probe, evaluating, finite, is_coarse, largest, record_outputs
 
 TURNED = 1e-4
 """The least relative change of an attention output, in float32, that counts as an effect of positions. Rounding gives
 2e-7, and rotary positions at initialization 0.11."""
 
-IN_16_BITS, TURNED_IN_16_BITS, ROUNDED_IN_16_BITS = (torch.bfloat16, torch.float16), 2e-2, 5e-2
+TURNED_IN_16_BITS, ROUNDED_IN_16_BITS = 2e-2, 5e-2
 """bf16's rounding alone moves an output by 4e-3, and by a few times as much over several layers."""
-
-STEP = 3e-3
-"""The relative change of a loss that a finite difference aims at: rounding of float32 is then 2e-4 of it, and curvature was at
-most 5e-3."""
-
-MOST_PARAMETERS = 40
-"""Parameters that are moved, spread over the model."""
-
-AGREEMENT = 3e-2
-"""The largest relative difference between a gradient and its finite difference; a wrong term gives tenths."""
-
-PARTS = (1, 4, 16)
-"""Divisors of the step that are tried until gradient and finite difference agree. If they never do, two finite differences
-must agree with each other: else the loss has a kink or a jump there, as with experts that are chosen by their scores."""
-
-DRAWS = 8
-"""Inputs that a parameter may need to get a gradient: no token of the first may be routed to its expert."""
 
 
 def check_causality(probe: Probe) -> Finding:
@@ -112,28 +95,6 @@ def check_positions(probe: Probe) -> Finding:
     )
 
 
-def record_outputs(probe: Probe, ids: Tensor, position: int) -> dict[str, Tensor]:
-    """Return the output at one position of every submodule that has one per position, in order of completion."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, output: object) -> None:
-        first = next(iter(output), None) if isinstance(output, tuple | list) else output
-        if isinstance(first, Tensor) and first.ndim > 2 and first.shape[:2] == ids.shape:
-            found.setdefault(name, first[0, position].detach().clone())
-
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: keep(name, output))
-        for name, module in probe.module.named_modules()
-        if name
-    ]
-    try:
-        probe.read(ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def check_batch(probe: Probe) -> Finding:
     """Change one sequence of a batch: the logits of the other may not move."""
     ids = probe.draw(2)
@@ -201,11 +162,6 @@ def check_modes(probe: Probe) -> Finding:
     )
 
 
-def is_coarse(probe: Probe) -> bool:
-    """Return whether any submodule computes in 16 bits."""
-    return any(output.dtype in IN_16_BITS for output in record_outputs(probe, probe.draw(), 0).values())
-
-
 def find_dropout(module: nn.Module) -> float:
     """Return the highest dropout rate of a model: of a Dropout layer, or of an attribute with `drop` in its name."""
     rates = [0.0]
@@ -223,104 +179,6 @@ def check_ties(probe: Probe) -> Finding:
             cause = f"{one} and {other} are equal, but two separate weights"
             return Finding("fail", {"weights": len(wide)}, cause, "assign the same parameter to both")
     return passed({"weights of the vocabulary's size": len(wide)})
-
-
-def check_gradients(probe: Probe) -> Finding:
-    """Run backward passes: each parameter must get a gradient that is finite and not zero everywhere."""
-    kept = [(p, p.grad) for p in probe.module.parameters()]
-    try:
-        for p, _ in kept:
-            p.grad = None
-        for salt in range(DRAWS):
-            with evaluating(probe.module):
-                loss_of(probe, probe.draw(2, salt)).backward()  # type: ignore[no-untyped-call]
-            if not (wrong := list(find_wrong_gradients(probe.module))):
-                break
-    finally:
-        for p, gradient in kept:
-            p.grad = gradient
-    cause = f"{wrong[0] if wrong else ''}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}"
-    advice = "look for a part that is frozen, detached, or whose output is not used"
-    is_meant = probe.may_freeze and all(one.endswith(FROZEN) for one in wrong)
-    return judge(not wrong, cause, advice, warns=is_meant, evidence={"parameters": len(kept)})
-
-
-FROZEN = " is frozen"
-
-
-def find_wrong_gradients(module: nn.Module) -> Iterator[str]:
-    """Yield a phrase for each parameter whose gradient is missing, zero or not finite."""
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            yield f"{name}{FROZEN}"
-        elif parameter.grad is None:
-            yield f"{name} gets no gradient"
-        elif not parameter.grad.isfinite().all():
-            yield f"{name} gets a gradient that is not finite"
-        elif not parameter.grad.any():
-            yield f"{name} gets a gradient of zero"
-
-
-def check_finite_differences(probe: Probe) -> Finding:
-    """Move each parameter along its own gradient: the loss must change by what the gradient says."""
-    ids = probe.draw()
-    if is_coarse(probe):
-        return skipped("16 bits are too coarse for finite differences")
-    every = [(name, p) for name, p in probe.module.named_parameters() if p.requires_grad]
-    chosen = every[:: -(-len(every) // MOST_PARAMETERS)]
-    probe.module.zero_grad(set_to_none=True)
-    with evaluating(probe.module):
-        base = loss_of(probe, ids)
-        base.backward()  # type: ignore[no-untyped-call]
-        found = {name: compare_slope(probe, ids, p, base.item()) for name, p in chosen}
-    probe.module.zero_grad(set_to_none=True)
-    errors = {name: error for name, error in found.items() if error is not None}
-    if not errors:
-        return skipped("the loss has kinks or jumps along every gradient")
-    which = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
-    return judge(
-        errors[which] <= AGREEMENT,
-        f"the gradient of {which} is not the slope of the loss",
-        "look at the backward pass of the operations that use it",
-        evidence={"largest relative difference": errors[which], "parameters": len(errors), "of": len(every)},
-    )
-
-
-@torch.no_grad()
-def compare_slope(probe: Probe, ids: Tensor, parameter: nn.Parameter, loss: float) -> float | None:
-    """Return how far a parameter's gradient is from the slope that two losses around it show, relative to the gradient.
-
-    Return None if the slopes of two distances differ, so that neither is the derivative.
-    """
-    gradient = parameter.grad
-    slope = 0.0 if gradient is None else gradient.double().square().sum().item()
-    if gradient is None or not slope:
-        return 0.0  # named by the check of gradients
-    size = STEP * abs(loss) / slope
-    size = min(size, STEP * max(largest(parameter), 0.1) / largest(gradient))  # where the loss is nearly linear
-    original, ratios, error = parameter.detach().clone(), [], 0.0
-    for part in PARTS:
-        losses = []
-        for sign in (1, -1):
-            parameter.copy_(original + sign * size / part * gradient)
-            losses.append(loss_of(probe, ids).item())
-        parameter.copy_(original)
-        ratios.append((losses[0] - losses[1]) / (2 * size / part) / slope)
-        noise = 4e-7 * abs(loss) / (size / part * slope)  # of the rounding of two losses
-        error = abs(ratios[-1] - 1) - noise
-        if error <= AGREEMENT:
-            return max(0.0, error)
-    return None if abs(ratios[-1] - ratios[-2]) > AGREEMENT * abs(ratios[-2]) + noise else error
-
-
-def loss_of(probe: Probe, ids: Tensor) -> Tensor:
-    """Return the sum of the next-token losses of ids (B, T), by the model's own loss function if there is one."""
-    labels = torch.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:]
-    if probe.loss is not None:
-        return probe.loss(ids, labels)
-    logits = probe.logits(ids, None).float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 ANY_MODEL: list[Check[Probe]] = [
@@ -399,14 +257,3 @@ ANY_MODEL: list[Check[Probe]] = [
     ),
 ]
 """Checks that read the model, and leave its weights and gradients as they are."""
-
-DIFFERENCES: Check[Probe] = Check(
-    "finite differences",
-    "model",
-    "Gradients are the slopes of the loss.",
-    "Each parameter of a small model is moved along its own gradient, forwards and back. The loss must change as the gradient "
-    "says, unless it has a kink or a jump there.",
-    "An error below 3 %, or in a direction other than the gradient's.",
-    check_finite_differences,
-)
-"""It moves the weights, so it is for a copy or a small model."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 ROUNDING = 1e-5
 """The largest difference, relative to the effect that is looked for, that a different order of additions can explain."""
 
+IN_16_BITS = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -81,3 +83,30 @@ def finite(logits: Tensor) -> Tensor:
 def largest(tensor: Tensor) -> float:
     """Return the largest absolute value; NaN if there is one, 0 if there is no element."""
     return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def record_outputs(probe: Probe, ids: Tensor, position: int) -> dict[str, Tensor]:
+    """Return the output at one position of every submodule that has one per position, in order of completion."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output: object) -> None:
+        first = next(iter(output), None) if isinstance(output, tuple | list) else output
+        if isinstance(first, Tensor) and first.ndim > 2 and first.shape[:2] == ids.shape:
+            found.setdefault(name, first[0, position].detach().clone())
+
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: keep(name, output))
+        for name, module in probe.module.named_modules()
+        if name
+    ]
+    try:
+        probe.read(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def is_coarse(probe: Probe) -> bool:
+    """Return whether any submodule computes in 16 bits."""
+    return any(output.dtype in IN_16_BITS for output in record_outputs(probe, probe.draw(), 0).values())

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 def compare(where: str, foreign: "Foreign") -> "list[Result]":
     """Return the result of the comparison with a model of transformers."""
     from smollm2.analysis.checks import Finding, Result
-    from smollm2.analysis.foreign import compare_layers
+    from smollm2.analysis.layers import compare_layers
     from smollm2.exporting.readers import open_with_transformers
 
     kind, _, folder = where.partition(":")

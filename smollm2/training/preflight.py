@@ -20,7 +20,8 @@ from smollm2.analysis.checks import (
     skip_check,
     worst_of,
 )
-from smollm2.analysis.model_checks import ANY_MODEL, DIFFERENCES
+from smollm2.analysis.gradient_checks import DIFFERENCES
+from smollm2.analysis.model_checks import ANY_MODEL
 from smollm2.analysis.own_checks import OWN_MODEL, Own
 from smollm2.errors import TrainingError
 from smollm2.runtime.random_state import random_state, restore_random_state

@@ -10,7 +10,8 @@ from analysis.foreign_model import FAULT
 from twins import small_model, write_hugging_face_folder
 
 from smollm2.analysis.checks import describe_result, run_checks
-from smollm2.analysis.foreign import compare_layers, list_foreign_checks, make_foreign
+from smollm2.analysis.foreign import list_foreign_checks, make_foreign
+from smollm2.analysis.layers import compare_layers
 from smollm2.cli.main import main
 
 HERE = Path(__file__).with_name("foreign_model.py")
