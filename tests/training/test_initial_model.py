@@ -197,7 +197,8 @@ def test_an_embedding_larger_than_its_tokenizer_is_kept(tmp_path: Path, capfd: p
     folder = write_hugging_face_folder(small_model(vocab_size=320), tmp_path / "model")
     tokenizer_from_text("bytes").save(folder)
     write_tiny(tmp_path, config=START)
-    train(tiny_config(tmp_path, "run", model__init_from=folder, training__train_steps=1))
+    flags = {"model__init_from": folder, "training__train_steps": 1, "training__preflight": "true"}
+    train(tiny_config(tmp_path, "run", **flags))
     assert "the tokenizer uses 257 of the embedding's 320 rows" in capfd.readouterr().out
     assert load_model(tmp_path / "run")[0].config.vocab_size == 320
 
