@@ -29,18 +29,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def resumed(source: Path, folder: Path, steps: list[int], interval: int = 1, **flags: object) -> Path:
-    """A copy of the run at `steps[0]`, resumed; at each later one it is cut back to that step and resumed again.
-
-    It saves every `interval` steps.
-    """
+def resumed(source: Path, folder: Path, steps: list[int], **flags: object) -> Path:
+    """A copy of the run at `steps[0]`, resumed; at each later one it is cut back to that step and resumed again."""
+    flags = {"training__save_interval": 1, **flags}
     shutil.copytree(source, folder)
     run = folder / "checkpoints"
     for step in steps:
         for path in run.glob("step_*.pt"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
-        train(tiny_config(folder, training__save_interval=interval, **flags), resume="auto")
+        train(tiny_config(folder, **flags), resume="auto")
     return run
 
 
@@ -83,14 +81,15 @@ def test_a_run_that_isolates_documents_falls_and_resumes_with_the_same_bits(
 ) -> None:
     texts = [WORDS[start : start + 20 + 7 * start] for start in range(40)]  # of 0 to 3 windows
     write_tiny(tmp_path / "whole", text="\f".join(texts * 3))
-    isolated = {"data__document_separator": "\f", "data__document_mask": "true", "training__train_steps": 20}
-    train(tiny_config(tmp_path / "whole", training__save_interval=7, **isolated))
+    isolated: dict[str, object] = {"data__document_separator": "\f", "data__document_mask": "true"}
+    isolated |= {"training__train_steps": 20, "training__save_interval": 7}
+    train(tiny_config(tmp_path / "whole", **isolated))
     assert "windows of 32 tokens, documents isolated" in capsys.readouterr().out
     rows = metrics(tmp_path / "whole" / "checkpoints")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
     assert 200 < rows[0]["tokens"] < 8 * 32  # the first token of each document is no target
-    run = resumed(tmp_path / "whole", tmp_path / "resumed", [7, 14], interval=7, **isolated)
+    run = resumed(tmp_path / "whole", tmp_path / "resumed", [7, 14], **isolated)
     assert outcome(run, 20) == outcome(tmp_path / "whole" / "checkpoints", 20)
 
 
