@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,14 +177,24 @@ def try_kills(folder: Path, kills: int, seed: int) -> None:
             usual *= 0.8
 
 
-def main() -> None:
+def write_trials(arguments: list[str], out: Path, err: Path) -> None:
+    """Write the trials and errors of `main` to two files."""
+    with out.open("w") as output, err.open("w") as errors, contextlib.redirect_stdout(output):
+        try:
+            main(arguments)
+        except BaseException:
+            traceback.print_exc(file=errors)
+            raise
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["signals", "kills"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stage", action="append", default=[])
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if args.what == "signals":
         try_signals(args.folder, args.stage)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._dynamo  # with the next one, what DDP and AdamW import: here once instead of in each fork, 5 s
+import torch._dynamo  # with the next two, what DDP, AdamW and checkpoints in parts import: here once instead of in each fork, 5 s
+import torch.distributed.checkpoint
 import torch.distributed.tensor
 from accelerate.state import AcceleratorState, PartialState
 

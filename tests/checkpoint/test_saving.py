@@ -58,14 +58,16 @@ def operations(two_steps: Path, tmp_path_factory: pytest.TempPathFactory) -> int
     return len(record_operations(lambda io_ops: save_third(folder, io_ops)))
 
 
-def assert_nothing_is_lost(folder: Path) -> None:
-    """The newest valid checkpoint is step 2 or 3 with its own numbers, and no file under a final name is wrong."""
+def assert_nothing_is_lost(folder: Path, before: Path) -> None:
+    """The newest valid checkpoint is step 2 or 3 with its own numbers, and the older ones are those of `before`."""
     found = find_resumable(folder, never)
     assert found is not None and found[1]["step"] in (2, 3)
-    for path in list_checkpoints(folder):
-        state = load_checkpoint(path)
-        assert path.name == f"step_{state['step']:04d}.pt"
-        assert content_hash(state["model"]) == content_hash(small_state(state["step"])["model"])
+    path, state = found
+    assert path.name == f"step_{state['step']:04d}.pt"
+    assert content_hash(state["model"]) == content_hash(small_state(state["step"])["model"])
+    *older, newest = list_checkpoints(folder)
+    assert newest == path
+    assert all(one.read_bytes() == (before / one.name).read_bytes() for one in older)
     for hint in folder.glob("*.json"):
         assert (folder / json.loads(hint.read_bytes())["file"]).exists()
 
@@ -78,7 +80,7 @@ def test_a_crash_at_any_operation_of_a_save_loses_nothing(tmp_path: Path, two_st
         shutil.copytree(two_steps, folder)
         io_ops = dying_at(position)
         assert exit_code_in_a_fork(functools.partial(save_third, folder, io_ops)) == 9
-        assert_nothing_is_lost(folder)
+        assert_nothing_is_lost(folder, two_steps)
     assert operations > 50
 
 
@@ -100,7 +102,7 @@ def test_an_error_at_any_operation_of_a_save_comes_out_as_itself_and_loses_nothi
         shutil.copytree(two_steps, folder)
         with pytest.raises(comes_out_as):
             save_third(folder, raising_at(position, error))
-        assert_nothing_is_lost(folder)
+        assert_nothing_is_lost(folder, two_steps)
         assert not list(folder.glob(".*.tmp.*"))
 
 

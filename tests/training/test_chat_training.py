@@ -28,7 +28,7 @@ model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attent
   max_position_embeddings: 96, norm: rmsnorm}
 training: {train_steps: 6, batch_size: 4, gradient_accumulation_steps: 1, learning_rate: 1e-2, warmup_steps: 2,
   precision: float32, log_interval: 1, eval_interval: 3, eval_windows: 8, save_interval: 3, sample_interval: 3,
-  sample_tokens: 4, sample_prompts: [Hi]}
+  sample_tokens: 4, sample_prompts: [Hi], preflight: false}
 data: {input: chat.jsonl, tokenizer: bytes, chat_template: chatml, validation_fraction: 0.1}
 """
 
@@ -99,7 +99,8 @@ def test_conversations_are_packed_and_apart_without_a_word_in_the_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_chat(tmp_path, [*GREETINGS, ("Tell me more", "and more " * 40)])
-    train(config_in(tmp_path, "run", training__train_steps=1, data__validation_fraction=0))  # type: ignore[arg-type]
+    flags = {"training__train_steps": 1, "training__preflight": "true", "data__validation_fraction": 0}
+    train(config_in(tmp_path, "run", **flags))  # type: ignore[arg-type]
     assert "padding; 1 document was cut" in capsys.readouterr().out
     data = load_config(tmp_path / "run/config.yaml").data
     assert (data.pack, data.document_mask) == ("best_fit", True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from fork_trials import STAGES
+from commands import SERVER
+from fork_trials import STAGES, write_trials
 from runs import ROOT, TINY, metrics, outcome, tiny_config, write_tiny
 from torch import nn
 
@@ -35,13 +36,12 @@ from smollm2.training.progress import SPIKE_WINDOW, Progress, is_spike
 
 def trials(what: str, folder: Path, *flags: str) -> list[dict[str, object]]:
     """The trials of fork_trials.py in a process of their own: this one has threads, which a fork would not take along."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, str(ROOT / "tests" / "fork_trials.py"), what, str(folder), *flags]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    out, err = folder / "trials.jsonl", folder / "errors.txt"
+    process = SERVER.Process(target=write_trials, args=([what, str(folder), *flags], out, err))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, err.read_text()
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 def check_stop(trial: dict[str, object]) -> None:
@@ -90,7 +90,9 @@ def test_a_second_signal_within_a_save_ends_at_once_and_the_checkpoint_before_is
     assert two_trials[1]["left"] == ["step_0003.pt"]
 
 
-def test_a_run_ends_by_itself_in_time_for_its_own_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_ends_by_itself_in_time_for_its_own_save(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_tiny(tmp_path)
     flags = ["train", "--config", str(path), "--input_file", str(tmp_path / "input.txt"), "--save_dir"]
     short = [*flags, str(tmp_path / "short"), "--training.save_interval", "0"]
@@ -98,8 +100,7 @@ def test_a_run_ends_by_itself_in_time_for_its_own_save(tmp_path: Path, capsys: p
     reported = capsys.readouterr().err
     assert reported.startswith("training.time_limit was reached; step 1 is saved. ")
     assert main([*short, "--resume", "auto"]) == 0
-    assert main([*flags, str(tmp_path / "whole")]) == 0
-    assert outcome(tmp_path / "short", 12) == outcome(tmp_path / "whole", 12)
+    assert outcome(tmp_path / "short", 12) == outcome(whole, 12)
 
 
 def test_the_time_limit_leaves_room_for_another_step_and_a_save() -> None:
@@ -366,7 +367,7 @@ def test_the_text_and_the_cache_may_be_deleted_once_the_run_has_begun(
 
 
 def test_a_full_disk_is_reported_training_continues_and_the_exit_code_is_6(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A4, with the answer of a full disk."""
     write_tiny(tmp_path)
@@ -383,8 +384,7 @@ def test_a_full_disk_is_reported_training_continues_and_the_exit_code_is_6(
     assert metrics(tmp_path / "checkpoints")[-1]["step"] == 12
     monkeypatch.undo()
     train(tiny_config(tmp_path), resume="auto")
-    train(tiny_config(tmp_path, "whole"))
-    assert outcome(tmp_path / "checkpoints", 12) == outcome(tmp_path / "whole", 12)
+    assert outcome(tmp_path / "checkpoints", 12) == outcome(whole, 12)
 
 
 @pytest.fixture

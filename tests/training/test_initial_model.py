@@ -34,7 +34,7 @@ SIZES = {
 START = """
 training: {train_steps: 4, batch_size: 2, gradient_accumulation_steps: 1, sequence_length: 32, learning_rate: 1e-3,
   warmup_steps: 1, precision: float32, log_interval: 1, eval_interval: 2, eval_windows: 4, save_interval: 2,
-  sample_tokens: 4, sample_prompts: [a]}
+  sample_tokens: 4, sample_prompts: [a], preflight: false}
 data: {validation_fraction: 0.1}
 """
 
@@ -101,14 +101,14 @@ def test_a_twin_gives_transformers_logits_and_comes_back_byte_for_byte(
     import transformers
 
     dtype = torch.bfloat16 if version == 5 else torch.float32
-    few = {"num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 6144}
+    few = {"num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 1024}
     if size == "1.7B":
         few |= {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     twin = write_twin(tmp_path / "twin", size, dtype, smollm2_tokenizer_folder, **few)
     tokenizer_from_text("bytes").save(twin)
     if version == 4:
         as_version_4(twin)
-    ids = torch.arange(0, 6000, 60).view(2, 50)
+    ids = torch.arange(0, 1000, 10).view(2, 50)
     own = load_hugging_face_model(twin).eval()
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32)
     with torch.no_grad():
@@ -197,7 +197,8 @@ def test_an_embedding_larger_than_its_tokenizer_is_kept(tmp_path: Path, capfd: p
     folder = write_hugging_face_folder(small_model(vocab_size=320), tmp_path / "model")
     tokenizer_from_text("bytes").save(folder)
     write_tiny(tmp_path, config=START)
-    train(tiny_config(tmp_path, "run", model__init_from=folder, training__train_steps=1))
+    flags = {"model__init_from": folder, "training__train_steps": 1, "training__preflight": "true"}
+    train(tiny_config(tmp_path, "run", **flags))
     assert "the tokenizer uses 257 of the embedding's 320 rows" in capfd.readouterr().out
     assert load_model(tmp_path / "run")[0].config.vocab_size == 320
 

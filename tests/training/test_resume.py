@@ -31,13 +31,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resumed(source: Path, folder: Path, steps: list[int], **flags: object) -> Path:
     """A copy of the run at `steps[0]`, resumed; at each later one it is cut back to that step and resumed again."""
+    flags = {"training__save_interval": 1, **flags}
     shutil.copytree(source, folder)
     run = folder / "checkpoints"
     for step in steps:
         for path in run.glob("step_*.pt"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
-        train(tiny_config(folder, training__save_interval=1, **flags), resume="auto")
+        train(tiny_config(folder, **flags), resume="auto")
     return run
 
 
@@ -51,15 +52,27 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Pa
     assert outcome(run, 12) == outcome(uninterrupted / "checkpoints", 12)
 
 
+Mixed = tuple[Path, dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    """A folder with a finished run on a mixture of two texts, whose second stage begins at step 6, and its flags."""
+    folder = tmp_path_factory.mktemp("mixed")
+    write_tiny(folder)
+    (folder / "other.txt").write_text("another text, of which a quarter of the windows is drawn at first. " * 30)
+    weights = f"{{{folder}/input.txt: [0.75, 0.25], {folder}/other.txt: [0.25, 0.75]}}"
+    flags: dict[str, object] = {"data__input": "input.txt", "data__mixture": weights, "data__stages": "[6]"}
+    train(tiny_config(folder, training__save_interval=1, **flags))
+    return folder, flags
+
+
 @pytest.mark.parametrize("steps", [[5], [6], [4, 7]], ids=["before a stage", "at its border", "on both sides"])
-def test_a_mixture_is_resumed_across_the_border_of_a_stage_with_the_same_bits(tmp_path: Path, steps: list[int]) -> None:
-    whole = tmp_path / "whole"
-    write_tiny(whole)
-    (whole / "other.txt").write_text("another text, of which a quarter of the windows is drawn at first. " * 30)
-    weights = f"{{{whole}/input.txt: [0.75, 0.25], {whole}/other.txt: [0.25, 0.75]}}"
-    mixture = {"data__input": "input.txt", "data__mixture": weights, "data__stages": "[6]"}
-    train(tiny_config(whole, training__save_interval=1, **mixture))
-    run = resumed(whole, tmp_path / "run", steps, **mixture)
+def test_a_mixture_is_resumed_across_the_border_of_a_stage_with_the_same_bits(
+    mixed: Mixed, tmp_path: Path, steps: list[int]
+) -> None:
+    whole, flags = mixed
+    run = resumed(whole, tmp_path / "run", steps, **flags)
     assert outcome(run, 12) == outcome(whole / "checkpoints", 12)
 
 
@@ -68,15 +81,16 @@ def test_a_run_that_isolates_documents_falls_and_resumes_with_the_same_bits(
 ) -> None:
     texts = [WORDS[start : start + 20 + 7 * start] for start in range(40)]  # of 0 to 3 windows
     write_tiny(tmp_path / "whole", text="\f".join(texts * 3))
-    isolated = {"data__document_separator": "\f", "data__document_mask": "true", "training__train_steps": 40}
-    train(tiny_config(tmp_path / "whole", training__save_interval=1, **isolated))
+    isolated: dict[str, object] = {"data__document_separator": "\f", "data__document_mask": "true"}
+    isolated |= {"training__train_steps": 20, "training__save_interval": 7}
+    train(tiny_config(tmp_path / "whole", **isolated))
     assert "windows of 32 tokens, documents isolated" in capsys.readouterr().out
     rows = metrics(tmp_path / "whole" / "checkpoints")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
     assert 200 < rows[0]["tokens"] < 8 * 32  # the first token of each document is no target
-    run = resumed(tmp_path / "whole", tmp_path / "resumed", [7, 25], **isolated)
-    assert outcome(run, 40) == outcome(tmp_path / "whole" / "checkpoints", 40)
+    run = resumed(tmp_path / "whole", tmp_path / "resumed", [7, 14], **isolated)
+    assert outcome(run, 20) == outcome(tmp_path / "whole" / "checkpoints", 20)
 
 
 def test_an_explicit_checkpoint_into_another_folder_begins_its_rows_after_its_step(

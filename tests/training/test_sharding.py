@@ -1,5 +1,6 @@
 """A model that the ranks share out (FSDP2) trains, measures, saves and resumes as one that a single process holds."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,33 +26,46 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks 
 CPU = torch.device("cpu")
 
 
+Finished = Callable[..., Path]
+
+
 def slow_if(condition: bool, *values: object) -> Any:
     """A case, which is slow if it starts many ranks."""
     return pytest.param(*values, marks=pytest.mark.slow if condition else ())
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run with two optimizers, each by one process."""
-    folder = tmp_path_factory.mktemp("whole")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Return a function that returns the folder of a finished run. Each run is made once: its ranks take seconds."""
+    folder = tmp_path_factory.mktemp("finished")
     write_tiny(folder)
-    for optimizer in ("adamw", "muon"):
-        trained(folder, ONE, optimizer, "--training.optimizer", optimizer)
-    return folder
+
+    def train_once(world: World, optimizer: str = "adamw", form: str = "file") -> Path:
+        name = f"{optimizer}_{form}_{world.ranks}_{world.sharding}_{world.per_machine}"
+        if not (folder / name).exists():
+            trained(folder, world, name, "--training.optimizer", optimizer, "--training.checkpoints", form)
+        return folder / name
+
+    return train_once
 
 
 @pytest.mark.parametrize("world", [slow_if(w.ranks > 2, w) for w in WORLDS.values()], ids=WORLDS)
 @pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-4), ("muon", 1e-5)])
 def test_every_way_to_share_gives_the_losses_of_one_process(
-    world: World, optimizer: str, bound: float, whole: Path, tmp_path: Path
+    world: World, optimizer: str, bound: float, finished: Finished
 ) -> None:
     """Promise B1."""
-    write_tiny(tmp_path)
-    mine = trained(tmp_path, world, "run", "--training.optimizer", optimizer)
     for name in ("loss", "grad_norm", "validation_loss"):
-        found = differences(mine, whole / optimizer, name)
+        found = differences(finished(world, optimizer), finished(ONE, optimizer), name)
         assert found[0] <= 1e-6
         assert max(found) <= bound
+
+
+def copy_without_the_end(source: Path, folder: Path) -> None:
+    """Make `folder`/run the finished run `source`, as it was before its last checkpoint."""
+    write_tiny(folder)
+    shutil.copytree(source, folder / "run")
+    forget_the_end(folder / "run")
 
 
 RESUMES = [("two parts", "four copies"), ("four copies", "four parts"), ("four parts", "two machines with two parts")]
@@ -61,26 +75,22 @@ RESUMES += [("two machines with two parts", "two parts"), ("two parts", "one par
 @pytest.mark.parametrize("form", ["file", "folder"])
 @pytest.mark.parametrize(("first", "then"), [slow_if("four" in " ".join(pair), *pair) for pair in RESUMES])
 def test_any_layout_resumes_the_checkpoint_of_any_other(
-    first: str, then: str, form: str, whole: Path, tmp_path: Path
+    first: str, then: str, form: str, finished: Finished, tmp_path: Path
 ) -> None:
-    write_tiny(tmp_path)
-    trained(tmp_path, WORLDS[first], "run", "--training.checkpoints", form)
-    forget_the_end(tmp_path / "run")
+    copy_without_the_end(finished(WORLDS[first], form=form), tmp_path)
     ended = WORLDS[then].train(tmp_path, "run", "--resume", "auto")
     assert [rank.code for rank in ended] == [0] * WORLDS[then].ranks, ended
-    assert max(differences(tmp_path / "run", whole / "adamw")) <= 1e-4
+    assert max(differences(tmp_path / "run", finished(ONE))) <= 1e-4
     assert "not bit-exact, because of" in ended[0].out
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_with_nothing_changed_a_resume_is_bit_identical(form: str, tmp_path: Path) -> None:
-    write_tiny(tmp_path)
+def test_with_nothing_changed_a_resume_is_bit_identical(form: str, finished: Finished, tmp_path: Path) -> None:
     world = WORLDS["two machines with two parts"]
-    flags = ("--training.checkpoints", form)
-    expected = outcome(trained(tmp_path, world, "whole", *flags), 12)
-    forget_the_end(trained(tmp_path, world, "run", *flags))
-    ended = world.train(tmp_path, "run", "--resume", "auto", *flags)
-    assert outcome(tmp_path / "run", 12) == expected
+    whole = finished(world, form=form)
+    copy_without_the_end(whole, tmp_path)
+    ended = world.train(tmp_path, "run", "--resume", "auto", "--training.checkpoints", form)
+    assert outcome(tmp_path / "run", 12) == outcome(whole, 12)
     assert ": bit-exact" in ended[0].out
 
 
@@ -97,9 +107,9 @@ def test_auto_shares_the_model_out_only_if_it_does_not_fit_and_says_so(
 ) -> None:
     write_tiny(tmp_path)
     auto = World(2, "auto")
-    assert "copies of the model (none)" in auto.train(tmp_path, "fits")[0].out
+    assert "copies of the model (none)" in auto.train(tmp_path, "fits", "--train_steps", "1")[0].out
     monkeypatch.setattr(setup, "memory_of", lambda runtime: 10**8)
-    out = auto.train(tmp_path, "does_not_fit")[0].out
+    out = auto.train(tmp_path, "does_not_fit", "--train_steps", "1")[0].out
     assert "training.sharding: auto -> full, because the whole run does not fit into the 100 MB of one device" in out
     assert "one copy of the model in 2 parts (full) on 1 x 2 devices" in out
     assert 'sharding: "full"  # auto' in (tmp_path / "does_not_fit" / "config.yaml").read_text()
@@ -202,12 +212,13 @@ def run_out(model_call: int, on: Callable[[int], bool]) -> Callable[[], None]:
     return prepare
 
 
-def test_if_all_ranks_run_out_of_memory_the_step_starts_again_with_smaller_micro_batches(tmp_path: Path) -> None:
+def test_if_all_ranks_run_out_of_memory_the_step_starts_again_with_smaller_micro_batches(
+    finished: Finished, tmp_path: Path
+) -> None:
     write_tiny(tmp_path)
-    mine = trained(tmp_path, WORLDS["two parts"], "whole")
     ended = WORLDS["two parts"].train(tmp_path, "run", before=run_out(3, lambda rank: True))
     assert [rank.code for rank in ended] == [0, 0], ended
-    assert max(differences(tmp_path / "run", mine)) <= 1e-4
+    assert max(differences(tmp_path / "run", finished(WORLDS["two parts"]))) <= 1e-4
     assert "out of memory with 4 sequences at once. Continuing with 2 at once" in ended[0].out
 
 
@@ -237,7 +248,7 @@ def test_a_flipped_bit_in_one_machines_copy_is_found_and_its_rank_named(tmp_path
 
         actions.check_replicas = flipping
 
-    ended = WORLDS["two machines with two parts"].train(tmp_path, "run", before=flip)
+    ended = WORLDS["two machines with two parts"].train(tmp_path, "run", "--training.save_interval", "1", before=flip)
     assert {rank.code for rank in ended} == {5}, ended
     assert "the weights of rank 3 differ" in "".join(rank.err for rank in ended)
     assert not list((tmp_path / "run").glob("step_*"))

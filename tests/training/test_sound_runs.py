@@ -91,7 +91,7 @@ SOUND = {
 """Configs by what is special about them."""
 
 
-@pytest.mark.parametrize("name", ["as it is", "packed and isolated", "muon", "tiny weights"])
+@pytest.mark.parametrize("name", ["packed and isolated", "muon", "tiny weights"])
 def test_a_sound_run_raises_no_alarm(name: str, folder: Path) -> None:
     assert alarms(prepare_run(folder, SOUND[name])) == []
 
@@ -220,12 +220,12 @@ def test_compiled_blocks_raise_no_alarm(folder: Path) -> None:
     assert alarms(prepare_run(folder, {"training.compile": "true"})) == []
 
 
-def test_the_checks_change_nothing_of_a_run(folder: Path) -> None:
+def test_the_checks_raise_no_alarm_and_change_nothing_of_a_run(folder: Path) -> None:
     prepared = prepare_run(folder)
     weights = {name: p.detach().clone() for name, p in prepared.run.model.named_parameters()}
     modes = [module.training for module in prepared.run.model.modules()]
     state = torch.get_rng_state()
-    check_run(prepared.run, deep=True)
+    assert alarms(prepared) == []
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, weights[name]) for name, p in prepared.run.model.named_parameters())
     assert all(p.grad is None for p in prepared.run.model.parameters())
