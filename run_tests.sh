@@ -14,4 +14,6 @@ done
 # The models of the tests are so small that a second thread only waits, and two workers with two threads each wait for one
 # another. On two AVX2 cores this is the difference between 10 minutes and 6.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Without compiled files, each process that the tests start compiles the package anew.
+unset PYTHONDONTWRITEBYTECODE
 exec "$python" -m pytest "${workers[@]}" "$@"

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -71,6 +71,14 @@ def run(
 ) -> "subprocess.CompletedProcess[str]":
     """Run `smollm2 ...` in a folder to its end."""
     return Command(*arguments, folder=folder, text=text, env=env).wait()
+
+
+def run_function(function: Callable[..., None], *arguments: object) -> None:
+    """Run a function of a test file in a process of its own; it must return."""
+    process = SERVER.Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def check_refused(

@@ -47,10 +47,9 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 """
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A folder with the scripts and what they install from, no .venv."""
-    folder = tmp_path / "a checkout"
+def make_checkout(folder: Path) -> Path:
+    """Make a folder with the scripts and what they install from, no .venv."""
+    folder = folder / "a checkout"
     folder.mkdir()
     shutil.copytree(ROOT / "scripts", folder / "scripts")
     for name in ("pyproject.toml", "constraints.txt", "run_training.sh", "run_tests.sh"):
@@ -58,15 +57,39 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def furnished(checkout: Path) -> Path:
-    """A checkout with an environment whose pip is the stand-in."""
+def furnish(checkout: Path) -> Path:
+    """Give a checkout an environment whose pip is the stand-in."""
     venv.create(checkout / ".venv", symlinks=True)
     pip = site_packages(checkout) / "pip"
     pip.mkdir()
     (pip / "__init__.py").touch()
     (pip / "__main__.py").write_text(PIP)
     return checkout
+
+
+def make_trainer(checkout: Path) -> Path:
+    """Give a furnished checkout what it needs to train."""
+    borrow_packages(checkout)
+    shutil.copytree(ROOT / "smollm2", checkout / "smollm2")  # with its compiled files, as in a folder that was used
+    shutil.copytree(ROOT / "configs", checkout / "configs")
+    for name in ("config.yaml", "train.py"):
+        shutil.copy(ROOT / name, checkout)
+    return checkout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return make_checkout(tmp_path)
+
+
+@pytest.fixture
+def furnished(checkout: Path) -> Path:
+    return furnish(checkout)
+
+
+@pytest.fixture
+def trainer(furnished: Path) -> Path:
+    return make_trainer(furnished)
 
 
 def site_packages(checkout: Path) -> Path:
@@ -258,18 +281,7 @@ def borrow_packages(checkout: Path) -> None:
     (site_packages(checkout) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
 
 
-@pytest.fixture
-def trainer(furnished: Path) -> Path:
-    """A checkout that can train."""
-    borrow_packages(furnished)
-    shutil.copytree(ROOT / "smollm2", furnished / "smollm2", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "configs", furnished / "configs")
-    shutil.copy(ROOT / "config.yaml", furnished)
-    shutil.copy(ROOT / "train.py", furnished)
-    return furnished
-
-
-SMALL = ("--preset", "nano", "--input_file", "-", "--training.sample_tokens", "0", "--training.sequence_length", "16")
+SMALL = ("--input_file", "-", "--training.sample_tokens", "0", "--training.sequence_length", "16", "--skip_preflight")
 TEXT = "".join(f"Line {number} of a text that a small model can learn.\n" for number in range(2000))
 
 
@@ -280,41 +292,62 @@ def steps(checkout: Path) -> list[int]:
     return [row["step"] for row in rows if "loss" in row]
 
 
-def test_a_run_reads_standard_input_resumes_and_prints_the_next_commands(trainer: Path, tmp_path: Path) -> None:
-    first = run(trainer / "run_training.sh", *SMALL, "--train_steps", "2", text=TEXT, cwd=tmp_path)
-    assert (first.returncode, first.stderr) == (0, "")
-    assert "run_tests.sh" in first.stdout
-    assert (trainer / "checkpoints" / "step_0002.pt").exists()
-    second = run(trainer / "run_training.sh", *SMALL, "--train_steps", "3", text=TEXT)
-    assert second.returncode == 0
-    assert steps(trainer) == [1, 2, 3]
-
-
-def test_a_signal_to_the_script_reaches_the_trainer(trainer: Path) -> None:
-    (trainer / "input.txt").write_text(TEXT)
-    process = subprocess.Popen(
-        [str(trainer / "run_training.sh"), "--preset", "nano", "--training.log_interval", "1"],
-        stdout=subprocess.DEVNULL,
-    )
-    wait_for(lambda: bool(steps(trainer)))
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A checkout whose run with the shipped config was stopped by a signal to the script, its exit code and output."""
+    folder = make_trainer(furnish(make_checkout(tmp_path_factory.mktemp("interrupted"))))
+    with (folder.parent / "output").open("w") as output, (folder.parent / "text").open("w+") as text:
+        text.write(TEXT)
+        text.seek(0)
+        script = str(folder / "run_training.sh")
+        process = subprocess.Popen([script, *SMALL, "--training.log_interval", "1"], stdin=text, stdout=output)
+    wait_for(lambda: bool(steps(folder)))
     process.terminate()
-    assert process.wait(timeout=60) == 143
-    assert list((trainer / "checkpoints").glob("step_*.pt"))
+    return folder, process.wait(timeout=60), (folder.parent / "output").read_text()
 
 
-def test_two_processes_train_together_and_print_the_next_commands(trainer: Path, tmp_path: Path) -> None:
-    done = run(
-        trainer / "run_training.sh",
-        *SMALL,
-        "--train_steps",
-        "2",
-        text=TEXT,
-        cwd=tmp_path,
-        NUM_PROCESSES="2",
-        PYTHONPATH="",
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_signal_to_the_script_reaches_the_trainer(interrupted: tuple[Path, int, str]) -> None:
+    folder, code, _ = interrupted
+    assert code == 143
+    assert list((folder / "checkpoints").glob("step_*.pt"))
+
+
+def test_the_shipped_config_gives_way_to_nano(interrupted: tuple[Path, int, str]) -> None:
+    folder, _, shown = interrupted
+    assert "this run uses the small `nano` preset" in shown
+    assert "num_hidden_layers: 4  # preset nano" in (folder / "checkpoints" / "config.yaml").read_text()
+
+
+def test_a_run_reads_standard_input_resumes_and_prints_the_next_commands(
+    interrupted: tuple[Path, int, str], tmp_path: Path
+) -> None:
+    folder = interrupted[0]
+    last = steps(folder)[-1] + 1
+    done = run(folder / "run_training.sh", *SMALL, "--train_steps", str(last), text=TEXT, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "run_tests.sh" in done.stdout
+    assert (folder / "checkpoints" / f"step_{last:04d}.pt").exists()
+    assert steps(folder) == list(range(1, last + 1))
+
+
+NANO = (*SMALL, "--preset", "nano", "--training.log_interval", "1")
+
+
+def test_two_processes_train_together_and_the_code_is_that_of_the_trainer(trainer: Path, tmp_path: Path) -> None:
+    """The time is over after one step."""
+    arguments, two = (*NANO, "--training.time_limit", "0.1s"), {"NUM_PROCESSES": "2", "PYTHONPATH": ""}
+    done = run(trainer / "run_training.sh", *arguments, text=TEXT, cwd=tmp_path, **two)
+    assert (done.returncode, done.stderr.count("training.time_limit was reached")) == (75, 1), done.stderr
+    assert "Traceback" not in done.stderr
     assert "2 processes" in done.stdout
+    assert steps(trainer) == [1]
+
+
+@pytest.mark.slow
+def test_two_processes_print_the_next_commands(trainer: Path, tmp_path: Path) -> None:
+    arguments = (*NANO, "--train_steps", "2")
+    done = run(trainer / "run_training.sh", *arguments, text=TEXT, cwd=tmp_path, NUM_PROCESSES="2", PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
     assert "run_tests.sh" in done.stdout
     assert steps(trainer) == [1, 2]
 
@@ -323,7 +356,7 @@ def test_two_processes_train_together_and_print_the_next_commands(trainer: Path,
     ("arguments", "code", "reported"),
     [
         (("--no_such_flag",), 2, "--no_such_flag: unknown"),
-        (("--input_file", "absent.txt"), 3, "absent.txt: file not found"),
+        pytest.param(("--input_file", "absent.txt"), 3, "absent.txt: file not found", marks=pytest.mark.slow),
     ],
 )
 def test_the_code_of_several_processes_is_that_of_the_trainer(
@@ -354,7 +387,7 @@ def test_a_signal_to_the_script_stops_several_processes_with_its_code(trainer: P
 @pytest.mark.parametrize(
     ("arguments", "edit", "code", "is_replaced"),
     [
-        (("--input_file", "absent.txt"), "", 3, True),
+        pytest.param(("--input_file", "absent.txt"), "", 3, True, marks=pytest.mark.slow),
         (("--no_such_flag",), "", 2, False),
         (("--no_such_flag", "--config", "config.yaml"), "", 2, False),
         (("--no_such_flag",), "# edited\n", 2, False),

@@ -6,6 +6,7 @@ per topic or module. The source files are parsed, never imported: importing `ant
 """
 
 import ast
+import os
 import platform
 import re
 import sysconfig
@@ -54,14 +55,23 @@ def read_topics(library: Path) -> Iterator[tuple[str, str]]:
 def read_modules(library: Path) -> Iterator[tuple[str, str]]:
     """Yield (title, docstrings in reading order) of each module of the standard library that has enough of them."""
     already_read: set[str] = set()
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).with_suffix("").parts
-        if LEFT_OUT.isdisjoint(parts) and (tree := parse_source(path)):
+    for path in sorted(find_modules(library)):
+        if tree := parse_source(path):
             docstrings = [text for text in read_docstrings(tree) if text not in already_read]
             already_read.update(docstrings)
             text = clean_prose("\n\n".join(dict.fromkeys(docstrings)))
             if len(text) >= FEWEST_CHARACTERS:
-                yield ".".join(parts), text
+                yield ".".join(path.relative_to(library).with_suffix("").parts), text
+
+
+def find_modules(library: Path) -> Iterator[Path]:
+    """Yield the source files of the standard library, in any order."""
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # site-packages may have thousands
+        for name in files:
+            path = Path(folder, name)
+            if path.suffix == ".py" and path.stem not in LEFT_OUT:
+                yield path
 
 
 def parse_source(path: Path) -> ast.Module | None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import Command, check_refused, run
+from commands import Command, check_refused, run, run_function
 from runs import TINY, WORDS, metrics, outcome, write_tiny
 
 from smollm2.cli.main import main
@@ -212,23 +212,27 @@ def test_a_launcher_that_started_one_process_instead_of_two_is_refused(tmp_path:
 def test_the_sample_corpus_is_made_if_no_text_is_named(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     (tmp_path / "input.txt").unlink()
-    done = run("train", "--train_steps", "1", folder=tmp_path)
+    few_windows = ["--model.max_position_embeddings", "512", "--data.validation_fraction", "0.001"]
+    done = run("train", "--train_steps", "1", *few_windows, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "a sample corpus is made" in done.stdout
     assert metrics(tmp_path / "checkpoints")[0]["step"] == 1
 
 
+def train_without_wandb(folder: Path) -> None:
+    """Train; write the exit code, the connections, and whether wandb was imported."""
+    os.chdir(folder)
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args)) if event == "socket.connect" else None)
+    code = main(["train", "--disable_wandb", "--train_steps", "2"])
+    (folder / "answer").write_text(json.dumps([code, opened, "wandb" in sys.modules]))
+
+
 def test_with_wandb_disabled_it_is_not_imported_and_no_connection_is_opened(tmp_path: Path) -> None:
     """Promise E7."""
     write_tiny(tmp_path, config=TINY + "wandb: {enabled: true}\n")
-    program = (
-        "import sys\nopened = []\n"
-        "sys.addaudithook(lambda event, args: opened.append(args) if event == 'socket.connect' else None)\n"
-        "from smollm2.cli.main import main\ncode = main(sys.argv[1:])\nprint([code, opened, 'wandb' in sys.modules])"
-    )
-    command = [sys.executable, "-c", program, "train", "--disable_wandb", "--train_steps", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "[0, [], False]"
+    run_function(train_without_wandb, tmp_path)
+    assert json.loads((tmp_path / "answer").read_text()) == [0, [], False]
 
 
 def test_with_wandb_and_no_key_the_run_is_recorded_offline_and_the_upload_command_is_printed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -15,8 +16,18 @@ def make_batches(windows: int = 23, seed: int = 7, global_batch_size: int = 4) -
     return Batches([Windows(tokens, 5, 5, 1000)], seed, global_batch_size)
 
 
-def test_the_permutation_is_a_bijection_for_every_size_to_2000() -> None:
-    for size in range(1, 2001):
+AROUND_POWERS = {
+    2**power + change for power in range(8, 11) for change in (-1, 0, 1)
+}  # where the number of bits changes
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{*range(1, 257), *AROUND_POWERS}, pytest.param(range(1, 2001), marks=pytest.mark.slow)],
+    ids=["to 256", "to 2000"],
+)
+def test_the_permutation_is_a_bijection_for_every_size(sizes: Iterable[int]) -> None:
+    for size in sizes:
         index = np.tile(np.arange(size), 3)
         keys = np.repeat(np.array([0, 1, 2**64 - 1], np.uint64), size)
         for places in permute(index, size, keys).reshape(3, size):

@@ -1,8 +1,10 @@
 """An exported folder is the same model for every reader, or it does not appear; a faulty exporter is caught."""
 
+import contextlib
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from chat_tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, chat_tokenizer
+from commands import run_function
 from io_faults import WatchedIo
 from runs import tiny_config, write_tiny
 from safetensors.torch import load_file, save_file
@@ -419,25 +422,25 @@ def test_a_disk_that_fails_leaves_the_earlier_export_and_nothing_else(operation:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-FULL_DISK = """
-import resource, signal, sys
-from smollm2 import export
-from smollm2.errors import ResourceError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    export(sys.argv[1], sys.argv[2])
-except ResourceError as error:
-    print(error)
-"""
+def export_beyond_a_limit(folder: Path) -> None:
+    """Export where no file can have more than 100 kB; write the error."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        export(folder / "source", folder / "out")
+    except ResourceError as error:
+        (folder / "error").write_text(str(error))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit of the size of files")
 def test_weights_that_the_disk_does_not_take_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(written(tmp_path / "source")), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT}, timeout=120)
-    assert done.stdout.count("\n") == 1 and "model.safetensors: the weights cannot be written (" in done.stdout, done
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    written(tmp_path / "source")
+    run_function(export_beyond_a_limit, tmp_path)
+    error = (tmp_path / "error").read_text()
+    assert "\n" not in error and "model.safetensors: the weights cannot be written (" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["error", "source"]
 
 
 def test_a_folder_that_a_killed_export_left_goes_after_a_day(tmp_path: Path) -> None:
@@ -537,20 +540,28 @@ def test_a_transformers_that_cannot_run_here_is_named_and_the_other_reader_decid
     assert unusable["reason"] in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_transformers_that_is_not_installed_or_broken_is_named(tmp_path: Path) -> None:
-    for content, reason in (
+def export_with_library(library: Path, folder: Path) -> None:
+    """Export with another library of packages before the others; write what is printed."""
+    sys.path.insert(0, str(library))
+    with (folder / "stdout").open("w") as out, contextlib.redirect_stdout(out):
+        assert main(["export", str(folder / "source"), str(folder / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
         ("raise RuntimeError('broken\\nhere')", "RuntimeError: broken"),
-        (None, "it is not installed"),
-    ):
-        library = tmp_path / reason[:2] / "transformers"
-        library.mkdir(parents=True)
-        missing = "raise ModuleNotFoundError('No module named transformers', name='transformers')"
-        (library / "__init__.py").write_text(content or missing)
-        path = os.pathsep.join([str(library.parent), ROOT])
-        folder = written(tmp_path / f"source-{reason[:2]}")
-        done = run_export(folder, tmp_path / f"out-{reason[:2]}", PYTHONPATH=path)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert f"transformers: not used to check the folder ({reason})" in done.stdout
+        ("raise ModuleNotFoundError('No module named transformers', name='transformers')", "it is not installed"),
+    ],
+    ids=["broken", "not installed"],
+)
+def test_a_transformers_that_is_not_installed_or_broken_is_named(content: str, reason: str, tmp_path: Path) -> None:
+    library = tmp_path / "library" / "transformers"
+    library.mkdir(parents=True)
+    (library / "__init__.py").write_text(content)
+    written(tmp_path / "source")
+    run_function(export_with_library, library.parent, tmp_path)
+    assert f"transformers: not used to check the folder ({reason})" in (tmp_path / "stdout").read_text()
 
 
 @pytest.mark.parametrize("flags", [[], ["--best"]])
