@@ -55,11 +55,11 @@ def test_greedy_text_of_50_prompts_is_that_of_transformers_alone_and_side_by_sid
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt)])
         end = {"eos_token_id": tokenizer.end_of_text, "pad_token_id": 0}
-        found = twin.generate(ids, max_new_tokens=12, do_sample=False, **end)[0, ids.shape[1] :]
+        found = twin.generate(ids, max_new_tokens=24, do_sample=False, **end)[0, ids.shape[1] :]
         expected.append(tokenizer.decode(found.tolist()))
-    together = generate(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0)
+    together = generate(model, tokenizer, PROMPTS, max_new_tokens=24, temperature=0)
     assert together == expected
-    assert [generate(model, tokenizer, [p], max_new_tokens=12, temperature=0)[0] for p in PROMPTS] == expected
+    assert [generate(model, tokenizer, [p], max_new_tokens=24, temperature=0)[0] for p in PROMPTS] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
