@@ -15,7 +15,7 @@ from two_ranks import run_ranks
 from smollm2.cli.main import main
 from smollm2.training.replay import replay_event
 
-pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU"), pytest.mark.slow]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks share no GPU")
 
 
 def train_on_two_ranks(folder: Path, **flags: object) -> list[str]:
@@ -39,6 +39,7 @@ def flatten(value: Any) -> Iterator[float]:
         yield value
 
 
+@pytest.mark.slow
 def test_two_ranks_name_the_data_and_rewind_alike_twice_and_after_a_resume(tmp_path: Path) -> None:
     write_text(tmp_path, with_garbage=True)
     ends = []
@@ -56,6 +57,7 @@ def test_two_ranks_name_the_data_and_rewind_alike_twice_and_after_a_resume(tmp_p
     assert outcome(tmp_path / "first", LAST) == ends[0]
 
 
+@pytest.mark.slow
 def test_the_autopsy_of_a_model_that_is_shared_out_is_that_of_one_that_is_not(tmp_path: Path) -> None:
     """Both layouts continue from one checkpoint: over 140 steps, their rounding would grow to different spikes."""
     write_text(tmp_path, with_garbage=True)
@@ -74,6 +76,7 @@ def test_the_autopsy_of_a_model_that_is_shared_out_is_that_of_one_that_is_not(tm
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6), name  # some gradients are nearly zero
 
 
+@pytest.mark.slow
 def test_the_event_of_a_model_that_is_shared_out_is_replayed_by_one_process(tmp_path: Path) -> None:
     write_text(tmp_path, with_garbage=True)
     train_on_two_ranks(tmp_path, training__sharding="full")
