@@ -19,12 +19,13 @@ def list_token_bytes(backend: Any, spec: dict[str, Any], ids: dict[str, int], si
     if spec["model"]["type"] != "BPE" or spec["normalizer"] or "ByteLevel" not in [step.get("type") for step in steps]:
         return None
     alphabet, table = map_bytes(), [b""] * size
+    as_latin_1 = str.maketrans({c: chr(byte) for c, byte in alphabet.items()})  # five times as fast as byte by byte
     added = {token["id"]: token for token in spec["added_tokens"]}
     for token, i in ids.items():
         if i in added:
             table[i] = b"" if added[i]["special"] else token.encode()
         elif set(token) <= alphabet.keys():
-            table[i] = bytes(alphabet[c] for c in token)
+            table[i] = token.translate(as_latin_1).encode("latin-1")
     return table
 
 

@@ -29,7 +29,7 @@ from smollm2.exporting.readers import (
     Reference,
     UnusableReader,
     continue_greedily,
-    digest_weights,
+    find_difference,
     read_with_smollm2,
     read_with_transformers,
     run_model,
@@ -51,8 +51,11 @@ def certify(folder: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: torch.dty
     The weights of `model` are dropped, because each reader loads its own.
     """
     windows = take_windows(tokenizer, text, model.config.max_position_embeddings)
-    exact = run_model(model, windows) if is_rounded_by(model, dtype) else None
-    round_weights(model, dtype)
+    exact, problems = None, check_weights(folder, model)
+    if problems:  # as is right if `dtype` does not hold the weights exactly
+        exact = run_model(model, windows)
+        round_weights(model, dtype)
+        problems = check_weights(folder, model)
     reference = make_reference(model, tokenizer, windows)
     exact_logits, exact_loss = exact or (reference.logits, reference.loss)
     model.to("meta")
@@ -60,7 +63,7 @@ def certify(folder: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: torch.dty
     for read in (read_with_smollm2, read_with_transformers):
         return_freed_memory()
         found.append(read(folder, reference))
-    problems = check_config(folder, model, tokenizer) + check_tokenizer(folder, tokenizer)
+    problems += check_config(folder, model, tokenizer) + check_tokenizer(folder, tokenizer)
     name = str(dtype).removeprefix("torch.")
     return summarize(found, problems, name, text, reference, exact_logits, exact_loss)
 
@@ -120,12 +123,6 @@ def take_windows(tokenizer: Tokenizer, text: str, positions: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def is_rounded_by(model: SmolLM2, dtype: torch.dtype) -> bool:
-    """Return whether `dtype` cannot hold a weight of the model exactly."""
-    weights = (parameter.detach() for parameter in model.parameters())
-    return any(not torch.equal(weight, weight.to(dtype).float()) for weight in weights)
-
-
 @torch.no_grad()
 def round_weights(model: SmolLM2, dtype: torch.dtype) -> None:
     """Round every weight to the values of `dtype`, in place; the weights are still stored as float32."""
@@ -133,14 +130,23 @@ def round_weights(model: SmolLM2, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
-def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor) -> Reference:
-    """Return the results of the source, which every reader must reproduce."""
+def make_reference(model: SmolLM2, tokenizer: Tokenizer, windows: Tensor, *, continues: bool = True) -> Reference:
+    """Return the results of the source, which every reader must reproduce; its greedy text only if one of them `continues`."""
     logits, loss = run_model(model, windows)
     prompt = windows[0, : min(PROMPT, windows.shape[1] // 2)].tolist()
-    continuation, gaps = continue_greedily(model, prompt, tokenizer.stops)
+    continuation, gaps = continue_greedily(model, prompt, tokenizer.stops) if continues else ([], [])
     ids = [tokenizer.encode(text) for text in HOSTILE]
     decoded = [tokenizer.decode(row) for row in ids]
-    return Reference(digest_weights(model), windows, logits, loss, prompt, continuation, gaps, ids, decoded)
+    return Reference(windows, logits, loss, prompt, continuation, gaps, ids, decoded)
+
+
+def check_weights(folder: Path, model: SmolLM2) -> list[str]:
+    """Return which weight in the folder's files is not the source's; nothing for invalid files, which the readers name."""
+    try:
+        name = find_difference(model, folder)
+    except Smollm2Error:
+        return []
+    return [f"{name} differs from the source's"] if name else []
 
 
 def check_config(folder: Path, model: SmolLM2, tokenizer: Tokenizer) -> list[str]:

@@ -53,10 +53,13 @@ def certify_gguf(path: Path, model: SmolLM2, tokenizer: Tokenizer, dtype: str, t
     reader = gguf.GGUFReader(path)
     problems = [*check_keys(reader, model, tokenizer, path, dtype), *check_tensors(reader, model, dtype)]
     round_matrices(model, dtype)
-    reference = make_reference(model, tokenizer, windows)
-    found = (
-        UnusableReader("llama.cpp", "the file is faulty") if problems else read_with_llama_cpp(path, reference, dtype)
-    )
+    llama_cpp = UnusableReader("llama.cpp", "the file is faulty") if problems else import_llama_cpp()
+    found: Reading | UnusableReader
+    if isinstance(llama_cpp, UnusableReader):
+        reference, found = make_reference(model, tokenizer, windows, continues=False), llama_cpp
+    else:
+        reference = make_reference(model, tokenizer, windows)
+        found = read_with_llama_cpp(llama_cpp, path, reference, dtype)
     losses = {"the file": reference.loss}
     losses |= {found.reader: found.loss} if isinstance(found, Reading) else {}
     problems += [
@@ -88,13 +91,18 @@ def round_matrices(model: SmolLM2, dtype: str) -> None:
         parameter.copy_(round_weight(parameter, dtype))
 
 
-def read_with_llama_cpp(path: Path, reference: Reference, dtype: str) -> Reading | UnusableReader:
-    """Compute with llama.cpp, with a float32 cache, or return why it cannot be used here."""
+def import_llama_cpp() -> Any:
+    """Return the module llama_cpp, or an UnusableReader that says why it cannot be used here."""
     try:
         import llama_cpp
     except Exception as error:  # a broken installation may raise anything
         absent = isinstance(error, ModuleNotFoundError) and error.name == "llama_cpp"
         return UnusableReader("llama.cpp", "llama-cpp-python is not installed" if absent else describe_error(error))
+    return llama_cpp
+
+
+def read_with_llama_cpp(llama_cpp: Any, path: Path, reference: Reference, dtype: str) -> Reading:
+    """Compute with llama.cpp, with a float32 cache, and compare the results with the source's."""
     reading = Reading(f"llama.cpp (llama-cpp-python {llama_cpp.__version__})")
     with without_messages(llama_cpp):
         try:

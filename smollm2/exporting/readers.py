@@ -6,12 +6,11 @@ folder is not reported as wrong.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,13 @@ import smollm2
 from smollm2.data.tokenizer import tokenizer_from_text
 from smollm2.errors import ConfigError, Smollm2Error
 from smollm2.inference.loading import load_model
+from smollm2.inference.weight_files import open_weights
 from smollm2.model.cache import KeyValueCache
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 
-CONTINUATION = 64
+CONTINUATION, GENERATED = 32, 8
+"""Greedy tokens that are compared, and how many of them transformers generates one by one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,6 @@ class UnusableReader:
 class Reference:
     """What the source computes, with its weights rounded to the dtype of the folder."""
 
-    digests: Mapping[str, str]  # of the weights
     windows: Tensor  # (N, T) int64
     logits: Tensor  # (N, T, V) float32
     loss: float
@@ -138,22 +138,24 @@ def predict_along(model: SmolLM2, prompt: list[int], continuation: list[int]) ->
     return found
 
 
-def digest_weights(model: SmolLM2) -> dict[str, str]:
-    """Return the SHA-256 of each weight's bytes."""
-    return {name: hashlib.sha256(tensor.numpy()).hexdigest() for name, tensor in model.state_dict().items()}
+def find_difference(model: SmolLM2, folder: Path) -> str:
+    """Return the name of a weight that is not bit-identical in a folder's files; empty if all are."""
+    stored = open_weights(folder)
+    weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    differ = (name for name, w in weights if name not in stored or not torch.equal(stored[name].float(), w))
+    return next(differ, "")
 
 
 def read_with_smollm2(folder: Path, reference: Reference) -> Reading:
-    """Load the folder with `load_model`; its weights must be bit-identical to the source's."""
+    """Load the folder with `load_model`; its weights must be those in the files, which `certify` compares with the source's."""
     reading = Reading(f"smollm2 {smollm2.__version__}")
     try:
         model, tokenizer = load_model(folder)
     except Smollm2Error as error:
         reading.problems.append(f"does not load ({error})")
         return reading
-    found = digest_weights(model)
-    wrong = [name for name, digest in reference.digests.items() if found[name] != digest]
-    reading.problems += [f"{name} differs from the source's" for name in wrong[:1]]
+    if name := find_difference(model, folder):
+        reading.problems.append(f"{name} differs from the file's")
     compare_logits(reading, run_model(model, reference.windows)[0], reference)
     compare_greedy(reading, predict_along(model, reference.prompt, reference.continuation), reference)
     compare_tokenizer(reading, tokenizer.encode, tokenizer.decode, reference)
@@ -255,10 +257,7 @@ def compare_with_transformers(transformers: Any, folder: Path, reference: Refere
             reading.problems.append(f"{what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}")
     with torch.no_grad():
         compare_logits(reading, model(reference.windows).logits.float(), reference)
-        prompt = torch.tensor([reference.prompt])
-        options = {"max_new_tokens": len(reference.continuation), "do_sample": False, "pad_token_id": 0}
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    compare_greedy(reading, output[0, prompt.shape[1] :].tolist(), reference)
+        compare_greedy(reading, continue_with_transformers(model, reference), reference)
 
     def encode(text: str) -> list[int]:
         # This package reads "<|endoftext|>" in a text as plain text; transformers does so with split_special_tokens.
@@ -276,15 +275,32 @@ def compare_with_transformers(transformers: Any, folder: Path, reference: Refere
     model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=1, pad_token_id=0)
 
 
+def continue_with_transformers(model: Any, reference: Reference) -> list[int]:
+    """Return the greedy continuation: the first tokens by `generate`, and the most likely token at each later place."""
+    prompt = torch.tensor([reference.prompt])
+    wanted = reference.continuation
+    length = min(GENERATED, len(wanted))
+    options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    generated: list[int] = output[0, prompt.shape[1] :].tolist()
+    if len(generated) < length:  # it stopped
+        return generated
+    logits = model(torch.tensor([[*reference.prompt, *wanted]])).logits[0, prompt.shape[1] - 1 : -1]
+    predicted: list[int] = logits.argmax(-1).tolist()
+    return generated + predicted[length:]
+
+
 def compare_logits(reading: Reading, logits: Tensor, reference: Reference, tolerance: Tolerance = FLOAT32) -> None:
     """Compare logits, their most likely tokens and their loss with the source's."""
     if logits.shape != reference.logits.shape:
         reading.problems.append(f"logits are {tuple(logits.shape)} and should be {tuple(reference.logits.shape)}")
         return
-    reading.max_logit_difference = (logits - reference.logits).abs_().max().item()
-    reading.argmax_agreement = (logits.argmax(-1) == reference.logits.argmax(-1)).float().mean().item()
-    targets = reference.windows[:, 1:].flatten()
-    reading.loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).item()
+    pairs = list(zip(logits, reference.logits, strict=True))  # by window, to take less memory
+    reading.max_logit_difference = torch.stack([(a - b).abs_().max() for a, b in pairs]).max().item()
+    reading.argmax_agreement = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean().item()
+    targets = zip(logits[:, :-1], reference.windows[:, 1:], strict=True)
+    losses = [torch.nn.functional.cross_entropy(row, ids) for row, ids in targets]
+    reading.loss = torch.stack(losses).mean().item()
     scale = max(1.0, reference.logits.abs().max().item())
     if not reading.max_logit_difference <= tolerance.logits * scale:
         reading.problems.append(f"logits differ by {reading.max_logit_difference:.2g}")

@@ -54,7 +54,8 @@ def check_shape(source: Source, path: Path) -> None:
 def check_range(weights: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> None:
     """Raise CheckpointError if a weight is not finite in this dtype, which the user calls `name`."""
     for key, tensor in weights.items():
-        if not tensor.to(dtype).isfinite().all():
+        least, largest = tensor.aminmax()  # rounding keeps the order, and NaN propagates to both
+        if not torch.stack((least, largest)).to(dtype).isfinite().all():
             what = f"a weight is outside the range of {name} ({tensor.abs().max().item():g})"
             raise CheckpointError(key, what, "export as float32 or bf16")
 

@@ -77,17 +77,20 @@ class Rotary(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shape = (config.max_position_embeddings, config.head_dim, config.rope_theta)
-        device, shape = torch.get_default_device(), (config.max_position_embeddings, config.head_dim // 2)
-        is_meta = device.type == "meta"  # computing there would import torch's compiler
         self.scaling = config.rope_scaling
-        tables = 2 * (torch.empty(shape),) if is_meta else rotary_tables(*self.shape, device, self.scaling)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
+        for name, table in zip(("cos", "sin"), self._tables(torch.get_default_device()), strict=True):
             self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.cos, self.sin = rotary_tables(*self.shape, self.cos.device, self.scaling)
+        self.cos, self.sin = self._tables(self.cos.device)
         return self
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device.type != "meta":
+            return rotary_tables(*self.shape, device, self.scaling)
+        positions, width, _ = self.shape  # computing on the meta device would import torch's compiler
+        return 2 * (torch.empty(positions, width // 2, device=device),)
 
 
 class Attention(nn.Module):
