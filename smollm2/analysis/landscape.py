@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from smollm2.checkpoint.format import content_hash
 from smollm2.config.schema import IGNORE_INDEX, Config
-from smollm2.data.corpus import Listener, open_data_input, open_tokens_of, training_windows, validation_windows
+from smollm2.data.corpus import (
+    Listener,
+    open_data_input,
+    open_tokens_of,
+    plain_encoder,
+    training_windows,
+    validation_windows,
+)
 from smollm2.data.store import TokenStore, open_tokens
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import JoinedWindows, TokenWindows, WindowSource
@@ -211,7 +218,8 @@ def open_stores(
     spooled = config.model_copy(update={"data": data.model_copy(update={"cache_dir": str(spool)})})
     silent = Listener(lambda line: None, lambda label, fraction, size: None)
     sources = [open_data_input(spooled, name, silent) for name in ([input_file] if input_file else data.inputs)]
-    return [open_tokens_of(spooled, source, tokenizer, data.held_out_fraction, silent) for source in sources]
+    encoder = plain_encoder(tokenizer, sources)
+    return [open_tokens_of(spooled, source, tokenizer, encoder, data.held_out_fraction, silent) for source in sources]
 
 
 def draw_landscape(

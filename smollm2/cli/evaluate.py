@@ -30,8 +30,8 @@ SHOWN_DOCUMENTS = 20
 def add_parser(commands: "Commands[Parser]") -> None:
     """Add `smollm2 evaluate`."""
     text = (
-        "Score each token of a text once, in windows of the trained length, and print the loss. Several models are "
-        "compared. With --tasks, run tasks of lm-eval instead."
+        "Score each token of a text once, in windows of the trained length, and print the loss; of conversations, those of "
+        "the assistant's turns. Several models are compared. With --tasks, run tasks of lm-eval instead."
     )
     summary = "loss, perplexity and bits per byte of models on a text; scores in tasks of lm-eval"
     parser = add_command(commands, "evaluate", run, summary, text)
@@ -42,7 +42,7 @@ def add_parser(commands: "Commands[Parser]") -> None:
     parser.add_argument("--best", action="store_true", help="of a run folder, the checkpoint with the best validation")
     add_device_flag(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    text = "text, JSONL or parquet: a file, folder, pattern or hub name; - is standard input"
+    text = "text or conversations: a file, folder, pattern or hub name; - is standard input"
     source.add_argument("--input_file", metavar="FILE", type=path, help=text)
     source.add_argument("--tasks", metavar="NAMES", type=tasks.task_names, help=tasks.HELP)
     tasks.add_task_flags(parser)
@@ -106,6 +106,7 @@ def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
         separator=args.document_separator or data.document_separator,
         per_document=args.per_document,
         document_mask=data.document_mask,
+        train_on=data.train_on,
         report=print_note,
         keep_scores=len(args.models) > 1,
     )
@@ -132,8 +133,7 @@ def describe_evaluation(found: Mapping[str, Any]) -> Iterator[str]:
         interval = found[f"{name}_interval"]
         bounds = f"  95 %: {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
         yield f"{name:<16}{found[name]:>12.4f}{bounds}{f'  {unit}' if unit else ''}"
-    kind = "documents" if "documents" in found else "windows"
-    yield f"{'tokens':<16}{found['tokens']:>12,}  in {found['parts']:,} {kind}, context {found['context']:,}, stride {found['stride']:,}"
+    yield f"{'tokens':<16}{found['tokens']:>12,}  in {found['parts']:,} {found['unit']}, context {found['context']:,}, stride {found['stride']:,}"
     yield f"{'bytes':<16}{found['bytes']:>12,}"
     if found["unencodable_bytes"]:
         yield f"{found['unencodable_bytes']:,} bytes of the text cannot be encoded by this tokenizer and were not scored"

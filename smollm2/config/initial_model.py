@@ -60,6 +60,8 @@ def read_initial_shape(folder: Path, load: Callable[[Path], Config]) -> tuple[Mo
 def follow_initial_model(given: Level, problems: list[str], load: Callable[[Path], Config]) -> Level:
     """Return the shape of the model that the run starts from, if there is one; report given values that contradict it.
 
+    The shape and the tokenizer of a preset are for training from scratch, so they give way without a word.
+
     Raise CheckpointError or DataError if the model cannot be read or computed.
     """
     one = given.get("model.init_from")
@@ -70,15 +72,18 @@ def follow_initial_model(given: Level, problems: list[str], load: Callable[[Path
         return {}
     folder = find_model_folder(one.value)
     shape, file = read_initial_shape(folder, load)
-    own = {key.removeprefix("model."): value for key, value in given.items() if key.startswith("model.")}
+    chosen = {key: value for key, value in given.items() if not value.origin.startswith("preset ")}
+    own = {key.removeprefix("model."): value for key, value in chosen.items() if key.startswith("model.")}
     for name in own.keys() - OWN_KEYS:
         found, wanted = read_as(shape, name, own[name].value), getattr(shape, name)
         if found != wanted:
             where = locate(f"model.{name}", own[name].origin)
             what = f"is {found}, but {file} has {wanted}"
             problems.append(lay_out(where, what, "leave it out: model.init_from brings the shape of the model"))
-    values = shape.model_dump(exclude=OWN_KEYS)
-    return {f"model.{key}": Given(value, show(value), file) for key, value in values.items() if key not in own}
+    found = {f"model.{key}": value for key, value in shape.model_dump(exclude=OWN_KEYS).items() if key not in own}
+    if "data.tokenizer" not in chosen:
+        found["data.tokenizer"] = "auto"  # the model's
+    return {key: Given(value, show(value), file) for key, value in found.items()}
 
 
 def read_as(shape: ModelConfig, name: str, value: object) -> object:

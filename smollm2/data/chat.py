@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from smollm2.data.conversations import Conversation, Message, from_json
 from smollm2.data.stream import MARK
 from smollm2.data.template_sandbox import LimitedEnvironment, render_template
-from smollm2.data.tokenizer import Tokenizer
+from smollm2.data.tokenizer import ENDS_OF_TEXT, Tokenizer
 from smollm2.data.tokenizer_files import CHAT_TEMPLATE, GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG, parse
 from smollm2.errors import DataError
 
@@ -263,6 +263,27 @@ def with_chat(template: ChatTemplate) -> Tokenizer:
 def as_json(value: Mapping[str, Any]) -> bytes:
     """Return the content of a JSON file."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class DocumentEncoder:
+    """Encodes plain text for the token store of a run that also trains on conversations: nothing is marked, so all but the
+    first token of a document are targets. Documents end with the end of text, not with the end of a turn."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.text, self.vocab_size, self.begin = tokenizer.text, tokenizer.vocab_size, tokenizer.begin
+        # Known from the vocabulary alone, because a resumed run has only the tokenizer of the chat model.
+        found = (tokenizer.id_of(name) for name in ENDS_OF_TEXT)
+        self.end_of_text = next((i for i in found if i is not None), tokenizer.end_of_text)
+        self.closing = [self.end_of_text]
+        self.fingerprint = hashlib.sha256(
+            f"{tokenizer.fingerprint} {self.end_of_text} beside chat".encode()
+        ).hexdigest()
+        self.cuts_documents, self.marks_targets = tokenizer.cuts_documents, True
+
+    def encode_counted(self, text: str) -> tuple[list[int], int]:
+        """Return the ids of a text, and how many of its bytes are not encoded."""
+        return self.tokenizer.encode_counted(text)
 
 
 class ChatEncoder:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,7 @@ from smollm2.config.mixture import list_stages
 from smollm2.config.schema import Config
 from smollm2.data.batches import Batches
 from smollm2.data.building import prepare_tokens
-from smollm2.data.chat import END, START, TEMPLATES, ChatEncoder, choose_template, with_chat
+from smollm2.data.chat import END, START, TEMPLATES, ChatEncoder, DocumentEncoder, choose_template, with_chat
 from smollm2.data.documents import Source, do_nothing
 from smollm2.data.encoding import Encoder
 from smollm2.data.mixing import ONE_SOURCE, MixtureSchedule
@@ -119,14 +119,15 @@ def open_corpus(config: Config, listener: Listener, *, is_chosen: bool, saved: T
     tokenizer = saved or find_tokenizer(config, inputs, listener).with_tokens(data.add_tokens)
     if any(is_chat(one) for one in (*inputs, held_out)):
         tokenizer = prepare_for_chat(config, tokenizer, inputs)
-    stores = [open_tokens_of(config, one, tokenizer, data.held_out_fraction, listener) for one in inputs]
+    encoder = plain_encoder(tokenizer, (*inputs, held_out))
+    stores = [open_tokens_of(config, one, tokenizer, encoder, data.held_out_fraction, listener) for one in inputs]
     if held_out:
-        other = open_tokens_of(config, held_out, tokenizer, 0.0, listener)
+        other = open_tokens_of(config, held_out, tokenizer, encoder, 0.0, listener)
         stores = [stores[0].with_validation(other), *stores[1:]]
     regression = None
     if data.regression_input:
         text = open_data_input(config, data.regression_input, listener)
-        regression = open_tokens_of(config, text, tokenizer, 0.0, listener)
+        regression = open_tokens_of(config, text, tokenizer, tokenizer, 0.0, listener)
     return Corpus(tokenizer, tuple(name_sources(data.inputs)), tuple(stores), regression)
 
 
@@ -192,11 +193,16 @@ def is_chat(source: Source | Tokenized | None) -> bool:
     return isinstance(source, Source) and source.is_chat
 
 
+def plain_encoder(tokenizer: Tokenizer, sources: Iterable[Source | Tokenized | None]) -> Encoder:
+    """Return what encodes the plain text among these sources."""
+    return DocumentEncoder(tokenizer) if any(is_chat(source) for source in sources) else tokenizer
+
+
 def prepare_for_chat(config: Config, tokenizer: Tokenizer, inputs: Sequence[Source | Tokenized]) -> Tokenizer:
-    """Return the tokenizer of a chat model. Raise DataError if some inputs hold plain text, or the template is unusable."""
-    if plain := [one.name for one in inputs if not is_chat(one)]:
-        advice = "train on plain text first, and then on conversations with --init_from"
-        raise DataError(plain[0], "plain text and conversations cannot be mixed", advice)
+    """Return the tokenizer of a chat model. Raise DataError if an input is tokens already, or the template is unusable."""
+    if tokens := [one.name for one in inputs if isinstance(one, Tokenized)]:
+        what = "tokens that another program made cannot be mixed with conversations"
+        raise DataError(tokens[0], what, "give the text itself")
     if config.data.tokenizer in ("auto", BYTES) and not config.model.init_from:
         tokenizer = tokenizer.with_tokens((START, END))
     return with_chat(choose_template(tokenizer, read_template(config.data.chat_template)))
@@ -221,12 +227,16 @@ def load_initial_tokenizer(name: str, report: Callable[[str], None] = lambda mes
 
 
 def open_tokens_of(
-    config: Config, source: Source | Tokenized, tokenizer: Tokenizer, validation_fraction: float, listener: Listener
+    config: Config,
+    source: Source | Tokenized,
+    tokenizer: Tokenizer,
+    encoder: Encoder,
+    validation_fraction: float,
+    listener: Listener,
 ) -> TokenStore:
-    """Return the tokens of a source, in place, from the cache or newly made."""
+    """Return the tokens of a source, in place, from the cache or newly made; plain text is encoded by `encoder`."""
     if isinstance(source, Tokenized):
         return open_token_input(source.name, source.paths, tokenizer, validation_fraction, listener.report)
-    encoder: Encoder = tokenizer
     if source.is_chat:
         encoder = ChatEncoder(choose_template(tokenizer), config.data.train_on)
     store = prepare_tokens(

@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from smollm2.config.schema import IGNORE_INDEX
+from smollm2.data.stream import MARK
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import WindowSource, number_documents, stack
 from smollm2.errors import ConfigError, DataError
 from smollm2.inference.mode import evaluation_mode
 from smollm2.inference.ratio import Ratio
-from smollm2.inference.text_windows import CountedEncoder, TextWindow, cut_windows, open_chunks
+from smollm2.inference.text_windows import CountedEncoder, TextWindow, chat_encoder, cut_windows, open_chunks
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 from smollm2.runtime.device import Runtime
@@ -131,6 +132,7 @@ def evaluate(
     separator: str | None = None,
     per_document: bool = False,
     document_mask: bool = False,
+    train_on: str = "assistant",
     keep_scores: bool = False,
     report: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
@@ -142,7 +144,8 @@ def evaluate(
     after each; the very first token is not scored. With `per_document`, each document is scored separately, after an
     end-of-text token, and gets an entry in `documents`. With `document_mask`, as in training, documents do not attend
     to one another, and the first token of each is not scored. The 95 % intervals treat windows (or documents) as
-    independent. With `keep_scores`, the result includes `scores`, the totals of each window (or document), for
+    independent. Conversations are scored one by one, and of each what `data.train_on` names: the assistant's turns, or
+    `all`. With `keep_scores`, the result includes `scores`, the totals of each window (or document), for
     `compare_evaluations`. Raise ConfigError for an impossible context or stride, DataError for a text without a target
     or an unreadable file.
     """
@@ -150,13 +153,13 @@ def evaluate(
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ConfigError("stride", f"{stride} is out of range for a context of {length} tokens", f"use 1 to {length}")
-    counted = CountedEncoder(tokenizer)
     with tempfile.TemporaryDirectory() as spool:
-        chunks = open_chunks(text_or_path, separator, Path(spool), report)
+        chunks, is_chat = open_chunks(text_or_path, separator, Path(spool), report)
+        counted = CountedEncoder(chat_encoder(tokenizer, train_on, text_or_path) if is_chat else tokenizer)
         windows = cut_windows(chunks, counted, length, stride, per_document=per_document)
-        end_of_text = tokenizer.end_of_text if document_mask else None
+        end_of_text = tokenizer.end_of_text if document_mask and not is_chat else None
         scored = score_text(model, windows, tokenizer.bytes_per_token, end_of_text, batch_size=batch_size)
-        parts = sum_documents(scored) if per_document else (part for _, part in scored)
+        parts = sum_documents(scored) if per_document or is_chat else (part for _, part in scored)
         kept = list(parts) if per_document or keep_scores else []
         loss, bits = add_up(kept or parts)
     if not loss.b:
@@ -174,6 +177,7 @@ def evaluate(
         "bytes": int(bits.b),
         "unencodable_bytes": counted.unencodable_bytes,
         "parts": loss.parts,
+        "unit": "conversations" if is_chat else "documents" if per_document else "windows",
         "context": length,
         "stride": stride,
         **({"documents": [describe_document(part) for part in kept]} if per_document else {}),
@@ -254,14 +258,15 @@ def score_text(
     with evaluation_mode(model):
         while batch := list(islice(windows, batch_size)):
             longest = max(len(window.ids) for window in batch) - 1
-            padded = np.array([window.ids[:-1] + [0] * (longest + 1 - len(window.ids)) for window in batch])
+            padded = np.array([window.ids[:-1] + [0] * (longest + 1 - len(window.ids)) for window in batch]) % MARK
             numbers = (
                 None if end_of_text is None else torch.from_numpy(number_documents(padded, end_of_text)).to(device)
             )
             hidden = model.model(torch.from_numpy(padded).to(device), numbers)
             for window, states in zip(batch, hidden, strict=True):
-                scored = [at for at in range(window.context, len(window.ids) - 1) if window.ids[at] != end_of_text]
-                targets = [window.ids[at + 1] for at in scored]
+                pairs = enumerate(pairwise(window.ids))
+                scored = [n for n, (i, target) in pairs if n >= window.context and i != end_of_text and target < MARK]
+                targets = [window.ids[n + 1] for n in scored]
                 loss, _ = next_token_loss(states[scored], model.lm_head.weight, torch.tensor(targets, device=device))
                 yield window.document, Evaluation(loss.item(), len(targets), int(bytes_per_token[targets].sum()))
 

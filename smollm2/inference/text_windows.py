@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
+from smollm2.data.chat import ChatEncoder, choose_template
 from smollm2.data.documents import Chunk
-from smollm2.data.encoding import Part, arrange
+from smollm2.data.encoding import Encoder, Part, arrange
 from smollm2.data.sources import Rules, open_input
 from smollm2.data.text import split_documents
 from smollm2.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ class TextWindow:
 class CountedEncoder:
     """A tokenizer that counts the bytes it cannot encode."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Encoder) -> None:
         self.tokenizer, self.unencodable_bytes = tokenizer, 0
 
     def encode(self, text: str) -> list[int]:
@@ -40,8 +41,8 @@ class CountedEncoder:
 
 def open_chunks(
     text_or_path: str | Path, separator: str | None, spool: Path, report: Callable[[str], None]
-) -> Iterator[Chunk]:
-    """Return the documents of a text or a file in chunks, as training reads them.
+) -> tuple[Iterator[Chunk], bool]:
+    """Return the documents of a text or a file in chunks, as training reads them, and whether they are conversations.
 
     Raise DataError if the file cannot be used.
     """
@@ -49,31 +50,37 @@ def open_chunks(
         text = open_input(str(text_or_path), spool, Rules(separator), report=report)
         for note in text.notes:
             report(note)
-        if text.is_chat:
-            what = "these are conversations, not plain text"
-            raise DataError(
-                text_or_path, what, "train with eval_interval to measure the loss of answers, or choose a text"
-            )
-        return text.chunks()
-    return split_documents(iter([text_or_path]), separator)
+        return text.chunks(), text.is_chat
+    return split_documents(iter([text_or_path]), separator), False
+
+
+def chat_encoder(tokenizer: Tokenizer, train_on: str, name: str | Path) -> ChatEncoder:
+    """Return the encoder of the conversations in the file `name`. Raise DataError without a chat template."""
+    if not tokenizer.chat_template:
+        what = "these are conversations, and the model has no chat template: it was trained on plain text"
+        raise DataError(name, what, "train the model on conversations first, or choose a plain text")
+    return ChatEncoder(choose_template(tokenizer), train_on)
 
 
 def cut_windows(
     chunks: Iterator[Chunk], encoder: CountedEncoder, length: int, stride: int, *, per_document: bool
 ) -> Iterator[TextWindow]:
-    """Yield the windows of the whole stream, or of each document separately if `per_document`."""
-    end, begin = encoder.tokenizer.end_of_text, encoder.tokenizer.begin
+    """Yield the windows of the whole stream, or of each document separately if `per_document`, as always for conversations.
+
+    Ids of conversations that are not targets are marked (`MARK`).
+    """
+    begin, closing, is_chat = encoder.tokenizer.begin, encoder.tokenizer.closing, encoder.tokenizer.marks_targets
 
     def blocks(numbered: Iterator[tuple[int, Part]]) -> Iterator[list[int]]:
         for _, part in numbered:
-            yield begin * part.first + encoder.encode(part.text) + [end] * part.last
+            yield begin * part.first + encoder.encode(part.text) + closing * part.last
 
     numbered = number_parts(arrange(chunks, cuts=encoder.tokenizer.cuts_documents))
-    if not per_document:
+    if not per_document and not is_chat:
         yield from slide(0, blocks(numbered), length, stride)
         return
     for number, document in groupby(numbered, key=lambda pair: pair[0]):
-        before = [] if begin else [end]
+        before = [] if begin or is_chat else closing
         yield from slide(number, chain([before], blocks(document)), length, stride)
 
 

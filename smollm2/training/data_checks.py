@@ -6,7 +6,7 @@ import numpy as np
 
 from smollm2.analysis.checks import Finding, judge, passed, skipped
 from smollm2.config.schema import IGNORE_INDEX
-from smollm2.data.chat import END, ChatEncoder, choose_template
+from smollm2.data.chat import END, ChatEncoder, DocumentEncoder, choose_template
 from smollm2.data.corpus import MANY_EPOCHS
 from smollm2.data.encoding import Encoder
 from smollm2.data.overlap import HIGH_SHARE, measure_overlap
@@ -98,11 +98,13 @@ def check_tokenizer(run: Run) -> Finding:
     """Compare the tokenizer with the one that made the tokens, and decode what it encodes."""
     tokenizer = run.tokenizer
     for store in run.corpus.stores:
-        encoder: Encoder = tokenizer
+        encoders: list[Encoder] = [tokenizer]
         if store.index.marks_targets:
-            encoder = ChatEncoder(choose_template(tokenizer), run.config.data.train_on)
-        if store.index.tokenizer != encoder.fingerprint:
-            made_by = {"tokens made by": store.index.tokenizer[:12], "the run's tokenizer": encoder.fingerprint[:12]}
+            template = choose_template(tokenizer)
+            encoders = [ChatEncoder(template, run.config.data.train_on), DocumentEncoder(tokenizer)]
+        known = [encoder.fingerprint for encoder in encoders]
+        if store.index.tokenizer not in known:
+            made_by = {"tokens made by": store.index.tokenizer[:12], "the run's tokenizer": known[0][:12]}
             return Finding("fail", made_by, "the tokens were made by another tokenizer", "make them again")
     texts = [HARD_TEXT]
     for store in run.corpus.stores:

@@ -210,7 +210,7 @@ def end_page(run: Run, progress: Progress, seconds: float) -> Rows:
         name: run.folder / file for name, file in (("samples", SAMPLES), ("metrics", METRICS), ("report", REPORT))
     }
     rows += [(name, str(path)) for name, path in files.items()]
-    return [
-        *rows,
-        ("generate text", f'{smollm2_command()} generate {shown_path(run.folder)} --prompt "Once upon a time"'),
-    ]
+    if run.corpus.is_chat:
+        return [*rows, ("chat", f"{smollm2_command()} chat {shown_path(run.folder)}")]
+    command = f'{smollm2_command()} generate {shown_path(run.folder)} --prompt "Once upon a time"'
+    return [*rows, ("generate text", command)]

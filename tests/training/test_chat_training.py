@@ -3,19 +3,21 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import outcome, tiny_config, write_tiny
+from runs import WORDS, outcome, tiny_config, write_tiny
 
 from smollm2.cli.main import main
 from smollm2.config.reading import load_config
-from smollm2.config.schema import IGNORE_INDEX
+from smollm2.config.schema import IGNORE_INDEX, Config
 from smollm2.data.chat import choose_template
 from smollm2.data.conversations import Message
+from smollm2.data.corpus import Listener, open_corpus, training_windows
 from smollm2.data.packing import ConversationWindows, pack_documents
 from smollm2.data.stream import MARK
 from smollm2.exporting.export import export
@@ -128,13 +130,50 @@ def test_a_bad_conversation_is_one_sentence_with_its_line(
     assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_text_and_conversations_are_not_mixed(
+def mixed_config(folder: Path, save_dir: str, **values: Any) -> Config:
+    """The config of a run on conversations and plain text in equal parts."""
+    sources = {str(folder / name): 0.5 for name in ("input.txt", "chat.jsonl")}
+    write_chat(folder, GREETINGS, config=CHAT.replace("input: chat.jsonl", f"mixture: {json.dumps(sources)}"))
+    (folder / "input.txt").write_text("\f".join(f"{n} {WORDS[: 40 + n]}" for n in range(40)))
+    places: dict[str, Any] = {"training.save_dir": str(folder / save_dir), "data.document_separator": "\f"}
+    return load_config(folder / "config.yaml", **{**places, **values})
+
+
+def test_a_run_on_text_and_conversations_resumes_bit_identically(tmp_path: Path) -> None:
+    for run in ("whole", "parts"):
+        train(mixed_config(tmp_path, run), quiet=True)
+    (tmp_path / "parts/step_0006.pt").unlink()
+    train(load_config(tmp_path / "parts/config.yaml"), resume="auto", quiet=True)
+    assert outcome(tmp_path / "parts", 6) == outcome(tmp_path / "whole", 6)
+
+
+def test_plain_text_beside_conversations_is_trained_on_whole_and_ends_with_its_own_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(mixed_config(tmp_path, "checkpoints", **{"training.train_steps": 1, "training.preflight": True}))
+    assert "smollm2 chat " in capsys.readouterr().out.splitlines()[-1]
+    config = load_config(tmp_path / "checkpoints/config.yaml")
+    tokenizer = load_model(tmp_path / "checkpoints")[1]
+    listener = Listener(lambda line: None, lambda *progress: None)
+    corpus = open_corpus(config, listener, is_chosen=True, saved=tokenizer)
+    text, chat = (training_windows(config, tokenizer, store) for store in corpus.stores)
+    ends, turns = tokenizer.id_of("<|endoftext|>"), tokenizer.id_of("<|im_end|>")
+    window = text.read(0)
+    inside = window.document_ids == 0
+    assert (window.labels[inside][:-1] == window.input_ids[inside][1:]).all()
+    labels = [np.concatenate([source.read(n).labels for n in range(len(source))]) for source in (text, chat)]
+    assert (labels[0] == ends).sum() > 10 and not (labels[0] == turns).any()
+    assert (labels[1] == turns).sum() > 30 and not (labels[1] == ends).any()
+
+
+def test_token_files_and_conversations_are_not_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_chat(tmp_path, GREETINGS, config=CHAT.replace("input: chat.jsonl, ", ""))
-    assert main(["train", "--data.mixture", "{input.txt: 0.5, chat.jsonl: 0.5}"]) == 3
-    assert "input.txt: plain text and conversations cannot be mixed" in capfd.readouterr().err
+    np.arange(200, dtype="<u2").tofile(tmp_path / "tokens.bin")
+    assert main(["train", "--data.mixture", "{tokens.bin: 0.5, chat.jsonl: 0.5}"]) == 3
+    assert "tokens.bin: tokens that another program made cannot be mixed with conversations" in capfd.readouterr().err
 
 
 def test_tokens_are_added_as_rows_near_the_mean_and_the_head_stays_tied(tmp_path: Path) -> None:

@@ -140,6 +140,19 @@ def test_a_run_begins_with_the_loss_of_the_model_it_starts_from(tmp_path: Path) 
     assert before["step"] == 0 and before["validation_loss"] == pytest.approx(last, abs=0.2)
 
 
+@pytest.mark.parametrize("preset", ["nano", "smollm2-135m"])
+def test_the_shape_and_the_tokenizer_of_a_preset_give_way_to_those_of_the_model(preset: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    train(tiny_config(tmp_path, "base", training__train_steps=1), quiet=True)
+    shape = load_config(tmp_path / "base/config.yaml").model
+    values = {"model.init_from": str(tmp_path / "base"), "training.sequence_length": 8}
+    found = load_config(preset=preset, **values)  # type: ignore[arg-type]
+    assert found.model.model_dump(exclude={"init_from", "initializer_range"}) == shape.model_dump(
+        exclude={"init_from", "initializer_range"}
+    )
+    assert found.data.tokenizer == "auto"
+
+
 def test_the_text_that_must_not_get_worse_is_measured_before_during_and_after(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
