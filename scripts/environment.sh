@@ -127,6 +127,7 @@ install_package() {
         --constraint constraints.txt --editable ".[$extras]" </dev/null || code=$?
     [ "$code" = 0 ] || fail "$code" pip "the package could not be installed (errors above, full log in $PWD/.venv/install.log)" \
         "Fix the cause, then run this again"
+    rm -f .venv/install.log # tens of MB that nobody needs after a success
 }
 
 is_current && exit
