@@ -29,6 +29,7 @@ class Facts:
     is_chat: bool = False
     is_mixed_in_stages: bool = False
     is_repetitive: bool = False  # most of the validation text occurs in the training text
+    is_validated_elsewhere: bool = False  # on a text of its own, on which n-grams of the training text may be poor
     text: str = ""
 
 

@@ -7,7 +7,7 @@ reports. The limits come from the reasons beside them.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from smollm2.analysis.history import History, TrainingReport
 
@@ -109,11 +109,12 @@ def find_leak(history: History) -> Verdict | None:
     """The loss is below anything that can be predicted, before any text was read twice.
 
     Conversations are left out, because an answer can be determined by its question; a run from another model, which may
-    know the text; and text that repeats itself, so that it is read twice in one epoch.
+    know the text; text that repeats itself, so that it is read twice in one epoch; and a run whose baselines were measured
+    on another text than the one that it reads.
     """
     facts, limit = history.facts, LEAK * history.baselines.get("5-gram", 0.0)
     last = history.recent(0, REPORTS)
-    if not last or not facts.is_from_scratch or facts.is_chat or facts.is_repetitive:
+    if not last or not facts.is_from_scratch or facts.is_chat or facts.is_repetitive or facts.is_validated_elsewhere:
         return None
     is_new = last[-1].epoch <= 1 and last[-1].step <= LEAK_STEPS
     if not is_new or max(report.loss for report in last) >= limit:
@@ -257,14 +258,19 @@ def find_loops(history: History) -> Verdict | None:
 
 
 def note_passed(history: History) -> Verdict | None:
-    """The lowest validation loss is below a baseline: what that tells."""
+    """The lowest validation loss is below a baseline, and below those that know less: what that tells.
+
+    On a text unlike the training text, a baseline can be worse than one that knows less, and than a guess.
+    """
     if not history.validation:
         return None
     loss = min(report.loss for report in history.validation)
-    passed = [name for name in CONTEXT if loss < history.baselines.get(name, 0.0)]
+    order = [name for name in ("uniform", *CONTEXT) if name in history.baselines]
+    levels = list(accumulate((history.baselines[name] for name in order), min))
+    passed = [name for name, level in zip(order, levels, strict=True) if loss < level and name in CONTEXT]
     if not passed:
         return None
-    name = min(passed, key=lambda one: history.baselines[one])
+    name = passed[-1]
     level = history.baselines[name]
     return Verdict(
         f"passed {name}", f"validation has passed the {name} baseline ({level:.2f}): {CONTEXT[name]}", is_problem=False

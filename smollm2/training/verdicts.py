@@ -74,6 +74,7 @@ def facts_of(config: Config, corpus: Corpus, overlaps: Sequence[Overlap]) -> Fac
         is_chat=corpus.is_chat,
         is_mixed_in_stages=len(config.stage_steps) > 1,
         is_repetitive=any((overlap.share or 0.0) > REPETITIVE for overlap in overlaps),
+        is_validated_elsewhere=bool(config.data.validation_input),
         text=format_bytes(statistics.bytes) if statistics.bytes else f"{statistics.train_tokens:,} tokens",
     )
 

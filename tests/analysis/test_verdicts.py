@@ -116,6 +116,7 @@ def test_a_slow_fall_is_no_floor_and_nor_is_the_best_that_the_text_allows() -> N
         (0.2, 0.5, {"is_from_scratch": False}, set()),
         (0.2, 0.5, {"is_chat": True}, set()),
         (0.2, 0.5, {"is_repetitive": True}, set()),
+        (0.2, 0.5, {"is_validated_elsewhere": True}, set()),
     ],
 )
 def test_a_loss_far_below_the_5_gram_is_a_leak(
@@ -197,6 +198,22 @@ def test_text_of_one_token_is_named_before_the_first_step() -> None:
 def test_the_lowest_baseline_that_was_passed_is_noted() -> None:
     assert names([BASELINES, *validation(4.0, 3.0)]) == {"passed unigram"}
     assert names([BASELINES, *validation(4.0, 1.9, 3.0)]) == {"passed trigram"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss", "found"),
+    [
+        ({"trigram": 10.5, "5-gram": 8.7}, 5.8, set()),  # above a guess
+        ({"trigram": 10.5, "5-gram": 8.7}, 3.0, {"passed unigram"}),
+        ({"trigram": 10.5, "5-gram": 8.7}, 2.5, {"passed 5-gram"}),
+        ({"5-gram": 2.1}, 2.05, {"passed bigram"}),
+    ],
+)
+def test_a_baseline_that_is_worse_than_a_simpler_one_tells_nothing(
+    changes: dict[str, float], loss: float, found: set[str]
+) -> None:
+    poor = Message(0, Event("baselines", "", {"losses": {**LOSSES, **changes}}))
+    assert names([poor, *validation(loss)]) == found
 
 
 def test_a_loss_that_falls_after_the_warmup_is_fine() -> None:
