@@ -1,6 +1,7 @@
 """A plain trainer, readable from top to bottom: what `smollm2 train` computes, without what makes it safe and convenient.
 
-    python examples/plain_training.py --config configs/nano.yaml --input_file input.txt --training.optimizer adamw
+    python examples/plain_training.py --config configs/nano.yaml --input_file input.txt \
+        --training.optimizer adamw --training.schedule cosine
 
 It trains in float32 on the CPU with AdamW and the cosine schedule, and prints the losses that `smollm2 train` writes to
 metrics.jsonl for the same config and seed; a test compares them. The text is one document. There are no checkpoints, no

@@ -16,8 +16,7 @@ class DataConfig(Section):
     """The text, and how it becomes windows of tokens."""
 
     input: FilePath = key(INPUT, "noted", "a path, a pattern, a hub name or `-`")
-    """Text (UTF-8), JSONL or parquet: a file, a folder, a pattern such as `notes/**/*.md`, a data set's name on the Hugging
-    Face hub, or `-` for standard input. If the default is absent, the sample corpus is made."""
+    """Text, JSONL or parquet: a file, folder, pattern, name on the hub, or `-` for standard input; without input.txt, a sample is made."""
     mixture: Mixture = key(
         {}, "noted", "inputs with their weights, as {web: 0.9, code: [0.1, 0.3]}", max_length=MOST_SOURCES
     )
@@ -45,7 +44,7 @@ class DataConfig(Section):
     chat_template: Text | None = key(None, "refused", "smollm2, chatml, a Jinja file, or null", min_length=1)
     """How conversations become text; default: the tokenizer's own template, or SmolLM2's."""
     add_tokens: tuple[Text, ...] = key((), "refused", max_length=1024)
-    """Special tokens to add to the tokenizer; the rows of a model to start from begin as the mean of its embedding."""
+    """Special tokens to add to the tokenizer; the rows of a model to start from begin near the mean of its embedding."""
     regression_input: FilePath | None = key(None, "free", "a path, a pattern, a hub name or null")
     """A text that must not get worse, such as general text while another is learned: measured before, during and after the run."""
     stride: int = key(2048, "refused", ge=1, le=2**24)

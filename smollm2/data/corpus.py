@@ -20,7 +20,6 @@ from smollm2.data.packing import ConversationWindows, PackedWindows, Packs, open
 from smollm2.data.sample import write_sample_corpus
 from smollm2.data.sources import open_input, rules_of
 from smollm2.data.store import Statistics, TokenStore
-from smollm2.data.stream import Stream
 from smollm2.data.token_inputs import find_token_input, open_token_input, read_tokenizer
 from smollm2.data.tokenizer import BYTES, Tokenizer, load_tokenizer, tokenizer_from_text, train_tokenizer
 from smollm2.data.tokenizer_files import TOKENIZER
@@ -291,19 +290,17 @@ def find_packs(config: Config, store: TokenStore) -> Packs:
 
 def validation_windows(config: Config, tokenizer: Tokenizer, store: TokenStore) -> TokenWindows | None:
     """Return the windows of the held-out tokens of a source, or None if there is no target in them."""
-    holder = store.other or store
-    if holder.index.marks_targets and len(store.validation) > 1:
-        ends = holder.splits[0 if store.other else 1].ends
-        assert ends is not None
-        packs = pack_documents(ends, config.training.sequence_length)
-        return ConversationWindows(store.validation, packs, tokenizer.vocab_size)
-    return evaluation_windows(config, tokenizer, store.validation)
+    return evaluation_windows(config, tokenizer, *((store.other, 0) if store.other else (store, 1)))
 
 
-def evaluation_windows(config: Config, tokenizer: Tokenizer, tokens: Stream) -> Windows | None:
-    """Return the windows of tokens that are not trained on, or None if there is no target in them."""
+def evaluation_windows(config: Config, tokenizer: Tokenizer, store: TokenStore, split: int) -> TokenWindows | None:
+    """Return the windows of a split of a store that is not trained on, or None if there is no target in them."""
+    tokens, ends = store.splits[split]
+    length = config.training.sequence_length
     if len(tokens) < 2:
         return None
-    length = config.training.sequence_length
+    if store.index.marks_targets:
+        assert ends is not None
+        return ConversationWindows(tokens, pack_documents(ends, length), tokenizer.vocab_size)
     end_of_text = tokenizer.end_of_text if config.data.document_mask else None
     return Windows(tokens, length, length, tokenizer.vocab_size, end_of_text)

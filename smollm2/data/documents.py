@@ -1,7 +1,8 @@
 """The documents of a text in chunks; what the first pass records of each; which ones are held out for validation.
 
 A document is held out because of its own text: if the hash of the text is below a share of all hashes. So it stays on the
-same side when the corpus grows, and copies of a document are on the same side.
+same side when the corpus grows, and copies of a document are on the same side, unless documents are so few or so long that
+the share has to be adjusted.
 """
 
 import hashlib

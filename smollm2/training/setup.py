@@ -24,7 +24,7 @@ from smollm2.data.batches import Batches
 from smollm2.data.corpus import Corpus, evaluation_windows, validation_windows
 from smollm2.data.overview import describe_sources, measure_overlaps
 from smollm2.data.tokenizer import Tokenizer
-from smollm2.data.windows import JoinedWindows, Windows, WindowSource
+from smollm2.data.windows import JoinedWindows, TokenWindows, WindowSource
 from smollm2.errors import CheckpointError, ResourceError, TrainingError
 from smollm2.formatting import format_bytes
 from smollm2.model.attention import check_backend, choose_backend
@@ -99,7 +99,7 @@ class Run:
     corpus: Corpus
     batches: Batches
     validation: JoinedWindows | None  # those of each source, with the sources' names
-    regression: Windows | None  # of the text that must not get worse
+    regression: TokenWindows | None  # of the text that must not get worse
     model: SmolLM2
     prepared: nn.Module  # the model that training calls: wrapped in DistributedDataParallel if there are several ranks
     optimizers: Mapping[str, Optimizer]
@@ -208,7 +208,7 @@ def build_run(setup: Setup, corpus: Corpus) -> Run:
         corpus=corpus,
         batches=batches,
         validation=open_validation(config, corpus),
-        regression=evaluation_windows(config, corpus.tokenizer, corpus.regression.train) if corpus.regression else None,
+        regression=evaluation_windows(config, corpus.tokenizer, corpus.regression, 0) if corpus.regression else None,
         model=model,
         prepared=model,
         optimizers=build_optimizers(model, t, runtime.layout),

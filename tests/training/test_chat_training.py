@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import WORDS, outcome, tiny_config, write_tiny
+from runs import WORDS, metrics, outcome, tiny_config, write_tiny
 
 from smollm2.cli.main import main
 from smollm2.config.reading import load_config
@@ -164,6 +164,14 @@ def test_plain_text_beside_conversations_is_trained_on_whole_and_ends_with_its_o
     labels = [np.concatenate([source.read(n).labels for n in range(len(source))]) for source in (text, chat)]
     assert (labels[0] == ends).sum() > 10 and not (labels[0] == turns).any()
     assert (labels[1] == turns).sum() > 30 and not (labels[1] == ends).any()
+
+
+@pytest.mark.parametrize("name", ["chat.jsonl", "input.txt"])
+def test_what_must_not_get_worse_may_be_of_either_kind(name: str, tmp_path: Path) -> None:
+    values = {"training.train_steps": 1, "data.regression_input": str(tmp_path / name), "data.validation_fraction": 0}
+    train(mixed_config(tmp_path, "run", **values), quiet=True)
+    found = [row["regression_bpb"] for row in metrics(tmp_path / "run") if "regression_bpb" in row]
+    assert len(found) == 2 and found[1] < found[0]
 
 
 def test_token_files_and_conversations_are_not_mixed(
