@@ -132,9 +132,14 @@ def save(chat: "Chat", file: Path) -> None:
     """Append the conversation to a JSONL file. A problem is reported, since the conversation would be lost otherwise."""
     from smollm2.storage.atomic import write_atomically
 
+    if not any(message.role == "assistant" for message in chat.messages):
+        print_note("not saved: the conversation has no answer yet")
+        return
     row = json.dumps({"messages": [message._asdict() for message in chat.messages]}, ensure_ascii=False)
     try:
         before = file.read_bytes() if file.exists() else b""
+        if before and not before.endswith(b"\n"):
+            before += b"\n"
         write_atomically(file, before + row.encode() + b"\n")
     except (OSError, ResourceError) as error:
         print_note(f"not saved: {error}")

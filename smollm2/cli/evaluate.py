@@ -19,8 +19,10 @@ from smollm2.cli.flags import (
     separator,
     whole_number,
 )
+from smollm2.errors import ConfigError
 
 if TYPE_CHECKING:
+    from smollm2.config.data_section import DataConfig
     from smollm2.inference.evaluation import Comparison
 
 SHOWN_DOCUMENTS = 20
@@ -54,6 +56,12 @@ def add_parser(commands: "Commands[Parser]") -> None:
     parser.add_argument("--batch_size", type=whole_number(1, 10**6), default=8, metavar="N", help=text)
     text = r"text between two documents, such as \f or \n\n; default: as the checkpoint was trained"
     parser.add_argument("--document_separator", metavar="TEXT", type=separator, help=text)
+    text = "of JSONL and parquet, the field that holds the text; default: as the checkpoint was trained, or guessed"
+    parser.add_argument("--text_field", metavar="NAME", help=text)
+    text = (
+        "a line of JSONL that cannot be used ends the command, or is left out; default: as the checkpoint was trained"
+    )
+    parser.add_argument("--on_bad_line", choices=("stop", "skip"), help=text)
     parser.add_argument("--per_document", action="store_true", help="score each document alone, and list them")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -66,7 +74,10 @@ def run(args: argparse.Namespace) -> None:
         return
     from smollm2.inference.evaluation import compare_evaluations
 
-    results = [evaluate_model(args, name) for name in args.models]
+    if args.input_file == "-" and len(args.models) > 1:
+        raise ConfigError("--input_file", "standard input can be read for one model only", "give a file")
+    rules: list[DataConfig] = []  # those of the first model, so that all score the same targets
+    results = [evaluate_model(args, name, rules) for name in args.models]
     comparisons = [compare_evaluations(results[0], other) for other in results[1:]] if len(results) > 1 else []
     for found in results:
         found.pop("scores", None)
@@ -86,15 +97,23 @@ def run(args: argparse.Namespace) -> None:
         print(describe_comparison(args.models[0], name, comparison))
 
 
-def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return the evaluation of one model, with the text split into documents as in its training."""
+def evaluate_model(args: argparse.Namespace, name: str, rules: "list[DataConfig]") -> dict[str, Any]:
+    """Return the evaluation of one model on the text as the first model was trained on it, whose `rules` are added."""
     from smollm2.config.data_section import DataConfig
+    from smollm2.data.sources import Rules
     from smollm2.inference.evaluation import evaluate
     from smollm2.inference.loading import load_source, read_config
 
     device = choose_device(args)
     model, tokenizer, state = load_source(Path(name), best=args.best, report=print_note)
-    data = read_config(state, Path(name)).data if state else DataConfig()
+    if not rules:
+        rules.append(read_config(state, Path(name)).data if state else DataConfig())
+    data = rules[0]
+    rules_of_text = Rules(
+        args.document_separator or data.document_separator,
+        text_field=args.text_field or data.text_field,
+        skips_bad_lines=(args.on_bad_line or data.on_bad_line) == "skip",
+    )
     del state  # frees the optimizer's moments, two thirds of a checkpoint
     return evaluate(
         model.to(device),
@@ -103,7 +122,7 @@ def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
         batch_size=args.batch_size,
         context=args.context,
         stride=args.stride,
-        separator=args.document_separator or data.document_separator,
+        rules=rules_of_text,
         per_document=args.per_document,
         document_mask=data.document_mask,
         train_on=data.train_on,
@@ -115,7 +134,10 @@ def evaluate_model(args: argparse.Namespace, name: str) -> dict[str, Any]:
 def describe_comparison(first: str, second: str, comparison: "Comparison | None") -> str:
     """Return the line that compares two models."""
     if comparison is None:
-        return f"{second}: not comparable window by window with {first}: use the same --context and --stride, or --per_document"
+        return (
+            f"{second}: not comparable part by part with {first}, because the parts hold other text: give --context and "
+            "--stride, or --per_document if the tokenizers differ"
+        )
     if not comparison.difference:
         return f"{second} and {first} are equal in bits per byte, over {comparison.parts:,} parts"
     better = "better" if comparison.difference < 0 else "worse"

@@ -128,7 +128,7 @@ def show_token(token: int, tokenizer: "Tokenizer", *, is_target: bool, color: st
     """Return a token as text, with its control characters escaped."""
     from smollm2.tracking.base import escape_controls
 
-    is_end = token == tokenizer.end_of_text
+    is_end = token in (tokenizer.end_of_text, tokenizer.document_end)
     plain = tokenizer.decode([token])
     name = "<end of document>" if is_end and not tokenizer.chat_template else tokenizer.token(token)
     text = escape_controls(plain).replace("\n", "↵\n") if plain else name

@@ -68,7 +68,8 @@ class Batches:
         for source in np.unique(sources):
             here, size = sources == source, len(self.windows.sources[source])
             epoch, index = np.divmod(ordinals[here], size)
-            seed = np.full(epoch.shape, self.seed, np.uint64) + np.uint64(source) * SOURCE_STEP
+            offset = np.uint64(int(source) * int(SOURCE_STEP) % 2**64)  # numpy warns where a product wraps around
+            seed = np.full(epoch.shape, self.seed, np.uint64) + offset
             ids[here] = self.windows.first[source] + permute(index, size, _mix(_mix(seed) + epoch.astype(np.uint64)))
         return ids
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from smollm2.data.conversations import Conversation, Message, from_json
 from smollm2.data.stream import MARK
 from smollm2.data.template_sandbox import LimitedEnvironment, render_template
-from smollm2.data.tokenizer import ENDS_OF_TEXT, Tokenizer
+from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.tokenizer_files import CHAT_TEMPLATE, GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG, parse
 from smollm2.errors import DataError
 
@@ -233,6 +233,8 @@ def choose_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTempla
 def with_chat(template: ChatTemplate) -> Tokenizer:
     """Return the tokenizer of a chat model: the token that ends a turn is its end of text, and the template comes with it.
 
+    Generation ends at its other stops, too, among them the one that ends a document.
+
     For ChatML, the beginning of text is the token that begins a turn, as in SmolLM2-Instruct.
     """
     tokenizer, end = template.tokenizer, template.end_of_turn
@@ -247,7 +249,9 @@ def with_chat(template: ChatTemplate) -> Tokenizer:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     config.pop("chat_template", None)
-    generation = {**parse(tokenizer.files, GENERATION), "eos_token_id": end, "pad_token_id": end}
+    others = sorted({tokenizer.document_end, *tokenizer.stops} - {end})
+    generation = {**parse(tokenizer.files, GENERATION), "eos_token_id": [end, *others] if others else end}
+    generation["pad_token_id"] = end
     if begin is not None:
         generation["bos_token_id"] = begin
     files = {
@@ -267,18 +271,14 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 class DocumentEncoder:
     """Encodes plain text for the token store of a run that also trains on conversations: nothing is marked, so all but the
-    first token of a document are targets. Documents end with the end of text, not with the end of a turn."""
+    first token of a document, or of a window, are targets."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.text, self.vocab_size, self.begin = tokenizer.text, tokenizer.vocab_size, tokenizer.begin
-        # Known from the vocabulary alone, because a resumed run has only the tokenizer of the chat model.
-        found = (tokenizer.id_of(name) for name in ENDS_OF_TEXT)
-        self.end_of_text = next((i for i in found if i is not None), tokenizer.end_of_text)
-        self.closing = [self.end_of_text]
-        self.fingerprint = hashlib.sha256(
-            f"{tokenizer.fingerprint} {self.end_of_text} beside chat".encode()
-        ).hexdigest()
+        self.end_of_text, self.closing = tokenizer.document_end, tokenizer.closing
+        rule = f"{tokenizer.fingerprint} {self.end_of_text} beside chat"
+        self.fingerprint = hashlib.sha256(rule.encode()).hexdigest()
         self.cuts_documents, self.marks_targets = tokenizer.cuts_documents, True
 
     def encode_counted(self, text: str) -> tuple[list[int], int]:

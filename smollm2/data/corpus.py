@@ -266,7 +266,7 @@ def training_windows(config: Config, tokenizer: Tokenizer, store: TokenStore) ->
     data, length = config.data, config.training.sequence_length
     if store.index.marks_targets:
         return ConversationWindows(store.train, find_packs(config, store), tokenizer.vocab_size)
-    end_of_text = tokenizer.end_of_text if data.document_mask else None
+    end_of_text = tokenizer.document_end if data.document_mask else None
     if data.pack == "best_fit":
         return PackedWindows(store.train, find_packs(config, store), tokenizer.vocab_size, end_of_text)
     return Windows(store.train, length, data.stride, tokenizer.vocab_size, end_of_text)
@@ -302,5 +302,5 @@ def evaluation_windows(config: Config, tokenizer: Tokenizer, store: TokenStore, 
     if store.index.marks_targets:
         assert ends is not None
         return ConversationWindows(tokens, pack_documents(ends, length), tokenizer.vocab_size)
-    end_of_text = tokenizer.end_of_text if config.data.document_mask else None
+    end_of_text = tokenizer.document_end if config.data.document_mask else None
     return Windows(tokens, length, length, tokenizer.vocab_size, end_of_text)

@@ -217,6 +217,8 @@ def fingerprint_of(text: Source, tokenizer: Encoder, fraction: float) -> str:
         rule.append("split by hash")
     if tokenizer.begin or not tokenizer.cuts_documents:  # version 0.2.0 added nothing, and always cut
         rule.append("documents as their tokenizer encodes them")
+    if tokenizer.closing not in ([], [tokenizer.end_of_text]):  # version 0.2.0 ended documents with the end of a turn
+        rule.append(tokenizer.closing)
     return hashlib.sha256(json.dumps(rule).encode()).hexdigest()
 
 

@@ -95,8 +95,19 @@ class Tokenizer:
         lengths = map(len, self._token_bytes) if self._token_bytes else measure_tokens(self._backend, ids, spec)
         self.bytes_per_token: npt.NDArray[np.int64] = np.fromiter(lengths, np.int64, self.vocab_size)
         self.begin, self.end = _find_additions(self._backend, spec)
-        self.closing, self.marks_targets = [self.end_of_text], False  # of documents
+        self.document_end = self._find_document_end()
+        self.stops |= {self.document_end}
+        self.closing, self.marks_targets = [self.document_end], False  # of documents
         self.cuts_documents = text == BYTES or _is_cut_safely(spec)
+
+    def _find_document_end(self) -> int:
+        """Return the id that ends a document: the end of text, or in a chat model, where that ends a turn, another stop."""
+        name, template = self.token(self.end_of_text), self.chat_template or ""
+        if name in ENDS_OF_TEXT or not (name in template or "eos_token" in template):
+            return self.end_of_text
+        known = [i for name in ENDS_OF_TEXT if (i := self.id_of(name)) is not None]
+        others = sorted(self.stops - {self.end_of_text})
+        return next((i for i in (*known, *others) if i in others), next(iter(known), self.end_of_text))
 
     def with_tokens(self, names: Iterable[str]) -> "Tokenizer":
         """Return a tokenizer that has these special tokens, too; those that are new get the next ids."""

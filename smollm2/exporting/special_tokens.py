@@ -29,7 +29,7 @@ def find_end_of_turn(tokenizer: Tokenizer) -> int | None:
     try:
         return ChatTemplate(tokenizer.chat_template, tokenizer).end_of_turn
     except DataError:  # a template whose answers cannot be found, or do not end with a special token
-        return min(tokenizer.stops - {tokenizer.end_of_text}, default=tokenizer.end_of_text)
+        return min(tokenizer.stops - {tokenizer.end_of_text, tokenizer.document_end}, default=tokenizer.end_of_text)
 
 
 def list_stop_tokens(tokenizer: Tokenizer) -> list[str]:

@@ -7,7 +7,7 @@ memory, and scores each token once. `compare_evaluations` compares two models on
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from smollm2.config.schema import IGNORE_INDEX
+from smollm2.data.sources import Rules
 from smollm2.data.stream import MARK
 from smollm2.data.tokenizer import Tokenizer
 from smollm2.data.windows import WindowSource, number_documents, stack
@@ -28,6 +29,8 @@ from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 from smollm2.runtime.device import Runtime
 from smollm2.runtime.sharding import free_gathered
+
+PLAIN = Rules()
 
 MAX_EXPONENT = 700.0
 """The largest argument passed to exp(); above about 709 the result overflows a double."""
@@ -130,6 +133,7 @@ def evaluate(
     batch_size: int = 8,
     stride: int | None = None,
     separator: str | None = None,
+    rules: Rules = PLAIN,
     per_document: bool = False,
     document_mask: bool = False,
     train_on: str = "assistant",
@@ -139,7 +143,7 @@ def evaluate(
     """Return loss (nats per token), perplexity and bits per byte of a text or a file (a Path; `-` is standard input).
 
     Windows have `context` tokens (default: the length the model was trained on) and start every `stride` tokens
-    (default: half the context). Each token is scored once, with at least context - stride tokens before it if the text
+    (default: half the context). `rules` say how files are read. Each token is scored once, with at least context - stride tokens before it if the text
     has them. Documents are separated by `separator` and read as in training: as one stream, with an end-of-text token
     after each; the very first token is not scored. With `per_document`, each document is scored separately, after an
     end-of-text token, and gets an entry in `documents`. With `document_mask`, as in training, documents do not attend
@@ -154,10 +158,12 @@ def evaluate(
     if not 1 <= stride <= length:
         raise ConfigError("stride", f"{stride} is out of range for a context of {length} tokens", f"use 1 to {length}")
     with tempfile.TemporaryDirectory() as spool:
-        chunks, is_chat = open_chunks(text_or_path, separator, Path(spool), report)
+        chunks, is_chat = open_chunks(
+            text_or_path, replace(rules, separator=separator or rules.separator), Path(spool), report
+        )
         counted = CountedEncoder(chat_encoder(tokenizer, train_on, text_or_path) if is_chat else tokenizer)
         windows = cut_windows(chunks, counted, length, stride, per_document=per_document)
-        end_of_text = tokenizer.end_of_text if document_mask and not is_chat else None
+        end_of_text = tokenizer.document_end if document_mask and not is_chat else None
         scored = score_text(model, windows, tokenizer.bytes_per_token, end_of_text, batch_size=batch_size)
         parts = sum_documents(scored) if per_document or is_chat else (part for _, part in scored)
         kept = list(parts) if per_document or keep_scores else []

@@ -40,18 +40,18 @@ class CountedEncoder:
 
 
 def open_chunks(
-    text_or_path: str | Path, separator: str | None, spool: Path, report: Callable[[str], None]
+    text_or_path: str | Path, rules: Rules, spool: Path, report: Callable[[str], None]
 ) -> tuple[Iterator[Chunk], bool]:
     """Return the documents of a text or a file in chunks, as training reads them, and whether they are conversations.
 
     Raise DataError if the file cannot be used.
     """
     if isinstance(text_or_path, Path):
-        text = open_input(str(text_or_path), spool, Rules(separator), report=report)
+        text = open_input(str(text_or_path), spool, rules, report=report)
         for note in text.notes:
             report(note)
         return text.chunks(), text.is_chat
-    return split_documents(iter([text_or_path]), separator), False
+    return split_documents(iter([text_or_path]), rules.separator), False
 
 
 def chat_encoder(tokenizer: Tokenizer, train_on: str, name: str | Path) -> ChatEncoder:

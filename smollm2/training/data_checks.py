@@ -35,6 +35,9 @@ DUPLICATES = 0.3
 HARD_TEXT = "  two spaces\n\ttab, 1234567890 digits, größer, 猫, \N{GRINNING FACE} and e\N{COMBINING ACUTE ACCENT}\n"
 """What tokenizers are known to change: spaces, digits, composed characters."""
 
+EMPTY = 0.1
+"""The share of windows without a target above which many steps would be made for nothing."""
+
 FITS = 1.3
 """Bytes per token below which a tokenizer with a large vocabulary does not fit the text. Three to five are usual."""
 
@@ -48,14 +51,20 @@ def sampled(run: Run) -> Iterator[tuple[WindowSource, int, Batch]]:
 
 def check_targets(run: Run) -> Finding:
     """Compare labels with the tokens after them, and count how many positions are trained on."""
-    positions = targets = wrong = 0
+    positions = targets = wrong = empty = windows = 0
     for _, _, window in sampled(run):
         kept = np.flatnonzero(window.labels[:-1] != IGNORE_INDEX)[:-1]  # padding may follow the last target
         wrong += int((window.labels[kept] != window.input_ids[kept + 1]).sum())
-        positions, targets = positions + window.labels.size, targets + int((window.labels != IGNORE_INDEX).sum())
+        here = int((window.labels != IGNORE_INDEX).sum())
+        positions, targets = positions + window.labels.size, targets + here
+        windows, empty = windows + 1, empty + (not here)
     evidence = {"targets": targets, "of positions": positions, "labels that are not the next token": wrong}
     if not targets:
-        return Finding("fail", evidence, "no position has a target: nothing is trained", "look at the text")
+        advice = "raise training.sequence_length" if run.corpus.is_chat else "look at the text"
+        return Finding("fail", evidence, "no position has a target: nothing is trained", advice)
+    if empty > EMPTY * windows and not wrong:
+        what = f"{empty} of {windows} windows have no target: their answers begin later than a window is long"
+        return Finding("warn", evidence, what, "raise training.sequence_length, or leave such conversations out")
     return judge(
         not wrong, "labels are not the token after their position", "look at how windows are cut", evidence=evidence
     )
@@ -65,7 +74,7 @@ def check_ends(run: Run) -> Finding:
     """Count the ends of documents (and of turns) among the tokens of the sample, and among its labels."""
     ends, labelled = 0, 0
     is_chat = run.corpus.is_chat
-    end = run.tokenizer.id_of(END) if is_chat else run.tokenizer.end_of_text
+    end = run.tokenizer.id_of(END) if is_chat else run.tokenizer.document_end
     if end is None:
         return skipped("the chat template has no end-of-turn token of its own")
     for windows, number, window in sampled(run):

@@ -147,11 +147,15 @@ def settle_chat(setup: Setup, corpus: Corpus) -> Setup:
     data = setup.config.data
     if not corpus.is_chat or (data.pack == "best_fit" and data.document_mask):
         return setup
-    names = ("data.pack", "data.document_mask")
-    origins = {**setup.origins, **dict.fromkeys(names, "the text is conversations")}
-    return dataclasses.replace(
-        setup, config=setup.config.with_data(pack="best_fit", document_mask=True), origins=origins
-    )
+    values = {"pack": "best_fit", "document_mask": True, "stride": setup.config.training.sequence_length}
+    changed = {f"data.{name}": value for name, value in values.items() if getattr(data, name) != value}
+    for key, value in changed.items():
+        origin = setup.origins.get(key, "default")
+        if key == "data.stride" or not origin.startswith(("default", "from ")):  # a default stride needs no change
+            before = getattr(data, key.removeprefix("data."))
+            setup.report(f"{key}: {before} -> {value}, because the text is conversations")
+    origins = {**setup.origins, **dict.fromkeys(changed, "the text is conversations")}
+    return dataclasses.replace(setup, config=setup.config.with_data(**values), origins=origins)
 
 
 def settle_compilation(setup: Setup) -> Setup:

@@ -184,7 +184,7 @@ def rank_documents(run: Run, batch: Batch, windows: list[int]) -> list[dict[str,
     for row, window in enumerate(windows):
         ids, labels = batch.input_ids[row], batch.labels[row]
         losses = token_losses(run, Batch(*(None if array is None else array[row : row + 1] for array in batch)))  # type: ignore[arg-type]
-        numbers = number_documents(ids, run.tokenizer.end_of_text)
+        numbers = number_documents(ids, run.tokenizer.document_end)
         for number in np.unique(numbers):
             here = (numbers == number) & (labels != IGNORE_INDEX)
             if here.any():

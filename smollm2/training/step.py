@@ -120,7 +120,8 @@ def accumulate_gradients(
     """
     is_sharded = runtime.layout.is_sharded
     local_count = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels, *_ in micro_batches]).sum()
-    count = runtime.sum(local_count)
+    targets = runtime.sum(local_count)
+    count = targets.clamp(min=1)  # a batch of prompts alone gives the loss 0 and no gradient
     scale = runtime.world_size / count.float()  # DDP averages gradients over ranks
     # In fp16 the loss computes its gradients at the loss scale, so that a smaller scale helps against every overflow.
     in_fp16 = {"gradient_scale": runtime.scaler.scale(scale)} if runtime.scaler.is_enabled() else {}
@@ -146,7 +147,7 @@ def accumulate_gradients(
         runtime.pulse.mark("a micro-batch", waits=True)
         with runtime.accelerator.trigger_sync_in_backward(model):
             torch.autograd.backward(loss)
-    return runtime.sum(total) / count, int(count)
+    return runtime.sum(total) / count, int(targets)
 
 
 def rehearse(model: nn.Module, config: Config, runtime: Runtime, choice: MicroBatchChoice) -> MicroBatchChoice:

@@ -39,13 +39,16 @@ def test_a_conversation_is_saved_as_training_reads_it(
     file = tmp_path / "saved.jsonl"
     hello = generation.Piece(0, "Hello", "length")
     monkeypatch.setattr(generation, "stream", lambda *arguments, **named: iter([hello]))
+    file.write_text('{"prompt": "a", "completion": "b"}')
     say(monkeypatch, f"Hi \U0001f600\n/save {file}\n/system Be brief.\nAgain\n/save {file}\n/reset\n/save {file}\n")
     assert main(["chat", str(model), "--max_new_tokens", "5"]) == 0
-    first, second, third = (json.loads(line)["messages"] for line in file.read_text().splitlines())
+    before, *rows = (json.loads(line) for line in file.read_text().splitlines())
+    assert before == {"prompt": "a", "completion": "b"}
+    first, second = (row["messages"] for row in rows)
     assert first == [{"role": "user", "content": "Hi \U0001f600"}, {"role": "assistant", "content": "Hello"}]
     assert [turn["role"] for turn in second] == ["system", "user", "assistant"] and second[1]["content"] == "Again"
-    assert third == [{"role": "system", "content": "Be brief."}]
-    assert "tokens and did not end" in capsys.readouterr().err
+    notes = capsys.readouterr().err
+    assert "tokens and did not end" in notes and "not saved: the conversation has no answer yet" in notes
 
 
 def test_a_file_of_conversations_is_answered_after_its_last_question(

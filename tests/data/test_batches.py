@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from smollm2.data.batches import Batches, permute, prefetched
+from smollm2.data.mixing import MixtureSchedule
 from smollm2.data.windows import Windows
 
 
@@ -63,6 +64,13 @@ def test_each_epoch_reads_every_window_once_and_in_its_own_order() -> None:
 def test_a_batch_may_span_several_epochs_of_a_tiny_corpus() -> None:
     ids = make_batches(windows=3, global_batch_size=12).window_ids(5)
     assert np.bincount(ids).tolist() == [4, 4, 4]
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_sources_are_drawn_without_a_warning() -> None:
+    windows = [Windows(np.arange(100, dtype="<u2"), 5, 5, 1000) for _ in range(5)]
+    batches = Batches(windows, 2**63 - 1, 5, MixtureSchedule([[1] * 5], [0]))
+    assert len(batches.window_ids(3)) == 5
 
 
 def test_another_seed_is_another_order() -> None:

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import pytest
+from chat_tokenizer import END_OF_TEXT, chat_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
@@ -251,11 +252,21 @@ def test_the_tokenizer_of_a_chat_model_stops_at_the_end_of_a_turn() -> None:
     assert made.token(made.end_of_text) == "<|im_end|>" and made.end_of_text in made.stops
     assert made.chat_template == SMOLLM2
     generation = json.loads(made.files["generation_config.json"])
-    assert [made.token(generation[f"{name}_token_id"]) for name in ("bos", "eos", "pad")] == [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    ]
+    assert [made.token(generation[f"{name}_token_id"]) for name in ("bos", "pad")] == ["<|im_start|>", "<|im_end|>"]
+    assert [made.token(i) for i in generation["eos_token_id"]] == ["<|im_end|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<EOT>"])
+def test_documents_of_a_chat_model_end_with_the_end_of_text_and_not_of_a_turn(name: str) -> None:
+    backend = json.loads(tokenizer_from_text("bytes").with_tokens(("<|im_start|>", "<|im_end|>")).backend.to_str())
+    text = json.dumps(backend).replace("<|endoftext|>", name)
+    plain = tokenizer_from_text(text, json.loads(text)["model"]["vocab"].get(name, 256))
+    made = with_chat(choose_template(plain, "chatml"))
+    again = with_chat(choose_template(made))
+    assert chat_tokenizer().document_end == END_OF_TEXT  # its end of text ends no turn, and it stops at both
+    for chat in (made, again):
+        assert (chat.token(chat.end_of_text), chat.token(chat.document_end)) == ("<|im_end|>", name)
+        assert chat.closing == plain.closing and chat.stops == {chat.end_of_text, chat.document_end}
 
 
 def test_smollm2s_own_ids(smollm2_tokenizer_folder: Any) -> None:

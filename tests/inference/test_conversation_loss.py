@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from chat_tokenizer import CHATML, chat_tokenizer
+from runs import TINY, tiny_config, write_tiny
 from twins import small_model
 
-from smollm2 import evaluate
+from smollm2 import evaluate, export, train
 from smollm2.cli.evaluate import describe_evaluation
-from smollm2.data.chat import ChatEncoder, choose_template
+from smollm2.cli.main import main
+from smollm2.data.chat import ChatEncoder, choose_template, with_chat
 from smollm2.data.conversations import Message, to_json
 from smollm2.data.packing import ConversationWindows, pack_documents
 from smollm2.data.stream import MARK
@@ -81,6 +83,28 @@ def test_each_conversation_has_a_row(model: SmolLM2, file: Path) -> None:
     targets = [sum(i < MARK for i in ids) for ids in encode("assistant")]
     assert [row["tokens"] for row in found["documents"]] == targets
     assert any("in 3 conversations, context 256" in line for line in describe_evaluation(found))
+
+
+def test_plain_text_ends_as_in_training_and_not_as_a_turn(model: SmolLM2) -> None:
+    text = "The end of a document is no end of a turn."
+    ids = [*TOKENIZER.encode(text), TOKENIZER.id_of("<|endoftext|>")]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:-1]]))[0]
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).item()
+    assert evaluate(model, with_chat(choose_template(TOKENIZER)), text)["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_all_models_are_scored_as_the_first_was_trained(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "exported"
+    write_tiny(tmp_path, config=TINY.replace("data: {", "data: {train_on: all, on_bad_line: skip, "))
+    train(tiny_config(tmp_path, "run", data__input=file, training__train_steps=1, training__warmup_steps=0), quiet=True)
+    export(tmp_path / "run", folder)
+    file.write_text(file.read_text() + "no JSON\n")
+    assert main(["evaluate", str(tmp_path / "run"), str(folder), "--input_file", str(file)]) == 0
+    assert f"{folder} and {tmp_path / 'run'} are equal in bits per byte, over 3 parts" in capsys.readouterr().out
+    assert main(["evaluate", str(folder), "--input_file", str(file), "--on_bad_line", "stop"]) == 3
 
 
 def test_a_model_of_plain_text_cannot_score_them(model: SmolLM2, file: Path) -> None:

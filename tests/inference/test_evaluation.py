@@ -350,6 +350,7 @@ MISTAKES = {
     "a context that is too long": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--context", "9999"], 2),
     "a stride that is too long": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--stride", "99"], 2),
     "a run folder that is none": ([".", "--input_file", "input.txt"], 4),
+    "standard input for two models": ([*2 * ["checkpoints/step_0012.pt"], "--input_file", "-"], 2),
     "no batch": (["checkpoints/step_0012.pt", "--input_file", "input.txt", "--batch_size", "0"], 2),
 }
 

@@ -1,6 +1,7 @@
 """Training on conversations: the same loop, checkpoints and resume as for text; only the targets differ."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,24 @@ def test_a_run_on_conversations_resumes_bit_identically_and_its_export_can_chat(
     text = theirs.apply_chat_template([messages[0]._asdict()], tokenize=False, add_generation_prompt=True)
     assert theirs(text, add_special_tokens=False)["input_ids"] == choose_template(tokenizer).encode_prompt(messages)
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
-    assert generation["eos_token_id"] == tokenizer.end_of_text == theirs.eos_token_id
+    assert generation["eos_token_id"][0] == tokenizer.end_of_text == theirs.eos_token_id
+
+
+def test_a_stride_is_dropped_aloud_and_the_checkpoint_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_chat(tmp_path, GREETINGS)
+    train(config_in(tmp_path, "run", training__train_steps=1, data__stride=48))  # type: ignore[arg-type]
+    assert "data.stride: 48 -> 96, because the text is conversations" in capsys.readouterr().out
+    assert load_model(tmp_path / "run")[1].chat_template
+
+
+def test_windows_without_an_answer_are_named_and_make_no_nan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_chat(tmp_path, [*[("word " * 150, "ok")] * 6, *GREETINGS])
+    flags = {"training__batch_size": 1, "training__preflight": "true", "training__eval_interval": 0}
+    train(config_in(tmp_path, "run", **flags))  # type: ignore[arg-type]
+    assert all(math.isfinite(row["loss"]) for row in metrics(tmp_path / "run") if "loss" in row)
+    assert "windows have no target: their answers begin later than a window is long" in capsys.readouterr().out
 
 
 def test_conversations_are_packed_and_apart_without_a_word_in_the_config(
@@ -105,7 +123,7 @@ def test_conversations_are_packed_and_apart_without_a_word_in_the_config(
     train(config_in(tmp_path, "run", **flags))  # type: ignore[arg-type]
     assert "padding; 1 document was cut" in capsys.readouterr().out
     data = load_config(tmp_path / "run/config.yaml").data
-    assert (data.pack, data.document_mask) == ("best_fit", True)
+    assert (data.pack, data.document_mask, data.stride) == ("best_fit", True, 96)
     assert "document_mask: true  # the text is conversations" in (tmp_path / "run/config.yaml").read_text()
 
 
