@@ -18,7 +18,10 @@ SHAPE_FILES = ("config.json", "config.yaml")
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-WHICH_FOLDER = "give the folder of a model, the run folder of a checkpoint, or a name on the hub"
+WHICH_FOLDER = (
+    "give the folder of a model, the run folder of a checkpoint, or a name on the hub; to resume a run without it, give the "
+    "run's own config.yaml as --config"
+)
 
 OWN_KEYS = {"init_from", "initializer_range"}
 """Keys of `model` that do not describe the shape of a trained model."""

@@ -133,10 +133,10 @@ def describe_warmup(t: TrainingConfig) -> str:
     """Return a warning if the warmup takes up the whole run, else an empty string."""
     if t.warmup_steps < t.train_steps:
         return ""
-    reached = learning_rate_at(t.train_steps - 1, t)
+    reached, most = learning_rate_at(t.train_steps - 1, t), t.train_steps // 10
     return (
         f"training.warmup_steps: {t.warmup_steps} is the whole run of {t.train_steps} steps: the learning rate reaches "
-        f"{reached:.3g} of {t.learning_rate:g} at its end and never decays. Set it to {t.train_steps // 10} or less."
+        f"{reached:.3g} of {t.learning_rate:g} at its end and never decays. Set it to {most}{' or less' if most else ''}."
     )
 
 
