@@ -28,7 +28,7 @@ from smollm2.model.cache import KeyValueCache
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 
-CONTINUATION, GENERATED = 32, 8
+CONTINUATION, GENERATED = 16, 8
 """Greedy tokens that are compared, and how many of them transformers generates one by one."""
 
 
@@ -103,6 +103,8 @@ class Reference:
     gaps: list[float]  # between the two highest logits, at each token of the continuation
     ids: list[list[int]]  # of each hostile text
     decoded: list[str]
+    chat_template: str | None
+    stops: frozenset[int]
 
 
 @torch.no_grad()
@@ -159,6 +161,11 @@ def read_with_smollm2(folder: Path, reference: Reference) -> Reading:
     compare_logits(reading, run_model(model, reference.windows)[0], reference)
     compare_greedy(reading, predict_along(model, reference.prompt, reference.continuation), reference)
     compare_tokenizer(reading, tokenizer.encode, tokenizer.decode, reference)
+    if tokenizer.chat_template != reference.chat_template:
+        reading.problems.append("the chat template is missing or differs from the source's")
+    if tokenizer.stops != reference.stops:
+        found, wanted = sorted(tokenizer.stops), sorted(reference.stops)
+        reading.problems.append(f"generation stops at {found} and should stop at {wanted}")
     return reading
 
 
