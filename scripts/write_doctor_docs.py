@@ -37,7 +37,7 @@ positions, trained by the run's own functions, in a temporary folder. Checks of 
 inputs of at most 64 tokens. A resumed run makes only the checks that are marked *resume*. If the model is shared out among
 ranks (FSDP), the checks of its own weights are skipped, and those of the twin are made.
 
-`smollm2 verify` makes those of the first group that need to know nothing of a model on one of your own: [verify.md](verify.md).
+`smollm2 verify` makes the checks of the first group that need no config, on a model of your own: [verify.md](verify.md).
 """
 
 FAULTS = """## Faults that were planted

@@ -76,8 +76,10 @@ def run(args: argparse.Namespace) -> None:
 
     if args.input_file == "-" and len(args.models) > 1:
         raise ConfigError("--input_file", "standard input can be read for one model only", "give a file")
-    rules: list[DataConfig] = []  # those of the first model, so that all score the same targets
-    results = [evaluate_model(args, name, rules) for name in args.models]
+    results, data = [], None
+    for name in args.models:  # all by the data section of the first, so that they score the same targets
+        found, data = evaluate_model(args, name, data)
+        results.append(found)
     comparisons = [compare_evaluations(results[0], other) for other in results[1:]] if len(results) > 1 else []
     for found in results:
         found.pop("scores", None)
@@ -97,8 +99,10 @@ def run(args: argparse.Namespace) -> None:
         print(describe_comparison(args.models[0], name, comparison))
 
 
-def evaluate_model(args: argparse.Namespace, name: str, rules: "list[DataConfig]") -> dict[str, Any]:
-    """Return the evaluation of one model on the text as the first model was trained on it, whose `rules` are added."""
+def evaluate_model(
+    args: argparse.Namespace, name: str, data: "DataConfig | None"
+) -> tuple[dict[str, Any], "DataConfig"]:
+    """Return the evaluation of one model, and the data section that it follows: `data`, or the one of its training."""
     from smollm2.config.data_section import DataConfig
     from smollm2.data.sources import Rules
     from smollm2.inference.evaluation import evaluate
@@ -106,29 +110,29 @@ def evaluate_model(args: argparse.Namespace, name: str, rules: "list[DataConfig]
 
     device = choose_device(args)
     model, tokenizer, state = load_source(Path(name), best=args.best, report=print_note)
-    if not rules:
-        rules.append(read_config(state, Path(name)).data if state else DataConfig())
-    data = rules[0]
-    rules_of_text = Rules(
+    if data is None:
+        data = read_config(state, Path(name)).data if state else DataConfig()
+    rules = Rules(
         args.document_separator or data.document_separator,
         text_field=args.text_field or data.text_field,
         skips_bad_lines=(args.on_bad_line or data.on_bad_line) == "skip",
     )
     del state  # frees the optimizer's moments, two thirds of a checkpoint
-    return evaluate(
+    found = evaluate(
         model.to(device),
         tokenizer,
         Path(args.input_file),
         batch_size=args.batch_size,
         context=args.context,
         stride=args.stride,
-        rules=rules_of_text,
+        rules=rules,
         per_document=args.per_document,
         document_mask=data.document_mask,
         train_on=data.train_on,
         report=print_note,
         keep_scores=len(args.models) > 1,
     )
+    return found, data
 
 
 def describe_comparison(first: str, second: str, comparison: "Comparison | None") -> str:

@@ -249,7 +249,7 @@ def with_chat(template: ChatTemplate) -> Tokenizer:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     config.pop("chat_template", None)
-    others = sorted({tokenizer.document_end, *tokenizer.stops} - {end})
+    others = sorted(tokenizer.stops - {end})
     generation = {**parse(tokenizer.files, GENERATION), "eos_token_id": [end, *others] if others else end}
     generation["pad_token_id"] = end
     if begin is not None:

@@ -28,7 +28,7 @@ from smollm2.model.cache import KeyValueCache
 from smollm2.model.loss import next_token_loss
 from smollm2.model.transformer import SmolLM2
 
-CONTINUATION, GENERATED = 16, 8
+CONTINUATION, GENERATED = 64, 8
 """Greedy tokens that are compared, and how many of them transformers generates one by one."""
 
 
